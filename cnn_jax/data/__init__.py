@@ -1,0 +1,1 @@
+"""Images and labels: from TensorFlow Datasets to batches."""

@@ -1,0 +1,71 @@
+"""Finds and loads experiment files: experiments/NAME.py, or a file of the user's own."""
+
+import ast
+import difflib
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from cnn_jax.config import Config, override, validate
+from cnn_jax.errors import ConfigError
+
+FOLDER = Path(__file__).resolve().parent.parent / "experiments"
+
+
+def names() -> list[str]:
+    """The experiments of the project, as --experiment takes them."""
+    files = FOLDER.rglob("*.py")
+    return sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in files)
+
+
+def title(name: str) -> str:
+    """The first line of an experiment's docstring; its code is not run."""
+    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    return (docstring or "").partition("\n")[0]
+
+
+def find(experiment: str) -> Path:
+    """The file of an experiment.
+
+    Args:
+      experiment: a name below experiments/ ("fashion_mnist/lenet"), or a path that ends in .py.
+
+    Raises:
+      ConfigError: there is none; names the nearest.
+    """
+    if experiment.endswith(".py"):
+        path = Path(experiment).absolute()
+        if not path.is_file():
+            raise ConfigError(f"--experiment={experiment}: no such file")
+        return path
+    known = names()
+    if not re.fullmatch(r"\w+(/\w+)*", experiment) or experiment not in known:
+        near = difflib.get_close_matches(experiment, known, n=3, cutoff=0.4) or known
+        raise ConfigError(
+            f"--experiment={experiment}: no such experiment; nearest: {', '.join(near)} "
+            "(./launch.sh list shows all; a file of your own ends in .py)"
+        )
+    return FOLDER / f"{experiment}.py"
+
+
+def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
+    """The checked configuration of an experiment, with --set's changes.
+
+    Raises:
+      ConfigError: there is no such experiment, its file fails or returns no Config, or a field is
+        unknown or out of range.
+    """
+    path = find(experiment)
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.config()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"--experiment={experiment}: {path} fails: {reason}") from error
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise ConfigError(f"--experiment={experiment}: config() returns {kind}, not a Config")
+    return validate(override(config, assignments))

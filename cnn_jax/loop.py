@@ -1,0 +1,402 @@
+"""The training loop. Its order, which a resumed run repeats exactly:
+
+  load data -> initialise -> restore the newest valid checkpoint
+  each epoch: its order of examples is drawn from (seed, epoch); for each batch
+    step -> (log) -> loss finite? -> (checkpoint) -> asked to stop? then save and end
+  evaluate -> write the line of metrics.jsonl -> checkpoint
+
+A checkpoint after the last step of an epoch is written after its line, so that restoring it never
+repeats or loses a line.
+"""
+
+import dataclasses
+import functools
+import logging
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnn_jax import checkpoint, evaluate, optim, parallel
+from cnn_jax import workdir as workdirs
+from cnn_jax.config import Config, validate
+from cnn_jax.data import batches, sources
+from cnn_jax.errors import ConfigError, DataError, NotFiniteError, Preempted
+from cnn_jax.progress import Progress
+from cnn_jax.signals import StopSignals
+from cnn_jax.step import TrainState, empty_sums, init_state, train_step
+
+log = logging.getLogger(__name__)
+
+# Steps that may be waiting for the device. More would not make it busier, and a signal could not be
+# answered before they are done.
+QUEUE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The examples of a run; `validation` is None where the configuration carves none."""
+
+    train: sources.Examples
+    validation: sources.Examples | None
+    test: sources.Examples
+
+
+def load_splits(config: Config, data_dir: str | None = None, download: bool = False) -> Splits:
+    """Loads the splits of `config.data`.
+
+    Raises:
+      DataError: as `sources.load_examples`.
+    """
+    load = functools.partial(sources.load_examples, data_dir=data_dir, download=download)
+    validation = load(config.data, "validation") if config.data.validation_examples else None
+    return Splits(load(config.data, "train"), validation, load(config.data, "test"))
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    experiment: str = "",
+    data_dir: str | None = None,
+    download: bool = False,
+    verify: bool = True,
+    splits: Splits | None = None,
+) -> list[dict]:
+    """Trains to the last epoch, going on where an earlier call on `workdir` stopped.
+
+    Args:
+      config: the run.
+      workdir: its folder; made if missing.
+      experiment: the name to record.
+      data_dir: where the dataset lies.
+      download: fetches the dataset if it is not prepared.
+      verify: compares a restored checkpoint with its checksums.
+      splits: the examples, if they are loaded already.
+
+    Returns:
+      The lines of metrics.jsonl.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: as their names say.
+      NotFiniteError: the loss became infinite or NaN.
+      Preempted: a signal asked the run to end; it saved, and the same call goes on.
+    """
+    validate(config)
+    mesh = parallel.make_mesh(config.devices)
+    parallel.check_divides(
+        mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size
+    )
+    workdir = Path(workdir).absolute()
+    if parallel.is_main_process():
+        workdirs.prepare(workdir)
+    with StopSignals(config.grace_seconds) as signals, workdirs.locked(workdir):
+        known = workdirs.check_same_run(workdir, config)
+        splits = splits or load_splits(config, data_dir, download)
+        run = _Run(config, workdir, mesh, splits, signals)
+        if not known and parallel.is_main_process():
+            about = {"class_names": run.class_names, "image_shape": splits.train.image_shape}
+            workdirs.write_config(workdir, config, experiment, about)
+        try:
+            run.restore(verify)
+            run.epochs()
+        finally:
+            run.close()
+    return workdirs.metrics(workdir)
+
+
+def dry_run(config: Config, data_dir: str | None = None, download: bool = False) -> list[dict]:
+    """Does everything once on two batches, in a workdir that is thrown away.
+
+    Raises:
+      As `train`.
+    """
+    validate(config)
+    splits = load_splits(config, data_dir, download)
+    few = {
+        name: examples and examples.take(np.arange(min(len(examples), 2 * config.batch_size)))
+        for name, examples in vars(splits).items()
+    }
+    config = dataclasses.replace(config, epochs=1, warmup_epochs=0.0)
+    with tempfile.TemporaryDirectory() as scratch:
+        lines = train(config, Path(scratch), splits=Splits(**few))
+        run = checkpoint.Checkpoints(Path(scratch)).newest()
+        log.info("dry run: two batches trained, evaluated, saved and restored (step %d)", run.step)
+    return lines
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self, config: Config, workdir: Path, mesh: Any, splits: Splits, signals: StopSignals
+    ):
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.splits, self.signals = splits, signals
+        self.steps_per_epoch = len(splits.train) // config.batch_size
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"batch_size={config.batch_size}: must be at most the {len(splits.train)} training "
+                "examples"
+            )
+        shape = splits.train.image_shape
+        _check_data_fields(config, shape)
+        if splits.test.image_shape != shape:
+            raise DataError(f"data.test_split: images of {splits.test.image_shape}, not {shape}")
+        names = splits.train.class_names
+        logits = check_model(config.model, shape, len(names))
+        self.class_names = [*names, *(f"class {i}" for i in range(len(names), logits))]
+        self.optimizer = optim.make_optimizer(config, self.steps_per_epoch)
+        self.checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
+        self.progress = Progress(config.epochs, self.steps_per_epoch, config.batch_size)
+        self.eval_step = evaluate.make_eval_step(
+            config.model, config.data, config.compute_dtype, mesh
+        )
+        self.writer: Any = None
+        self.state: TrainState
+        self.epoch_seconds = 0.0
+        self.saved_at = time.monotonic()
+
+    # ------------------------------------------------------------------------------ stations
+
+    def restore(self, verify: bool) -> None:
+        """Fills `state` from the newest valid checkpoint, or initialises it."""
+        config = self.config
+        state = init_state(config.model, self.optimizer, self.splits.train.image_shape, config.seed)
+        restored = self.checkpoints.newest(verify=verify)
+        if restored is not None:
+            state = checkpoint.fill(state, restored)
+            self.epoch_seconds = restored.notes["epoch_seconds"]
+            self.progress.message(f"resumed from step {restored.step} of {self.workdir}")
+        parallel.largest(0)  # all have read before the main process clears up
+        if parallel.is_main_process():
+            self.checkpoints.start_writing(restored.step if restored else None)
+            workdirs.keep_metrics_until(self.workdir, restored.step if restored else 0)
+        self.state = parallel.replicate(state, self.mesh)
+
+    def epochs(self) -> None:
+        """Trains, evaluates and saves, epoch by epoch."""
+        config = self.config
+        step = int(self.state.step)
+        if step >= config.epochs * self.steps_per_epoch:
+            self.progress.message(f"nothing left to do: {step} steps are done")
+            return
+        train = self._compile()
+        with self.progress:
+            for epoch in range(step // self.steps_per_epoch, config.epochs):
+                self._epoch(epoch, train)
+
+    def close(self) -> None:
+        """Waits for the checkpoint under way and closes the event file."""
+        if self.writer is not None:
+            self.writer.close()
+        self.checkpoints.close()
+
+    # ----------------------------------------------------------------------------- one epoch
+
+    def _epoch(self, epoch: int, train: Callable) -> None:
+        config = self.config
+        order = batches.epoch_order(config.seed, epoch, len(self.splits.train))
+        first = epoch * self.steps_per_epoch
+        start = int(self.state.step) - first
+        self.progress.start_epoch(epoch, start)
+        began, before = time.perf_counter(), self.epoch_seconds
+        running: deque[jax.Array] = deque()
+        data = batches.training_batches(self.splits.train, order, config.batch_size, start)
+        for done, batch in enumerate(data, start + 1):
+            self.state, loss = train(self.state, parallel.shard(batch, self.mesh))
+            running.append(loss)
+            if len(running) > QUEUE:
+                running.popleft().block_until_ready()
+            last = done == self.steps_per_epoch
+            if done % config.log_every_steps == 0 or last:
+                self._log(first + done, loss)
+            self.epoch_seconds = before + time.perf_counter() - began
+            stop = self._asked_to_stop(done)
+            if not last and (stop or self._checkpoint_due(first + done)):
+                self._save(notes={}, wait=bool(stop))
+            if stop and not last:
+                self._stop(stop, first + done)
+        jax.block_until_ready(self.state)
+        self.epoch_seconds = before + time.perf_counter() - began
+        self._end_epoch(epoch, trained=self.steps_per_epoch - start)
+
+    def _end_epoch(self, epoch: int, trained: int) -> None:
+        config = self.config
+        sums = parallel.to_host(self.state.sums)
+        last = epoch + 1 == config.epochs
+        images = self.steps_per_epoch * config.batch_size
+        line = {
+            "step": int(self.state.step),
+            "epoch": epoch + 1,
+            "train_loss": float(sums["loss"]) / images,
+            "train_accuracy": int(sums["correct"]) / images,
+        }
+        if last or (epoch + 1) % config.eval_every_epochs == 0:
+            variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+            for name in ("validation", "test"):
+                if (examples := getattr(self.splits, name)) is not None:
+                    result = evaluate.evaluate_examples(
+                        self.eval_step, variables, examples, config.eval_batch_size, self.mesh
+                    )
+                    line |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
+        line["epoch_seconds"] = self.epoch_seconds
+        line["images_per_second"] = images / self.epoch_seconds
+        if parallel.is_main_process():
+            workdirs.append_metrics(self.workdir, line)
+            self._curves(
+                {k: v for k, v in line.items() if k not in ("step", "epoch")}, line["step"]
+            )
+        self.progress.end_epoch(line)
+        self.epoch_seconds = 0.0
+        zero = parallel.replicate(empty_sums(), self.mesh)
+        self.state = self.state.replace(sums=zero)
+        stop = self._asked_to_stop(self.steps_per_epoch)
+        if last or stop or (epoch + 1) % config.checkpoint_every_epochs == 0:
+            self._save(
+                {"validation_accuracy": line.get("validation_accuracy")}, wait=last or bool(stop)
+            )
+        if stop and not last:
+            self._stop(stop, line["step"])
+
+    def _compile(self) -> Callable:
+        """The train step, compiled ahead, so that its seconds are not counted as training."""
+        config = self.config
+        pure = functools.partial(
+            train_step, model=config.model, optimizer=self.optimizer, config=config
+        )
+        began = time.perf_counter()
+        order = np.arange(len(self.splits.train))
+        batch = next(batches.training_batches(self.splits.train, order, config.batch_size))
+        jitted = parallel.jit_step(pure, self.mesh)
+        compiled = jitted.lower(self.state, parallel.shard(batch, self.mesh)).compile()
+        device = jax.devices()[0]
+        self.progress.message(
+            f"compiled in {time.perf_counter() - began:.1f} s for {self.mesh.size} x "
+            f"{device.device_kind}"
+        )
+        return compiled
+
+    def _log(self, step: int, loss: jax.Array) -> None:
+        """Reads the sums so far: for the bar, the curves, and to see that the loss is finite."""
+        sums = parallel.to_host(self.state.sums)
+        if sums["bad_step"] >= 0:
+            self._not_finite(int(sums["bad_step"]), float(sums["bad_loss"]))
+        mean, accuracy = sums["loss"] / sums["count"], sums["correct"] / sums["count"]
+        done = (step - 1) % self.steps_per_epoch + 1
+        self.progress.update(done, float(mean), float(accuracy))
+        if parallel.is_main_process():
+            self._curves({"step_loss": float(loss)}, step)
+
+    def _curves(self, scalars: dict[str, float], step: int) -> None:
+        if self.writer is None:
+            import tensorboardX
+
+            self.writer = tensorboardX.SummaryWriter(
+                str(self.workdir / "tensorboard"), purge_step=step
+            )
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    # ------------------------------------------------------------------------- saving, ending
+
+    def _checkpoint_due(self, step: int) -> bool:
+        config = self.config
+        if config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0:
+            return True
+        if config.checkpoint_every_minutes is None or not self._processes_meet(step):
+            return False
+        seconds = time.monotonic() - self.saved_at
+        return bool(parallel.largest(int(seconds >= 60 * config.checkpoint_every_minutes)))
+
+    def _asked_to_stop(self, step: int) -> int:
+        """The exit code that a signal to any process asks for; 0 for none."""
+        return parallel.largest(self.signals.exit_code) if self._processes_meet(step) else 0
+
+    def _processes_meet(self, step: int) -> bool:
+        """Several processes must decide alike, which costs them an exchange: not every step."""
+        last = step % self.steps_per_epoch == 0
+        return jax.process_count() == 1 or last or step % self.config.log_every_steps == 0
+
+    def _save(self, notes: dict, wait: bool) -> None:
+        """Saves `state` unless its loss is not finite: a checkpoint must be worth going back to."""
+        sums = parallel.to_host(self.state.sums)
+        if sums["bad_step"] >= 0:
+            self._not_finite(int(sums["bad_step"]), float(sums["bad_loss"]))
+        self.checkpoints.save(self.state, {"epoch_seconds": self.epoch_seconds, **notes})
+        if wait:
+            self.checkpoints.wait()
+        self.saved_at = time.monotonic()
+
+    def _stop(self, exit_code: int, step: int) -> None:
+        total = self.config.epochs * self.steps_per_epoch
+        raise Preempted(
+            f"stopped by a signal after step {step} of {total}, and saved; run the same command "
+            "again to go on",
+            exit_code,
+        )
+
+    def _not_finite(self, step: int, loss: float) -> None:
+        """Ends the run, leaving the batch in question and the last good checkpoint."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = batches.epoch_order(self.config.seed, epoch, len(self.splits.train))
+        batch = order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
+        dump = self.workdir / "not_finite.json"
+        if parallel.is_main_process():
+            about = {"step": step, "epoch": epoch + 1, "loss": str(loss), "indices": batch.tolist()}
+            workdirs.write_json(dump, about)
+        self.checkpoints.wait()
+        good = self.checkpoints.steps()
+        kept = (
+            f"the checkpoint of step {good[-1]} is kept" if good else "there is no checkpoint yet"
+        )
+        raise NotFiniteError(
+            f"loss={loss} at step {step} (epoch {epoch + 1}): not finite; {kept}, the batch's "
+            f"indices are in {dump}; try a smaller learning_rate (now {self.config.learning_rate})"
+        )
+
+
+def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: int) -> int:
+    """The number of logits of `model` for such images.
+
+    Raises:
+      ConfigError: the model cannot take them, or has fewer logits than there are classes.
+    """
+    shown = "x".join(map(str, image_shape))
+    name = type(model).__name__
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    try:
+        logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    except Exception as error:  # the layers refuse what does not fit in many ways
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"model={name}: takes no images of {shown} ({reason})") from error
+    if any(0 in leaf.shape for leaf in jax.tree.leaves((logits, variables))):
+        raise ConfigError(f"model={name}: images of {shown} are too small for its layers")
+    if logits.shape[-1] < classes:
+        raise ConfigError(
+            f"model.num_classes={logits.shape[-1]}: must be at least {classes}, the number of "
+            "classes of the dataset"
+        )
+    return logits.shape[-1]
+
+
+def _check_data_fields(config: Config, image_shape: tuple[int, int, int]) -> None:
+    height, width, channels = image_shape
+    for field in ("mean", "std"):
+        values = getattr(config.data, field)
+        if len(values) not in (1, channels):
+            raise ConfigError(
+                f"data.{field}={list(values)}: must be one value, or one for each of the "
+                f"{channels} channels"
+            )
+    if config.data.crop_padding >= min(height, width):
+        raise ConfigError(
+            f"data.crop_padding={config.data.crop_padding}: must be less than the image's "
+            f"{min(height, width)} pixels"
+        )

@@ -1,0 +1,18 @@
+"""The architectures of the lecture. `module.apply({"params": params}, image)` returns logits."""
+
+from cnn_jax.models.cifar import CifarCNN
+from cnn_jax.models.convs import ConvStack, MaxPoolCNN, SamePaddingCNN, StridedCNN
+from cnn_jax.models.fully_conv import FullyConvCNN
+from cnn_jax.models.lenet import LeNet
+from cnn_jax.models.mlp import MLP
+
+__all__ = [
+    "MLP",
+    "CifarCNN",
+    "ConvStack",
+    "FullyConvCNN",
+    "LeNet",
+    "MaxPoolCNN",
+    "SamePaddingCNN",
+    "StridedCNN",
+]

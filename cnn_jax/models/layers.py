@@ -1,0 +1,114 @@
+"""The lecture's layers with Keras's defaults, so that a model reads like its listing.
+
+Flax differs from Keras in silence: nn.Conv pads SAME (Keras: valid), nn.max_pool strides by 1 (Keras:
+by its window), Linen draws kernels from lecun_normal (Keras: glorot_uniform). Images are float32
+[N, H, W, C] throughout.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Initializer, PaddingLike
+
+from cnn_jax.ops import conv, pool
+
+glorot_uniform = nn.initializers.glorot_uniform()
+
+
+class Conv(nn.Conv):
+    """`nn.Conv` with Keras's defaults: valid padding, glorot-uniform kernels, zero biases."""
+
+    padding: PaddingLike = "VALID"
+    kernel_init: Initializer = glorot_uniform
+    conv_general_dilated: Callable = conv.conv_general_dilated
+
+
+class Dense(nn.Dense):
+    """`nn.Dense` with Keras's default initialisation."""
+
+    kernel_init: Initializer = glorot_uniform
+
+
+class MaxPool(nn.Module):
+    """Keeps the strongest feature of each window: [N, H, W, C] -> [N, H // h, W // w, C]."""
+
+    window: tuple[int, int] = (2, 2)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return pool.max_pool(x, self.window)
+
+
+class Flatten(nn.Module):
+    """[N, H, W, C] -> [N, H * W * C], rows first."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], -1)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask depends on an example's place in the global batch alone.
+
+    `nn.Dropout` draws one mask for the array it is given, so under jax.pmap it depends on the number
+    of devices. This one gives equal masks under jit and under pmap on any number of devices.
+
+    Attributes:
+      rate: the probability that a unit is dropped, in [0, 1).
+      axis_name: the pmap axis over which the batch is split, None under jit.
+    """
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if not train or self.rate == 0.0:
+            return x
+        place = jnp.arange(x.shape[0])
+        if self.axis_name is not None:
+            place += jax.lax.axis_index(self.axis_name) * x.shape[0]
+        keys = jax.vmap(functools.partial(jax.random.fold_in, self.make_rng("dropout")))(place)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def one_image_size(call: Callable) -> Callable:
+    """Decorates the `__call__` of a model that ends in flatten + dense.
+
+    Its parameters fit one image size. For any other, Flax reports a kernel of another shape; this
+    names the image sizes instead, and an architecture that takes any.
+    """
+
+    @functools.wraps(call)
+    def checked(self: nn.Module, image: jax.Array, train: bool = False) -> jax.Array:
+        try:
+            return call(self, image, train)
+        except flax.errors.ScopeParamShapeError:
+            built_for = image_shape_of(self.clone(parent=None, name=None), self.variables["params"])
+            got = "x".join(map(str, image.shape[1:]))
+            raise ValueError(
+                f"{type(self).__name__} was initialised for images of {built_for}, got {got}: "
+                "flatten + dense fixes the size; FullyConvCNN takes any size from 28x28"
+            ) from None
+
+    return checked
+
+
+def image_shape_of(model: nn.Module, params: dict) -> str:
+    """The square image shape, as text, for which `model` has parameters of these shapes."""
+    wanted = jax.tree.map(jnp.shape, params)
+    for channels in (1, 3, 4, 2):
+        for size in range(1, 129):
+            image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+            try:
+                shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+            except Exception:  # too small for the layers, in as many ways as there are layers
+                continue
+            if jax.tree.map(jnp.shape, shapes) == wanted:
+                return f"{size}x{size}x{channels}"
+    return "another size"

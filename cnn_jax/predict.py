@@ -1,0 +1,213 @@
+"""Classes of image files, by the model of a workdir."""
+
+import csv
+import dataclasses
+import functools
+import glob
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageOps
+
+from cnn_jax import step
+from cnn_jax.data.batches import normalise
+from cnn_jax.errors import ConfigError, DataError
+from cnn_jax.evaluate import Run
+
+log = logging.getLogger(__name__)
+
+BROKEN_IMAGES_EXIT_CODE = DataError.exit_code
+SUFFIXES = (".png", ".jpg", ".jpeg")
+# Checked against the header, before anything is decoded.
+MAX_PIXELS = 50_000_000
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image.
+
+    Attributes:
+      file: its path.
+      classes: names, the most probable first.
+      probabilities: of these, from the softmax of the logits (of a class map: of their mean).
+      class_map: where the model gives one, float32 [h, w, classes] of probabilities.
+      map_file: the picture of the class map.
+    """
+
+    file: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    class_map: np.ndarray | None = None
+    map_file: Path | None = None
+
+
+def predict(
+    run: Run, patterns: Sequence[str], output: Path, top_k: int = 3
+) -> tuple[list[Prediction], list[str]]:
+    """Classifies image files; writes predictions.csv, and a picture for each class map.
+
+    Args:
+      run: from `evaluate.load_run`.
+      patterns: files, folders or glob patterns, also several in one text, separated by commas.
+      output: the folder for what is written; made if missing.
+      top_k: how many classes to name.
+
+    Returns:
+      The predictions, and the files that could not be read, which are logged.
+
+    Raises:
+      ConfigError: `top_k` is out of range.
+      DataError: there is no image to read at all, or `output` cannot be written.
+    """
+    if not 1 <= top_k <= len(run.class_names):
+        raise ConfigError(f"--top_k={top_k}: must be from 1 to {len(run.class_names)}, the classes")
+    files = find_images(patterns)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--output={output}: cannot be made: {error.strerror}") from None
+    scores = jax.jit(functools.partial(_scores, run=run))
+    own_size = _takes_any_size(run)
+    predictions, broken = [], []
+    for file in files:
+        try:
+            image = read_image(file, run.image_shape, own_size)
+        except DataError as error:
+            log.error("error: %s", error)
+            broken.append(file)
+            continue
+        probabilities, class_map = jax.device_get(scores(run.variables, image[None]))
+        best = np.argsort(-probabilities, kind="stable")[:top_k]
+        prediction = Prediction(
+            file,
+            tuple(run.class_names[i] for i in best),
+            tuple(float(probabilities[i]) for i in best),
+        )
+        if class_map is not None:
+            map_file = output / f"{len(predictions):04d}_{Path(file).stem}_class_map.png"
+            draw_class_map(class_map, image.shape[:2]).save(map_file)
+            prediction = dataclasses.replace(prediction, class_map=class_map, map_file=map_file)
+        predictions.append(prediction)
+    if not predictions:
+        raise DataError(f"--images: none of the {len(files)} files could be read")
+    _write_csv(output / "predictions.csv", predictions)
+    return predictions, broken
+
+
+def find_images(patterns: Sequence[str]) -> list[str]:
+    """The files that --images names, each once, in order.
+
+    Raises:
+      DataError: a pattern names none.
+    """
+    files: dict[str, None] = {}
+    for pattern in (part.strip() for text in patterns for part in text.split(",")):
+        if not pattern:
+            continue
+        path = Path(pattern)
+        if path.is_dir():
+            found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            missing = "holds no PNG or JPEG file"
+        elif path.is_file():
+            found, missing = [pattern], ""
+        else:
+            found = sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+            missing = "no such file"
+        if not found:
+            raise DataError(f"--images={pattern}: {missing}")
+        files |= dict.fromkeys(found)
+    if not files:
+        raise DataError("--images: names no file")
+    return list(files)
+
+
+def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = False) -> np.ndarray:
+    """A PNG or JPEG file as the model's input.
+
+    Args:
+      file: of any size and mode; transparent parts become white.
+      image_shape: (H, W, C) that the model was trained on.
+      own_size: keeps the file's size where it is at least H x W, instead of resizing to it.
+
+    Returns:
+      uint8 [h, w, C].
+
+    Raises:
+      DataError: it is not such a file, is damaged, or has too many pixels; names the file.
+    """
+    height, width, channels = image_shape
+    try:
+        with Image.open(file, formats=("PNG", "JPEG")) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(
+                    f"{file}: {picture.width}x{picture.height} pixels; at most {MAX_PIXELS:,} are read"
+                )
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):  # convert() would clip 16 bits to 8
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if channels != 4 and (picture.has_transparency_data):
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert(MODES[channels])
+            keep = own_size and picture.width >= width and picture.height >= height
+            if not keep and picture.size != (width, height):
+                picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+            return np.asarray(picture).reshape(picture.height, picture.width, channels)
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{file}: too many pixels ({error})") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "not a PNG or JPEG image" if "cannot identify" in str(error) else str(error)
+        raise DataError(f"{file}: cannot be read ({reason})") from None
+
+
+def draw_class_map(class_map: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """The class map as a picture: the colour of each score is its winning class, the brightness
+    its probability.
+
+    Args:
+      class_map: float32 [h, w, classes], probabilities.
+      size: (height, width) in pixels to which the map is enlarged.
+    """
+    import matplotlib
+
+    colours = matplotlib.colormaps["tab10" if class_map.shape[-1] <= 10 else "tab20"].colors
+    winner = class_map.argmax(-1) % len(colours)
+    picture = np.array(colours)[winner] * class_map.max(-1, keepdims=True)
+    image = Image.fromarray((picture * 255).round().astype(np.uint8), "RGB")
+    return image.resize((size[1], size[0]), Image.Resampling.NEAREST)
+
+
+def _takes_any_size(run: Run) -> bool:
+    """Whether the model maps an image to a map of scores."""
+    image = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
+    return jax.eval_shape(run.model.apply, run.variables, image).ndim == 4
+
+
+def _scores(variables: dict, image: jax.Array, *, run: Run) -> tuple[jax.Array, jax.Array | None]:
+    """uint8 [1, H, W, C] -> probabilities [classes], and those of the class map [h, w, classes]."""
+    options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
+    logits = step.predict_step(variables, image, **options)
+    class_map = None
+    raw = run.model.apply(variables, normalise(image, run.data))
+    if raw.ndim == 4:
+        class_map = jax.nn.softmax(raw[0])
+    return jax.nn.softmax(logits[0]), class_map
+
+
+def _write_csv(path: Path, predictions: list[Prediction]) -> None:
+    places = range(1, len(predictions[0].classes) + 1)
+    header = ["file", *(f"{kind}_{i}" for i in places for kind in ("class", "probability"))]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for prediction in predictions:
+            pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+            writer.writerow([prediction.file, *(item for pair in pairs for item in pair)])

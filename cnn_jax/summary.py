@@ -1,0 +1,139 @@
+"""What an architecture is made of: layers, output shapes, parameters, FLOPs."""
+
+import dataclasses
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnn_jax.config import Config
+from cnn_jax.errors import ConfigError
+from cnn_jax.models.layers import Flatten, MaxPool
+
+# Images of the datasets of the lecture; for any other, --input_size says it.
+IMAGE_SHAPES = {
+    "garments": (28, 28, 1),
+    "fashion_mnist": (28, 28, 1),
+    "mnist": (28, 28, 1),
+    "cifar10": (32, 32, 3),
+    "cifar100": (32, 32, 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of a model.
+
+    Attributes:
+      name: of the module, as in its parameters.
+      kind: what it is, as in "Conv 5x5".
+      shape: of its output, without the batch.
+      parameters: how many it has.
+      flops: of one image forward: two for each multiplication with addition.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A model on images of one shape."""
+
+    model: str
+    image_shape: tuple[int, int, int]
+    layers: tuple[Layer, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def flops(self) -> int:
+        return sum(layer.flops for layer in self.layers)
+
+
+def input_shape(config: Config, input_size: str | None) -> tuple[int, int, int]:
+    """(H, W, C) of the images: what --input_size says, else what is known of the dataset.
+
+    Raises:
+      ConfigError: it is not SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS, or it is needed and absent.
+    """
+    known = IMAGE_SHAPES.get(config.data.name.partition(":")[0])
+    if known and config.data.image_size:
+        known = (*config.data.image_size, known[2])
+    if input_size is None:
+        if known is None:
+            raise ConfigError(
+                f"--input_size: needed for data.name={config.data.name}, as in 64x64x3"
+            )
+        return known
+    channels = known[2] if known else 3
+    if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", input_size):
+        raise ConfigError(f"--input_size={input_size}: write SIZE, HxW or HxWxC, as in 64x64x3")
+    sizes = [int(part) for part in input_size.split("x")]
+    if len(sizes) == 1:
+        return sizes[0], sizes[0], channels
+    return (*sizes[:2], sizes[2] if len(sizes) == 3 else channels)
+
+
+def summarise(model: nn.Module, image_shape: tuple[int, int, int]) -> Summary:
+    """Follows an image of `image_shape` (H, W, C) through `model`; nothing is computed.
+
+    Raises:
+      ConfigError: the model does not take such images.
+    """
+    layers: list[Layer] = []
+
+    def record(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        module = context.module
+        if context.method_name == "__call__" and module.path and hasattr(output, "shape"):
+            own = module.variables.get("params", {})
+            arrays = {name: leaf for name, leaf in own.items() if hasattr(leaf, "shape")}
+            if arrays or not own:
+                layers.append(_layer(module, arrays, args[0].shape, output.shape))
+        return output
+
+    def run(image: jax.Array) -> jax.Array:
+        with nn.intercept_methods(record):
+            return model.init_with_output(jax.random.key(0), image)
+
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    try:
+        jax.eval_shape(run, image)
+    except Exception as error:
+        shown, reason = "x".join(map(str, image_shape)), str(error).splitlines()[0][:200]
+        raise ConfigError(
+            f"model={type(model).__name__}: takes no images of {shown} ({reason})"
+        ) from error
+    if any(0 in layer.shape for layer in layers):
+        shown = "x".join(map(str, image_shape))
+        raise ConfigError(f"model={type(model).__name__}: images of {shown} are too small for it")
+    return Summary(type(model).__name__, image_shape, tuple(layers))
+
+
+def _layer(module: nn.Module, arrays: dict, before: tuple, after: tuple) -> Layer:
+    parameters = sum(int(np.prod(array.shape)) for array in arrays.values())
+    kind, flops = type(module).__name__, 0
+    if "kernel" in arrays:
+        shape = arrays["kernel"].shape
+        # A kernel's multiplications, once for each place of the output.
+        flops = 2 * int(np.prod(shape)) * int(np.prod(after[1:-1]))
+        if len(shape) == 4:
+            strides = (
+                module.strides if isinstance(module.strides, int) else max(module.strides or (1,))
+            )
+            padding = f" {module.padding.lower()}" if isinstance(module.padding, str) else ""
+            kind += f" {shape[0]}x{shape[1]}" + (f" /{strides}" if strides != 1 else "") + padding
+    elif isinstance(module, MaxPool):
+        kind += f" {module.window[0]}x{module.window[1]}"
+    elif not isinstance(module, Flatten):
+        flops = int(np.prod(before[1:]))
+    return Layer("/".join(module.path), kind, after[1:], parameters, flops)

@@ -1,0 +1,11 @@
+"""A network of convolutions alone on Fashion-MNIST (lecture, 1x1 Convolution).
+
+./launch.sh train --experiment=fashion_mnist/fully_conv
+"""
+
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.models import FullyConvCNN
+
+
+def config() -> Config:
+    return Config(model=FullyConvCNN(), data=DataConfig("fashion_mnist"))

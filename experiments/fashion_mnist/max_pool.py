@@ -1,0 +1,11 @@
+"""Down-sampling by max pooling on Fashion-MNIST (lecture, Down-sampling, example 1).
+
+./launch.sh train --experiment=fashion_mnist/max_pool
+"""
+
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.models import MaxPoolCNN
+
+
+def config() -> Config:
+    return Config(model=MaxPoolCNN(), data=DataConfig("fashion_mnist"))

@@ -1,0 +1,11 @@
+"""The strided network with 'same' padding on Fashion-MNIST (lecture, Padding).
+
+./launch.sh train --experiment=fashion_mnist/same_padding
+"""
+
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.models import SamePaddingCNN
+
+
+def config() -> Config:
+    return Config(model=SamePaddingCNN(), data=DataConfig("fashion_mnist"))

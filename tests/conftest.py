@@ -1,0 +1,29 @@
+"""Four virtual CPU devices, a cache of the tests' own, and small datasets that are really on disk."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before JAX starts.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["CNN_JAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="cnn_jax_tests_")
+
+import pytest
+
+from cnn_jax.loop import Splits
+from tests.tiny import make_examples, prepare_tiny_squares
+
+
+@pytest.fixture(scope="session")
+def splits() -> Splits:
+    """160 training and 48 test examples of 28x28x1 in ten classes."""
+    return Splits(make_examples(160), None, make_examples(48, seed=1))
+
+
+@pytest.fixture(scope="session")
+def tfds_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS data_dir with `tiny_squares`: 160 train and 48 test images of 28x28x1, array_record."""
+    folder = tmp_path_factory.mktemp("tfds")
+    prepare_tiny_squares(folder)
+    return folder
