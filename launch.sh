@@ -214,7 +214,7 @@ set_up() {
     status=$?
   if [ "$status" -ne 0 ]; then
     [ ! -s "$unready" ] || mv -f "$unready" "$stamp"
-    die 1 "pip could not install cnn_jax (exit $status): $(grep 'ERROR' "$log" | tail -n 1); see $log"
+    die 1 "pip could not install cnn_jax (exit $status): $(grep -o 'ERROR.*' "$log" | tail -n 1); see $log"
   fi
   extras=${asked_extra:-$stamp_extra}
   printf '%s\n' "$root" "$python_path" "$platform" "$extras" "$sources" >"$unready"

@@ -1,0 +1,452 @@
+"""launch.sh, driven in a copy of the repository with a stand-in for Python: nothing is installed."""
+
+import ast
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# All that launch.sh may need besides Python.
+TOOLS = "bash cat cksum dirname find flock grep mkdir mv readlink rm tail timeout"
+
+# Behaves as Python does towards launch.sh and notes what it is asked in $FAKE_LOG. FAKE_VENV and
+# FAKE_PIP say how these two steps end: "killed" takes launch.sh along, "failed" is an ordinary
+# failure, "held" waits for a byte on $FAKE_GO. It imports little because each test starts it often.
+FAKE_PYTHON = r"""
+import os, sys
+
+me, *arguments = sys.argv[1:]
+venv = os.path.dirname(os.path.dirname(me))
+
+
+def step(name, text):
+    with open(os.environ["FAKE_LOG"], "a") as log:
+        log.write(text + "\n")
+    end = os.environ.get("FAKE_" + name)
+    if end == "killed":
+        os.kill(os.getppid(), 9)
+        sys.exit(1)
+    if end == "failed":
+        sys.exit("ERROR: No matching distribution found for jax")
+    if end == "held":
+        os.write(int(os.environ["FAKE_STARTED"]), b".")
+        os.read(int(os.environ["FAKE_GO"]), 1)
+
+
+if arguments[0] == "-c":
+    print(os.environ.get("FAKE_ANSWER", "3.11 yes"), me)
+elif arguments[:2] == ["-m", "venv"]:
+    os.mkdir(arguments[2] + "/bin")
+    step("VENV", "venv")
+    os.symlink(me, arguments[2] + "/bin/python")
+    open(arguments[2] + "/pip", "w").close()
+elif arguments[:3] == ["-m", "pip", "--version"]:
+    sys.exit(not os.path.exists(venv + "/pip"))
+elif arguments[:3] == ["-m", "pip", "install"]:
+    step("PIP", "pip " + arguments[-1])
+    os.makedirs(venv + "/lib/python3.11/site-packages/cnn_jax-0.1.0.dist-info", exist_ok=True)
+else:
+    report = {"arguments": arguments, "pid": os.getpid(), "cwd": os.getcwd()}
+    if "FAKE_WAIT" not in os.environ:
+        print(report)
+        sys.exit(int(os.environ.get("FAKE_EXIT", "0")))
+    import signal
+
+    handled = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+    print(report, flush=True)
+    sys.exit(100 + signal.sigwait(handled))
+"""
+
+
+class House:
+    """A copy of what launch.sh needs, in a folder whose name asks for quoting."""
+
+    def __init__(self, folder: Path):
+        self.root = folder / "a [house]"
+        self.tools = folder / "tools"
+        self.log = folder / "log"
+        self.root.mkdir()
+        self.tools.mkdir()
+        for name in ("launch.sh", "setup.cfg", "pyproject.toml"):
+            shutil.copy(REPOSITORY / name, self.root)
+        for name in TOOLS.split():
+            if found := shutil.which(name):
+                (self.tools / name).symlink_to(found)
+        self.fake = folder / "fake_python.py"
+        self.fake.write_text(FAKE_PYTHON)
+        self.add_tool("python3.11", f"exec '{sys.executable}' -SE '{self.fake}' \"$0\" \"$@\"")
+
+    def add_tool(self, name: str, line: str) -> Path:
+        path = self.tools / name
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+        return path
+
+    def start(self, *arguments: str, cwd: Path | None = None, fds=(), **environment: str):
+        return subprocess.Popen(
+            [self.root / "launch.sh", *arguments],
+            cwd=cwd or self.root,
+            env={"PATH": str(self.tools), "FAKE_LOG": str(self.log), **environment},
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def call(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+        with self.start(*arguments, **options) as process:
+            stdout, stderr = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+    def run(self, *arguments: str, **options) -> list[str]:
+        """A call that has to succeed; returns what Python was run with."""
+        result = self.call(*arguments, **options)
+        assert result.returncode == 0, result.stderr
+        return handed_on(result.stdout)
+
+    def steps(self) -> list[str]:
+        """The steps of a set-up since the last question."""
+        steps = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return steps
+
+    def change_setup_cfg(self):
+        with open(self.root / "setup.cfg", "a") as file:
+            file.write("# changed\n")
+
+
+def handed_on(stdout: str) -> list[str]:
+    return ast.literal_eval(stdout)["arguments"]
+
+
+def error_line(result: subprocess.CompletedProcess) -> str:
+    """The one line of a call that has to end before it does anything."""
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+@pytest.fixture
+def house(tmp_path):
+    return House(tmp_path)
+
+
+@pytest.fixture
+def ready_house(house):
+    house.run("list")
+    house.steps()
+    return house
+
+
+@pytest.fixture
+def held_pip():
+    """Pipes on which a held pip says that it has started, and waits to be let go."""
+    started, say_started = os.pipe()
+    wait_to_go, go = os.pipe()
+    open_fds = {started, say_started, wait_to_go, go}
+
+    class HeldPip:
+        def __init__(self):
+            self.options = {
+                "fds": (say_started, wait_to_go),
+                "FAKE_PIP": "held",
+                "FAKE_STARTED": str(say_started),
+                "FAKE_GO": str(wait_to_go),
+            }
+
+        def wait_until_started(self):
+            os.close(say_started)
+            open_fds.remove(say_started)
+            assert os.read(started, 1) == b"."
+
+        def let_go(self):
+            os.write(go, b".")
+
+    yield HeldPip()
+    for fd in open_fds:
+        os.close(fd)
+
+
+def test_alone_it_sets_up_and_runs_the_quick_start(house):
+    assert house.run() == ["-P", "-m", "cnn_jax.main", "train", "--experiment=quickstart"]
+    assert house.steps() == ["venv", "pip ."]
+
+
+def test_hands_on_arguments_and_keeps_the_folder(ready_house, tmp_path):
+    result = ready_house.call("train", "--set", "a.b=x y", "", "*", cwd=tmp_path)
+    assert handed_on(result.stdout)[3:] == ["train", "--set", "a.b=x y", "", "*"]
+    assert ast.literal_eval(result.stdout)["cwd"] == str(tmp_path)
+
+
+def test_runs_through_a_link_to_it(ready_house, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(Path(ready_house.root.name) / "launch.sh")
+    environment = {"PATH": str(ready_house.tools), "FAKE_LOG": str(ready_house.log)}
+    stdout = subprocess.check_output([link, "list"], env=environment, text=True)
+    assert handed_on(stdout)[3:] == ["list"]
+    assert ready_house.steps() == []
+
+
+def test_hands_on_the_exit_code(ready_house):
+    assert ready_house.call("train", FAKE_EXIT="5").returncode == 5
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_python(ready_house, sent):
+    with ready_house.start("train", FAKE_WAIT="1") as process:
+        assert ast.literal_eval(process.stdout.readline())["pid"] == process.pid
+        process.send_signal(sent)
+    assert process.returncode == 100 + sent
+
+
+def test_help_without_a_set_up(house):
+    result = house.call("--help")
+    assert result.returncode == 0
+    assert "./launch.sh test" in result.stdout
+    assert house.steps() == []
+
+
+def test_setup_runs_nothing(house):
+    result = house.call("setup")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert house.steps() == ["venv", "pip ."]
+
+
+def test_setup_refuses_an_argument(house):
+    result = house.call("setup", "--gpu")
+    assert result.returncode == 2
+    assert error_line(result) == "launch.sh: setup takes no argument, got '--gpu'"
+
+
+def test_a_second_call_installs_nothing(ready_house):
+    result = ready_house.call("list")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ready_house.steps() == []
+
+
+@pytest.mark.parametrize("name", ["setup.cfg", "pyproject.toml"])
+def test_a_changed_file_is_installed_again(ready_house, name):
+    with open(ready_house.root / name, "a") as file:
+        file.write("# changed\n")
+    ready_house.run("list")
+    ready_house.run("list")
+    assert ready_house.steps() == ["pip ."]
+
+
+def test_tests_add_their_tools_once(ready_house, tmp_path):
+    arguments = ready_house.run("test", "-k", "a or b", cwd=tmp_path)
+    assert arguments[:2] == ["-m", "pytest"]
+    assert arguments[-2:] == ["-k", "a or b"]
+    ready_house.run("test")
+    ready_house.run("list")
+    assert ready_house.steps() == ["pip .[test]"]
+    ready_house.change_setup_cfg()
+    ready_house.run("list")
+    assert ready_house.steps() == ["pip .[test]"]
+
+
+def test_faults_selects_every_test_before_other_arguments(ready_house):
+    arguments = ready_house.run("test", "-x", "--faults", "-m", "slow")
+    assert arguments[-5:] == ["-m", "", "-x", "-m", "slow"]
+
+
+@pytest.mark.parametrize("step", ["FAKE_VENV", "FAKE_PIP"])
+def test_a_killed_set_up_starts_anew(house, step):
+    assert house.call("list", **{step: "killed"}).returncode == -signal.SIGKILL
+    house.steps()
+    house.run("list")
+    assert house.steps() == ["venv", "pip ."]
+
+
+def test_a_killed_addition_starts_anew(ready_house):
+    assert ready_house.call("test", FAKE_PIP="killed").returncode == -signal.SIGKILL
+    ready_house.steps()
+    ready_house.run("list")
+    assert ready_house.steps() == ["venv", "pip ."]
+
+
+def test_sigterm_ends_a_set_up_at_once(house, held_pip):
+    with house.start("list", **held_pip.options) as process:
+        held_pip.wait_until_started()
+        process.terminate()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "cut short" in stderr
+    house.steps()
+    house.run("list")
+    assert house.steps() == ["venv", "pip ."]
+
+
+def lose_base_python(house):
+    (house.root / ".venv/bin/python").unlink()
+    (house.root / ".venv/bin/python").symlink_to("gone")
+
+
+def lose_site_packages(house):
+    shutil.rmtree(house.root / ".venv/lib")
+    (house.root / ".venv/pip").unlink()
+
+
+def lose_pip(house):
+    (house.root / ".venv/pip").unlink()
+    house.change_setup_cfg()
+
+
+def lose_folder(house):
+    shutil.rmtree(house.root / ".venv")
+    (house.root / ".venv").touch()
+
+
+def move(house):
+    house.root = house.root.rename(house.root.with_name("moved"))
+
+
+@pytest.mark.parametrize(
+    "damage", [lose_base_python, lose_site_packages, lose_pip, lose_folder, move]
+)
+def test_a_damaged_environment_is_made_anew(ready_house, damage):
+    stray = ready_house.root / ".venv/stray"
+    stray.touch()
+    damage(ready_house)
+    ready_house.run("list")
+    ready_house.run("list")
+    assert ready_house.steps() == ["venv", "pip ."]
+    assert not stray.exists()
+
+
+def test_a_linked_environment_stays_where_it_is(house, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (house.root / ".venv").symlink_to(elsewhere)
+    house.call("list", FAKE_PIP="killed")
+    house.run("list")
+    assert (house.root / ".venv").is_symlink()
+    assert (elsewhere / "bin/python").exists()
+
+
+def test_somebody_elses_environment_is_installed_into(ready_house):
+    (ready_house.root / ".venv/.cnn_jax-ready").unlink()
+    ready_house.run("list")
+    assert ready_house.steps() == ["pip ."]
+
+
+def test_a_failure_of_pip_is_one_line(house):
+    result = house.call("list", FAKE_PIP="failed")
+    assert result.returncode == 1
+    log = house.root / ".venv-setup.log"
+    cause = "ERROR: No matching distribution found for jax"
+    assert result.stderr.splitlines()[-1] == (
+        f"launch.sh: pip could not install cnn_jax (exit 1): {cause}; see {log}"
+    )
+    assert cause in log.read_text()
+    house.steps()
+    house.run("list")
+    assert house.steps() == ["venv", "pip ."]
+
+
+def test_a_failed_addition_leaves_what_was_there(ready_house):
+    assert ready_house.call("test", FAKE_PIP="failed").returncode == 1
+    ready_house.steps()
+    ready_house.run("list")
+    assert ready_house.steps() == []
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="launch.sh serialises set-ups with flock")
+def test_two_at_once_set_up_once(house, held_pip):
+    with house.start("list", **held_pip.options) as first:
+        held_pip.wait_until_started()
+        with house.start("list") as second:
+            assert "waiting for another set-up" in second.stderr.readline()
+            held_pip.let_go()
+            second_output, _ = second.communicate(timeout=60)
+        first_output, _ = first.communicate(timeout=60)
+    assert handed_on(first_output) == handed_on(second_output)
+    assert house.steps() == ["venv", "pip ."]
+
+
+def test_refuses_an_unknown_platform(house):
+    result = house.call("list", CNN_JAX_PLATFORM="gpu")
+    assert result.returncode == 2
+    assert error_line(result) == "launch.sh: CNN_JAX_PLATFORM is 'gpu'; allowed: cpu, cuda, tpu"
+    assert not (house.root / ".venv").exists()
+
+
+def test_installs_for_the_gpu_that_nvidia_smi_finds(house):
+    house.add_tool("nvidia-smi", "echo 'GPU 0: H100'")
+    house.run("list")
+    house.run("test")
+    assert house.steps() == ["venv", "pip .[cuda]", "pip .[test,cuda]"]
+
+
+def test_a_gpu_driver_without_gpu_means_cpu(house):
+    house.add_tool("nvidia-smi", "echo 'No devices were found'; exit 6")
+    house.run("list")
+    assert house.steps() == ["venv", "pip ."]
+
+
+def test_setup_looks_again_for_a_gpu(ready_house):
+    ready_house.add_tool("nvidia-smi", "echo 'GPU 0: H100'")
+    ready_house.run("list")
+    assert ready_house.steps() == []
+    assert ready_house.call("setup").returncode == 0
+    assert ready_house.steps() == ["pip .[cuda]"]
+
+
+def test_the_platform_can_be_chosen(house):
+    house.add_tool("nvidia-smi", "echo 'GPU 0: H100'")
+    house.run("list", CNN_JAX_PLATFORM="tpu")
+    house.run("list")
+    assert house.steps() == ["venv", "pip .[tpu]"]
+    house.run("list", CNN_JAX_PLATFORM="cpu")
+    assert house.steps() == ["venv", "pip ."]
+
+
+def test_passes_over_a_python_that_does_not_run(house):
+    house.add_tool("python3.13", "echo 'pyenv: python3.13: command not found' >&2; exit 127")
+    result = house.call("list")
+    assert result.returncode == 0
+    assert f"creating .venv with {house.tools}/python3.11 (Python 3.11)" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("3.9 yes", "it is Python 3.9"),
+        ("3.14 yes", "it is Python 3.14"),
+        ("3.11 no", "apt install python3.11-venv"),
+    ],
+)
+def test_no_suitable_python(house, answer, reason):
+    result = house.call("list", FAKE_ANSWER=answer)
+    assert result.returncode == 2
+    line = error_line(result)
+    assert "found no Python 3.11 to 3.13" in line
+    assert f"{house.tools}/python3.11: " in line
+    assert reason in line
+    assert not (house.root / ".venv").exists()
+
+
+def test_python_can_be_chosen(ready_house):
+    (ready_house.tools / "python3.11").rename(ready_house.tools / "my python")
+    ready_house.run("list", PYTHON="my python")
+    ready_house.run("list", PYTHON=f"{ready_house.tools}/my python")
+    ready_house.run("list")
+    assert ready_house.steps() == ["venv", "pip ."]
+
+
+@pytest.mark.parametrize(("python", "reason"), [("none", "not a command"), ("old", "Python 3.9")])
+def test_refuses_an_unsuitable_choice_of_python(house, python, reason):
+    house.add_tool("old", "echo 3.9 yes /usr/bin/old")
+    result = house.call("list", PYTHON=python)
+    assert result.returncode == 2
+    line = error_line(result)
+    assert f"PYTHON is '{python}'" in line
+    assert reason in line
