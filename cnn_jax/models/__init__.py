@@ -5,6 +5,7 @@ from cnn_jax.models.convs import ConvStack, MaxPoolCNN, SamePaddingCNN, StridedC
 from cnn_jax.models.fully_conv import FullyConvCNN
 from cnn_jax.models.lenet import LeNet
 from cnn_jax.models.mlp import MLP
+from cnn_jax.models.speedrun import SpeedrunCNN
 
 __all__ = [
     "MLP",
@@ -14,5 +15,6 @@ __all__ = [
     "LeNet",
     "MaxPoolCNN",
     "SamePaddingCNN",
+    "SpeedrunCNN",
     "StridedCNN",
 ]

@@ -1,0 +1,46 @@
+"""The loop of a contender's process. Standard library only: the peers run it in their own environment.
+
+The parent writes one JSON line {"mode": ..., "seconds": ...} at a time, the worker answers with one
+{"steps": ..., "seconds": ...}. All contenders of a network stay warm while each is measured in turn.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+
+def serve(modes: dict[str, Callable[[int], None]], **about: object) -> None:
+    """Answers the parent until it closes standard input.
+
+    Args:
+      modes: "train" and its like, each a function that runs so many steps and waits for them.
+      about: facts to report once, as in versions.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a framework prints must not mix with the answers
+    compile_seconds = {}
+    for mode, run in modes.items():
+        began = time.perf_counter()
+        run(1)
+        compile_seconds[mode] = time.perf_counter() - began
+        run(2)
+    _answer(out, {**about, "compile_seconds": compile_seconds})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        run, steps, began = modes[asked["mode"]], 0, time.perf_counter()
+        block = 1
+        while (seconds := time.perf_counter() - began) < asked["seconds"]:
+            run(block)
+            steps += block
+            # Waiting for the device once in a tenth of a second measures the steps, not the waiting.
+            block = max(1, int(0.1 * steps / max(time.perf_counter() - began, 1e-6)))
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        _answer(out, {"steps": steps, "seconds": seconds, "peak_memory": peak})
+
+
+def _answer(out, value: dict) -> None:
+    out.write(json.dumps(value) + "\n")
+    out.flush()
