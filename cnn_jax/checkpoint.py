@@ -8,15 +8,23 @@ checkpoints/STEP/ holds, as Orbax items:
 Orbax restores a flipped byte without a word and may read a missing file as zeros. The manifest
 holds the sums of the arrays as they were in memory, and becomes visible with them in one rename:
 what is restored is what was saved, or it is refused.
+
+Orbax writes; the arrays are read with TensorStore, on which it stands. Orbax's own restore of a
+damaged file leaves tracebacks of its threads on the screen, and makes several processes wait for
+each other.
+
+Beside the steps there may be damaged-STEP, set aside by a run that went on from an earlier one, and
+what a killed run left of a save or of a deletion, which the next run clears away.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +32,16 @@ import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from cnn_jax import parallel
+from cnn_jax import workdir as workdirs
 from cnn_jax.errors import CheckpointError
 from cnn_jax.step import TrainState
 
 log = logging.getLogger(__name__)
 
+STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 VARIABLES = ("params", "batch_stats")
 Arrays = dict[str, np.ndarray]
 
@@ -62,7 +73,8 @@ class Checkpoints:
         workdir: of the run; checkpoints/ need not exist.
         keep: how many of the latest `save` leaves, besides the best.
         """
-        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.workdir = Path(workdir).absolute()
+        self.folder = self.workdir / "checkpoints"
         self._keep = keep
         self._writer: ocp.AsyncCheckpointer | None = None
         self._saving: int | None = None
@@ -70,10 +82,10 @@ class Checkpoints:
     # ------------------------------------------------------------------------------- reading
 
     def steps(self) -> list[int]:
-        """Steps for which there is a folder, ascending; what is in it is not looked at."""
+        """Steps for which there is something, ascending; what it is is not looked at."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and p.is_dir())
+        return sorted(int(p.name) for p in self.folder.iterdir() if STEP.fullmatch(p.name))
 
     def read(self, step: int, training: bool = True, verify: bool = True) -> Restored:
         """The arrays and notes of one checkpoint.
@@ -87,30 +99,24 @@ class Checkpoints:
           DamagedCheckpoint: it is not what was saved; names what is wrong first.
         """
         folder = self.folder / str(step)
-        items = {"variables": ocp.args.StandardRestore(), "manifest": ocp.args.JsonRestore()}
-        if training:
-            items["training"] = ocp.args.StandardRestore()
         try:
-            manifest = _read(folder, {"manifest": items.pop("manifest")})["manifest"]
-            if manifest["sha256"] != _sum_of_manifest(manifest) or manifest["step"] != step:
-                raise ValueError("its manifest does not match its own checksum")
-            arrays = {}
-            for tree in _read(folder, items).values():
-                arrays |= _flatten(tree)
-        except Exception as error:  # Orbax raises ValueError, JSONDecodeError, bare Exception, ...
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DamagedCheckpoint(f"{folder}: damaged ({reason})") from error
-        expected = {
-            name: about
-            for name, about in manifest["arrays"].items()
-            if training or name.startswith(VARIABLES)
-        }
-        for name in sorted(expected.keys() | arrays.keys()):
-            if name not in arrays or name not in expected:
-                raise DamagedCheckpoint(f"{folder}: damaged ({name} is missing or was added)")
-            if verify and _describe(arrays[name]) != expected[name]:
-                raise DamagedCheckpoint(f"{folder}: damaged ({name} differs from its checksum)")
-        return Restored(step, arrays, manifest["notes"])
+            manifest = json.loads((folder / "manifest" / "metadata").read_bytes())
+            if manifest.get("sha256") != _sum_of_manifest(manifest):
+                raise ValueError("its manifest differs from its own checksum")
+            notes = manifest["notes"]
+            if manifest["step"] != step:
+                raise ValueError(f"its manifest is that of step {manifest['step']}")
+            expected = manifest["arrays"]
+            variables = [name for name in expected if _is_variable(name)]
+            arrays = _read(folder / "variables", variables)
+            if training:
+                arrays |= _read(folder / "training", [n for n in expected if not _is_variable(n)])
+            for name, array in arrays.items():
+                if verify and _describe(array) != expected[name]:
+                    raise ValueError(f"{name} differs from its checksum")
+        except Exception as error:  # TensorStore and damaged JSON raise many types
+            raise DamagedCheckpoint(f"{folder}: damaged ({_reason(error)})") from error
+        return Restored(step, arrays, notes)
 
     def newest(self, training: bool = True, verify: bool = True) -> Restored | None:
         """The newest valid checkpoint; damaged ones are named and skipped. None: there are none.
@@ -147,14 +153,14 @@ class Checkpoints:
         if which == "latest":
             return self.newest(training, verify)
         if which == "best":
-            scores = self._scores()
-            if not scores:
+            best = self._best()
+            if best is None:
                 raise CheckpointError(
                     f"--checkpoint=best: {self.folder} has no validation accuracy to choose by; "
                     "train with --set data.validation_examples=N"
                 )
-            return self.read(max(scores, key=scores.get), training, verify)
-        if not which.isdigit() or int(which) not in steps:
+            return self.read(best, training, verify)
+        if which not in map(str, steps):
             raise CheckpointError(
                 f"--checkpoint={which}: {self.folder} has latest, best or "
                 + ", ".join(map(str, steps))
@@ -167,30 +173,36 @@ class Checkpoints:
         """Clears away what a dead run left: half-written saves, and damaged later checkpoints.
 
         Damaged ones are kept as damaged-STEP, out of the way of the steps to be saved again.
+
+        Raises:
+          CheckpointError: the folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if ".orbax-checkpoint-tmp" in path.name or path.name.startswith(".deleting-"):
-                shutil.rmtree(path, ignore_errors=True)
-        for step in self.steps():
-            if step > (-1 if resume_at is None else resume_at):
-                target = self.folder / f"damaged-{step}"
-                shutil.rmtree(target, ignore_errors=True)
-                os.rename(self.folder / str(step), target)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if ".orbax-checkpoint-tmp" in path.name or path.name.startswith(".deleting-"):
+                    _remove(path)
+            for step in self.steps():
+                if step > (-1 if resume_at is None else resume_at):
+                    target = self.folder / f"damaged-{step}"
+                    _remove(target)
+                    os.rename(self.folder / str(step), target)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be written: {error.strerror}") from error
 
     def save(self, state: TrainState, notes: dict) -> None:
-        """Starts to save `state`; returns when its arrays are copied, before they are written.
+        """Starts to save `state`; returns before its arrays are written.
 
         Args:
-          state: replicated over all devices and processes.
-          notes: plain JSON, handed back by `read`; "validation_accuracy" makes it a candidate for
-            best.
+          state: of NumPy arrays, equal on all processes.
+          notes: plain JSON, handed back by `read`.
 
         Raises:
           CheckpointError: this or the save before it could not be written.
         """
         self.wait()
-        arrays = {name: np.array(value) for name, value in names(parallel.to_host(state)).items()}
+        # Copied: on a CPU they may be views of buffers that the next step takes over.
+        arrays = {name: np.array(value) for name, value in names(state).items()}
         step = int(arrays["step"])
         manifest = {
             "step": step,
@@ -198,12 +210,14 @@ class Checkpoints:
             "arrays": {name: _describe(array) for name, array in arrays.items()},
         }
         manifest["sha256"] = _sum_of_manifest(manifest)
-        variables = {name: a for name, a in arrays.items() if name.startswith(VARIABLES)}
+        variables = {name: a for name, a in arrays.items() if _is_variable(name)}
         training = {name: a for name, a in arrays.items() if name not in variables}
-        if self._writer is None:
-            self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._saving = step
         try:
+            if not self.folder.is_dir():  # Orbax would make it anew
+                raise FileNotFoundError(f"{self.folder} is gone")
+            if self._writer is None:
+                self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             self._writer.save(
                 self.folder / str(step),
                 args=ocp.args.Composite(
@@ -221,51 +235,51 @@ class Checkpoints:
         Raises:
           CheckpointError: it could not be written.
         """
-        if self._writer is None or self._saving is None:
+        if self._saving is None:
             return
         try:
             self._writer.wait_until_finished()
+            if parallel.is_main_process():
+                self._prune()
         except Exception as error:
             raise self._failed(error) from error
         self._saving = None
-        if parallel.is_main_process():
-            self._prune()
 
     def close(self) -> None:
-        """Waits for the save under way and ends the background threads."""
+        """Waits for the save under way and ends the background threads.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
         try:
             self.wait()
         finally:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                with contextlib.suppress(Exception):  # the same failure again
+                    writer.close()
 
     def _failed(self, error: Exception) -> CheckpointError:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        failed, self._saving = self._saving, None
-        return CheckpointError(f"{self.folder / str(failed)}: could not be written: {reason}")
+        path, self._saving = self.folder / str(self._saving), None
+        return CheckpointError(f"{path}: could not be written: {_reason(error)}")
 
     def _prune(self) -> None:
-        steps, scores = self.steps(), self._scores()
-        kept = {*steps[-self._keep :], *([max(scores, key=scores.get)] if scores else [])}
-        for step in set(steps) - kept:
+        steps = self.steps()
+        for step in set(steps) - {*steps[-self._keep :], self._best()}:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = self.folder / f".deleting-{step}"
             os.rename(self.folder / str(step), doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(doomed)
 
-    def _scores(self) -> dict[int, float]:
-        """Validation accuracy by step, of the checkpoints that have one."""
-        scores = {}
-        for step in self.steps():
-            try:
-                items = {"manifest": ocp.args.JsonRestore()}
-                notes = _read(self.folder / str(step), items)["manifest"]["notes"]
-            except Exception:  # a damaged one is no candidate
-                continue
-            if notes.get("validation_accuracy") is not None:
-                scores[step] = notes["validation_accuracy"]
-        return scores
+    def _best(self) -> int | None:
+        """The step with the highest validation accuracy by metrics.jsonl; the first of equals."""
+        steps = set(self.steps())
+        scores = {
+            line["step"]: line["validation_accuracy"]
+            for line in workdirs.metrics(self.workdir)
+            if line["step"] in steps and isinstance(line.get("validation_accuracy"), float)
+        }
+        return max(scores, key=scores.get) if scores else None
 
 
 def verify(workdir: Path) -> int:
@@ -331,18 +345,45 @@ def _shown(kind: tuple | None) -> str:
     return f"{kind[1]}{list(kind[0])}" if kind else "nothing"
 
 
-def _read(folder: Path, items: dict) -> dict[str, Any]:
-    with warnings.catch_warnings(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        warnings.simplefilter("ignore")  # it recommends to give shardings; these are NumPy arrays
-        return dict(reader.restore(folder, args=ocp.args.Composite(**items)).items())
+def _read(folder: Path, names: list[str]) -> Arrays:
+    """Arrays of an Orbax item by name: zarr arrays in one OCDBT database."""
+    context = tensorstore.Context()  # a cache of its own: the files may have changed since
+    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+
+    def opened(name: str) -> tensorstore.Future:
+        place = database | {"path": name.replace("/", ".") + "/"}
+        return tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, context=context)
+
+    opening = {name: opened(name) for name in names}
+    reading = {name: future.result().read() for name, future in opening.items()}
+    return {name: np.asarray(future.result()) for name, future in reading.items()}
+
+
+def _is_variable(name: str) -> bool:
+    return name.split("/")[0] in VARIABLES
+
+
+def _reason(error: Exception) -> str:
+    """What an error of Orbax or TensorStore says, which can be pages, as part of one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if number := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
+        return os.strerror(int(number[1]))
+    text = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
+    return text[:300] or type(error).__name__
+
+
+def _remove(path: Path) -> None:
+    """Deletes a folder or file, if it is there and can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _nest(arrays: Arrays) -> dict:
     return flax.traverse_util.unflatten_dict(arrays, sep="/")
-
-
-def _flatten(tree: dict) -> Arrays:
-    return {k: np.asarray(v) for k, v in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 
 def _describe(array: np.ndarray) -> dict:

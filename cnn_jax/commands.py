@@ -9,8 +9,9 @@ from absl import flags
 
 from cnn_jax.errors import ConfigError
 
-# Each flag once: name -> (absl's DEFINE function, default, help). A default of REQUIRED has none.
-REQUIRED = object()
+# Each flag once: name -> (absl's DEFINE function, default, help). A default of REQUIRED has none; a
+# command that gives SEVERAL as one needs the flag too, and takes it more than once.
+REQUIRED, SEVERAL = object(), object()
 FLAGS = {
     "experiment": (
         flags.DEFINE_string,
@@ -47,9 +48,17 @@ FLAGS = {
         REQUIRED,
         "PNG or JPEG files, folders or glob patterns, separated by commas; may be repeated",
     ),
-    "top_k": (flags.DEFINE_integer, 3, "how many classes to name for each image"),
+    "top_k": (
+        flags.DEFINE_integer,
+        None,
+        "how many classes to name for each image; default 3, or all if there are fewer",
+    ),
     "output": (flags.DEFINE_string, None, "where to write"),
-    "input_size": (flags.DEFINE_string, None, "image size as HEIGHTxWIDTHxCHANNELS or one number"),
+    "input_size": (
+        flags.DEFINE_string,
+        None,
+        "image size as SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS",
+    ),
     "coordinator": (
         flags.DEFINE_string,
         None,
@@ -57,7 +66,23 @@ FLAGS = {
     ),
     "processes": (flags.DEFINE_integer, 1, "how many processes take part in the run"),
     "process": (flags.DEFINE_integer, 0, "which of them this is, from 0"),
+    "networks": (flags.DEFINE_list, [], "which to measure, separated by commas; all by default"),
+    "batch_size": (flags.DEFINE_integer, 128, "examples a step"),
+    "peers": (
+        flags.DEFINE_bool,
+        False,
+        "measures PyTorch and Keras too, installed into .venv-peers",
+    ),
+    "rounds": (flags.DEFINE_integer, 5, "how often each contender is measured, in turn"),
+    "seconds": (flags.DEFINE_float, 2.0, "how long each time"),
+    "write": (flags.DEFINE_bool, False, "puts the tables into experiments/RESULTS.md"),
     "debug": (flags.DEFINE_bool, False, "shows the traceback of an error"),
+}
+
+ALLOWED = {
+    flags.DEFINE_bool: "true or false",
+    flags.DEFINE_integer: "a whole number",
+    flags.DEFINE_float: "a number",
 }
 
 
@@ -90,11 +115,24 @@ class Command:
                 f"{'nearest' if near else 'it has'}: "
                 + ", ".join(f"--{flag}" for flag in near or self.flags)
             ) from None
+        except flags.IllegalFlagValueError as error:  # "flag --top_k=x: ", then words of Python's
+            given = str(error).removeprefix("flag ").partition(": ")[0]
+            name = given.partition("=")[0].lstrip("-")
+            allowed = ALLOWED[FLAGS[name][0]] if name in FLAGS else "valid"
+            raise ConfigError(f"{given}: must be {allowed}") from None
+        except (flags.Error, ValueError) as error:  # ValueError: --nodry_run=3
+            raise ConfigError(str(error)) from None
         if rest:
-            raise ConfigError(f"{rest[0]}: unexpected; flags are written --name=value")
+            raise ConfigError(
+                f"{rest[0]}: unexpected; flags are written --name=value, patterns in quotes"
+            )
         for flag, default in self.flags.items():
-            if default is REQUIRED and values[flag].value in (None, []):
+            value = values[flag].value
+            if default in (REQUIRED, SEVERAL) and value in (None, []):
                 raise ConfigError(f"--{flag}: {self.name} needs it ({FLAGS[flag][2]})")
+            multi = default is SEVERAL or FLAGS[flag][0] is flags.DEFINE_multi_string
+            if "" in (value if multi else [value]):
+                raise ConfigError(f"--{flag}=: is empty; leave it out, or give it a value")
         return values
 
     def usage(self) -> str:
@@ -102,6 +140,7 @@ class Command:
         lines = [f"./launch.sh {self.name}: {self.title}", ""]
         for flag, default in self.flags.items():
             shown = "" if default in (None, [], False, REQUIRED) else f" (default {default})"
+            shown = "; may be repeated" if default is SEVERAL else shown
             lines.append(f"  --{flag:14}{FLAGS[flag][2]}{shown}")
         return "\n".join(lines)
 
@@ -109,7 +148,9 @@ class Command:
         values = flags.FlagValues()
         for flag, default in self.flags.items():
             define, _, text = FLAGS[flag]
-            define(flag, None if default is REQUIRED else default, text, flag_values=values)
+            define = flags.DEFINE_multi_string if default is SEVERAL else define
+            default = None if default in (REQUIRED, SEVERAL) else default
+            define(flag, default, text, flag_values=values)
         return values
 
 
@@ -180,25 +221,27 @@ def list(values: flags.FlagValues) -> None:
 )
 def train(values: flags.FlagValues) -> None:
     """Trains an experiment, going on where an earlier call stopped."""
-    from cnn_jax import experiment, loop, parallel
+    from cnn_jax.signals import StopSignals
 
-    config = experiment.load(values.experiment, values.set)
-    if values.coordinator:
-        parallel.start_processes(
-            values.coordinator, values.processes, values.process, config.heartbeat_seconds
-        )
+    with StopSignals():  # there is nothing to save: a signal ends the process at once
+        from cnn_jax import experiment, loop, parallel
+
+        config = experiment.load(values.experiment, values.set)
+        if values.coordinator or values.processes != 1 or values.process:
+            parallel.start_processes(
+                values.coordinator, values.processes, values.process, config.heartbeat_seconds
+            )
     if values.dry_run:
         loop.dry_run(config, values.data_dir, values.download)
         return
     name = Path(values.experiment).stem if values.experiment.endswith(".py") else values.experiment
-    workdir = Path(values.workdir or Path("runs") / name)
+    workdir = _path(values.workdir or f"runs/{name}")
     lines = loop.train(
         config, workdir, name, values.data_dir, values.download, verify=values.verify
     )
     if not parallel.is_main_process():
         return
-    if lines:
-        last = lines[-1]
+    if lines and "test_accuracy" in (last := lines[-1]):
         print(
             f"test accuracy {last['test_accuracy']:.4f} after epoch {last['epoch']}, in {workdir}"
         )
@@ -230,21 +273,21 @@ def predict(values: flags.FlagValues) -> int:
     from cnn_jax import tables
 
     run = _load_run(values)
-    output = Path(values.output) if values.output else run.workdir / "predictions"
+    output = _path(values.output) if values.output else run.workdir / "predictions"
     predictions, broken = prediction.predict(run, values.images, output, values.top_k)
     tables.print_predictions(predictions)
     print(f"written to {output / 'predictions.csv'}")
     return prediction.BROKEN_IMAGES_EXIT_CODE if broken else 0
 
 
-@command("experiment", "set", "input_size")
+@command("experiment", "set", "input_size", "data_dir")
 def summary(values: flags.FlagValues) -> None:
     """Shows an architecture: layers, output shapes, parameters, FLOPs."""
     from cnn_jax import experiment, tables
     from cnn_jax import summary as summaries
 
     config = experiment.load(values.experiment, values.set)
-    shape = summaries.input_shape(config, values.input_size)
+    shape = summaries.input_shape(config, values.input_size, values.data_dir)
     tables.print_summary(summaries.summarise(config.model, shape))
 
 
@@ -253,7 +296,27 @@ def verify(values: flags.FlagValues) -> int:
     """Checks every checkpoint of a workdir against its checksums."""
     from cnn_jax import checkpoint
 
-    return checkpoint.verify(Path(values.workdir))
+    return checkpoint.verify(_path(values.workdir))
+
+
+@command("networks", "batch_size", "peers", "rounds", "seconds", "write")
+def benchmark(values: flags.FlagValues) -> None:
+    """Measures the training steps of the architectures, alone or beside PyTorch and Keras."""
+    from cnn_jax.benchmark import run
+
+    run.benchmark(
+        values.networks,
+        values.batch_size,
+        values.peers,
+        values.rounds,
+        values.seconds,
+        values.write,
+    )
+
+
+def _path(text: str) -> Path:
+    # The shell leaves the ~ of --workdir=~/runs as it is.
+    return Path(text).expanduser()
 
 
 def _load_run(values: flags.FlagValues):
@@ -262,4 +325,29 @@ def _load_run(values: flags.FlagValues):
     from cnn_jax import experiment
 
     model = experiment.load(values.experiment).model if values.experiment else None
-    return evaluation.load_run(Path(values.workdir), values.checkpoint, model, values.verify)
+    return evaluation.load_run(_path(values.workdir), values.checkpoint, model, values.verify)
+
+
+@command(
+    "workdir",
+    "checkpoint",
+    "output",
+    "data_dir",
+    "experiment",
+    "verify",
+    workdir=SEVERAL,
+    experiment=None,
+)
+def report(values: flags.FlagValues) -> None:
+    """Draws what a run learned, or how several compare, as one HTML page."""
+    from cnn_jax.report import page
+
+    path = page.report(
+        [_path(workdir) for workdir in values.workdir],
+        values.checkpoint,
+        values.experiment,
+        values.data_dir,
+        _path(values.output) if values.output else None,
+        values.verify,
+    )
+    print(f"written to {path}")

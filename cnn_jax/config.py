@@ -4,7 +4,7 @@ An experiment file returns a `Config`; `--set field=value` changes it. Modules a
 stand in it as themselves.
 """
 
-import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -27,7 +27,7 @@ class DataConfig:
     """Which images, how they are split, scaled and augmented.
 
     Attributes:
-      name: a TFDS dataset of labelled images ("fashion_mnist", "mnist/3.*.*"), or "garments".
+      name: a TFDS dataset of labelled images ("fashion_mnist", "mnist:3.*.*"), or "garments".
       train_split: a TFDS split of that dataset, for training.
       test_split: the split that is evaluated; it chooses nothing.
       validation_examples: examples taken from the training split, by the seed 0 whatever the run's
@@ -68,7 +68,7 @@ class Config:
       warmup_epochs: epochs of linear rise from 0.
       final_learning_rate: where the cosine and linear schedules end.
       weight_decay: of kernels, not of biases and scales. Decoupled where the optimizer takes
-        `weight_decay` (adamw, lion, ...), otherwise an L2 term in the gradient.
+        `weight_decay` and a mask (adamw, lion, ...), otherwise an L2 term in the gradient.
       clip_norm: limit of the gradient's global norm.
       label_smoothing: in [0, 1).
       compute_dtype: of activations and of the kernels' copies they meet; parameters stay float32.
@@ -109,6 +109,8 @@ class Config:
     heartbeat_seconds: int = 100
 
 
+UNIONS = (typing.Union, types.UnionType)
+
 # What a run may change when it goes on: none of these touches the mathematics.
 CHANGEABLE_ON_RESUME = frozenset(
     {
@@ -147,7 +149,7 @@ def _replace(value: Any, names: list[str], path: str, text: str) -> Any:
     name, *rest = names
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or sorted(fields)
-        where = path[: -len(".".join(names))].rstrip(".")
+        where = path.removesuffix(".".join(names)).rstrip(".")
         raise ConfigError(
             f"--set {path}={text}: {where or 'the configuration'} has no field {name!r}; "
             f"nearest: {', '.join(near)}"
@@ -158,7 +160,10 @@ def _replace(value: Any, names: list[str], path: str, text: str) -> Any:
             raise ConfigError(f"--set {path}={text}: {name} = {_shown(old)} has no fields")
         new = _replace(old, rest, path, text)
     else:
-        new = _parse(text, fields[name], path, old)
+        try:
+            new = _parse(text, fields[name], old)
+        except ValueError as error:
+            raise ConfigError(f"--set {path}={text}: {error}") from None
     if isinstance(value, functools.partial):
         return functools.partial(value.func, *value.args, **{**value.keywords, name: new})
     return dataclasses.replace(value, **{name: new})
@@ -168,59 +173,54 @@ def _fields(value: Any) -> dict[str, Any]:
     """The names that --set may use inside `value`, with their types."""
     if isinstance(value, functools.partial):
         return {name: type(old) for name, old in value.keywords.items()}
-    if not dataclasses.is_dataclass(value):
+    if not _is_record(value):
         return {}
     hints = typing.get_type_hints(type(value))
     hidden = {"parent", "name"} if isinstance(value, nn.Module) else set()
     return {f.name: hints[f.name] for f in dataclasses.fields(value) if f.name not in hidden}
 
 
-def _parse(text: str, hint: Any, path: str, old: Any = None) -> Any:
-    """`text` as a value of type `hint`; every refusal names the field, the value and the type."""
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _parse(text: str, hint: Any, old: Any) -> Any:
+    """`text` as a value of type `hint`; a ValueError says what is wrong with it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-
-    def refuse(allowed: str) -> ConfigError:
-        return ConfigError(f"--set {path}={text}: {text!r} is not {allowed}")
-
-    if origin in (typing.Union, types.UnionType):
+    if origin in UNIONS:
         if text.lower() == "none" and type(None) in arguments:
             return None
-        (inner,) = (a for a in arguments if a is not type(None))
-        return _parse(text, inner, path, old)
+        *others, last = (kind for kind in arguments if kind is not type(None))
+        for kind in others:
+            with contextlib.suppress(ValueError):
+                return _parse(text, kind, old)
+        return _parse(text, last, old)
     if origin is Literal:
-        if text not in arguments:
-            raise refuse("one of " + ", ".join(arguments))
-        return text
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise refuse("true or false")
-        return text.lower() == "true"
-    if hint is int:
-        try:
-            return int(text)
-        except ValueError:
-            raise refuse("a whole number") from None
-    if hint is float:
-        try:
-            return float(text)
-        except ValueError:
-            raise refuse("a number") from None
-    if hint is str:
-        return text
+        by_text = {str(value): value for value in arguments}
+        if text not in by_text:
+            raise ValueError(f"{text!r} is not one of {', '.join(by_text)}")
+        return by_text[text]
     if origin is tuple:
-        try:
-            items = ast.literal_eval(f"({text.strip('()')},)")
-        except (ValueError, SyntaxError):
-            raise refuse("a list of values such as 1,2") from None
+        items = [item.strip() for item in text.strip("()[]").rstrip(", ").split(",")]
         kinds = arguments if Ellipsis not in arguments else (arguments[0],) * len(items)
         if len(items) != len(kinds):
-            raise refuse(f"a list of {len(kinds)} values")
-        return tuple(_parse(str(i), kind, path) for i, kind in zip(items, kinds, strict=True))
-    inside = list(_fields(old))
-    hint_text = f"; set one of its fields: {', '.join(inside)}" if inside else ""
-    raise ConfigError(
-        f"--set {path}={text}: {path} is {_shown(old)}, which an experiment file chooses{hint_text}"
-    )
+            raise ValueError(f"{text!r} is not a list of {len(kinds)} values")
+        return tuple(_parse(item, kind, None) for item, kind in zip(items, kinds, strict=True))
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{text!r} is not true or false")
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise ValueError(f"{text!r} is not {kind}") from None
+    if hint is str:
+        return text
+    inside = ", ".join(_fields(old))
+    advice = f"; set one of its fields: {inside}" if inside else ""
+    raise ValueError(f"an experiment file chooses this, --set does not{advice}")
 
 
 # --------------------------------------------------------------------------------- JSON form
@@ -230,7 +230,7 @@ def to_json(value: Any) -> Any:
     """`value` as plain JSON: modules and functions by name, with their fields."""
     if isinstance(value, functools.partial):
         return {"function": _name(value.func)} | {k: to_json(v) for k, v in value.keywords.items()}
-    if dataclasses.is_dataclass(value):
+    if _is_record(value):
         head = {"class": type(value).__name__} if isinstance(value, nn.Module) else {}
         return head | {name: to_json(getattr(value, name)) for name in _fields(value)}
     if isinstance(value, (tuple, list)):
@@ -270,9 +270,11 @@ def _from_json(kind: type, saved: dict, path: str) -> Any:
         return tuple(map(as_tuple, value)) if isinstance(value, list) else value
 
     try:
-        return kind(**{key: as_tuple(value) for key, value in saved.items()})
+        value = kind(**{key: as_tuple(value) for key, value in saved.items()})
     except TypeError as error:
         raise ConfigError(f"{path}: {saved}: {error}") from None
+    _check_types(value, f"{path}.")
+    return value
 
 
 def differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:
@@ -313,9 +315,17 @@ def validate(config: Config) -> Config:
 
     _check_types(config, "")
     check(callable(config.optimizer), "optimizer", "an Optax factory such as optax.adam")
-    check(_takes_learning_rate(config.optimizer), "optimizer", "a factory with `learning_rate`")
-    for field in ("epochs", "seed"):
-        check(0 <= getattr(config, field) < 2**31, field, "a whole number from 0 to 2**31 - 1")
+    check(
+        _takes_learning_rate(config.optimizer),
+        "optimizer",
+        "callable as optimizer(learning_rate=0.001)",
+    )
+    fixed = getattr(config.optimizer, "keywords", {}).keys() & {"learning_rate", "weight_decay"}
+    check(not fixed, "optimizer", f"without {', '.join(sorted(fixed))}: set the field of that name")
+    classes = getattr(config.model, "num_classes", 1)
+    check(not isinstance(classes, int) or classes >= 1, "model.num_classes", "at least 1")
+    check(0 <= config.seed < 2**31, "seed", "from 0 to 2**31 - 1")
+    check(1 <= config.epochs < 2**31, "epochs", "from 1 to 2**31 - 1")
     for field in (
         "batch_size",
         "eval_batch_size",
@@ -327,7 +337,8 @@ def validate(config: Config) -> Config:
     ):
         check(getattr(config, field) >= 1, field, "at least 1")
     for field in ("devices", "checkpoint_every_steps"):
-        check((getattr(config, field) or 1) >= 1, field, "at least 1, or none")
+        value = getattr(config, field)
+        check(value is None or value >= 1, field, "at least 1, or none")
     for field in ("learning_rate", "grace_seconds"):
         check(0 < getattr(config, field) < math.inf, field, "greater than 0 and finite")
     for field in ("clip_norm", "checkpoint_every_minutes"):
@@ -338,12 +349,19 @@ def validate(config: Config) -> Config:
     check(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
     check(0 <= config.label_smoothing < 1, "label_smoothing", "in [0, 1)")
     data = config.data
+    for field in ("name", "train_split", "test_split"):
+        check(bool(getattr(data, field)), f"data.{field}", "given")
     check(data.validation_examples >= 0, "data.validation_examples", "0 or more")
     check(data.crop_padding >= 0, "data.crop_padding", "0 or more")
     size = data.image_size
     check(size is None or min(size) >= 1, "data.image_size", "at least 1,1, or none")
-    check(all(map(math.isfinite, data.mean)), "data.mean", "finite")
-    check(all(0 < s < math.inf for s in data.std), "data.std", "greater than 0 and finite")
+    mean, std = data.mean, data.std
+    check(len(mean) > 0 and all(map(math.isfinite, mean)), "data.mean", "finite numbers")
+    check(
+        len(std) > 0 and all(0 < s < math.inf for s in std),
+        "data.std",
+        "numbers greater than 0 and finite",
+    )
     return config
 
 
@@ -351,25 +369,47 @@ def _check_types(value: Any, prefix: str) -> None:
     """Refuses an experiment file's epochs="10" here, in one line, instead of deep in the run."""
     for name, hint in _fields(value).items():
         item = getattr(value, name)
-        arguments = typing.get_args(hint)
-        allowed = (
-            arguments if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        )
-        plain = {int, float, bool, str, types.NoneType}
-        if typing.get_origin(hint) is Literal:
-            good = item in arguments
-        elif set(allowed) <= plain:
-            good = type(item) in allowed or (float in allowed and type(item) is int)
-        elif name in ("model", "data") and isinstance(value, Config):
-            good = isinstance(item, hint)
-        else:
-            good = True
-        if not good:
-            kinds = " or ".join(str(getattr(kind, "__name__", kind)) for kind in allowed)
-            raise ConfigError(f"{prefix}{name}={_shown(item)!r}: must be {kinds}")
-        if dataclasses.is_dataclass(item) and isinstance(value, Config):
+        if not _matches(item, hint):
+            raise ConfigError(f"{prefix}{name}={item!r}: must be {_described(hint)}")
+        if isinstance(value, Config) and _is_record(item):
             _check_types(item, f"{name}.")
 
 
+def _matches(item: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in UNIONS:
+        return any(_matches(item, kind) for kind in arguments)
+    if origin is Literal:
+        return item in arguments
+    if origin is tuple:
+        if not isinstance(item, tuple):
+            return False
+        kinds = arguments if Ellipsis not in arguments else (arguments[0],) * len(item)
+        return len(item) == len(kinds) and all(map(_matches, item, kinds))
+    if hint is float:
+        return isinstance(item, (int, float)) and not isinstance(item, bool)
+    if hint is int:
+        return isinstance(item, int) and not isinstance(item, bool)
+    # What a module of the user's own says of its fields otherwise is between the two of them.
+    return hint not in (bool, str, types.NoneType, nn.Module, DataConfig) or isinstance(item, hint)
+
+
+def _described(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in UNIONS:
+        return " or ".join(map(_described, arguments))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return str(hint)
+    if hint is types.NoneType:
+        return "None"
+    return hint.__name__ if hint in (bool, int, float, str) else f"an object of {hint.__name__}"
+
+
 def _takes_learning_rate(factory: Callable) -> bool:
-    return "learning_rate" in inspect.signature(factory).parameters
+    try:
+        inspect.signature(factory).bind(learning_rate=1e-3)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -16,7 +16,8 @@ from cnn_jax import config as configs
 from cnn_jax import workdir as workdirs
 from cnn_jax.config import DataConfig
 from cnn_jax.data import batches, sources
-from cnn_jax.errors import DataError
+from cnn_jax.errors import CheckpointError, DataError
+from cnn_jax.models.layers import takes_one_image_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,12 @@ def make_eval_step(model: nn.Module, data: DataConfig, compute_dtype: str, mesh:
 
 
 def evaluate_examples(
-    eval_step: Callable, variables: Any, examples: sources.Examples, batch_size: int, mesh: Any
+    eval_step: Callable,
+    variables: Any,
+    examples: sources.Examples,
+    batch_size: int,
+    mesh: Any,
+    before_each: Callable[[], None] | None = None,
 ) -> Result:
     """Evaluates every example once.
 
@@ -59,11 +65,17 @@ def evaluate_examples(
       examples: a split.
       batch_size: divisible by the devices; part of the result's last digits.
       mesh: the devices.
+      before_each: called before each batch; what it raises ends the evaluation.
     """
-    sums = [
-        eval_step(variables, parallel.shard(batch, mesh))
-        for batch in batches.evaluation_batches(examples, batch_size)
-    ]
+    # A batch larger than the split would be padding only.
+    batch_size = min(batch_size, -(-len(examples) // mesh.size) * mesh.size)
+    sums: list[Any] = []
+    for batch in batches.evaluation_batches(examples, batch_size):
+        if before_each is not None:
+            before_each()
+        sums.append(eval_step(variables, parallel.shard(batch, mesh)))
+        if len(sums) > parallel.QUEUE:
+            jax.block_until_ready(sums[-parallel.QUEUE])
     sums = [parallel.to_host(batch_sums) for batch_sums in sums]
     confusion = np.sum([s["confusion"] for s in sums], axis=0, dtype=np.int64)
     loss = float(np.sum([s["loss"] for s in sums], dtype=np.float64))
@@ -118,22 +130,29 @@ def load_run(
       ConfigError: config.json names a model that is not one of cnn_jax.models, and none was given.
     """
     saved = workdirs.read_config(workdir)
-    config = saved["config"]
-    model = model or configs.model_from_json(config["model"])
-    image_shape = tuple(saved["image_shape"])
+    try:
+        config = saved["config"]
+        model = model or configs.model_from_json(config["model"])
+        data = configs.data_from_json(config["data"])
+        image_shape, class_names = tuple(saved["image_shape"]), tuple(saved["class_names"])
+        experiment, batch_size = saved["experiment"], config["eval_batch_size"]
+        compute_dtype = config["compute_dtype"]
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{workdir / 'config.json'}: damaged ({reason})") from None
     restored = checkpoint.Checkpoints(workdir).select(which, verify=verify)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     template = {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
     return Run(
         workdir=workdir,
-        experiment=saved["experiment"],
+        experiment=experiment,
         model=model,
-        data=configs.data_from_json(config["data"]),
-        class_names=tuple(saved["class_names"]),
+        data=data,
+        class_names=class_names,
         image_shape=image_shape,
-        batch_size=config["eval_batch_size"],
-        compute_dtype=config["compute_dtype"],
+        batch_size=batch_size,
+        compute_dtype=compute_dtype,
         step=restored.step,
         variables=checkpoint.fill(template, restored),
         saved=saved,
@@ -154,18 +173,19 @@ def evaluate(
       split: "train", "validation", "test", or any split of the dataset.
       dataset: another dataset than the one of the training; its classes must be as many.
       data_dir: where the dataset lies.
-      devices: how many to use; None: all.
+      devices: how many to use; None: as many as divide the run's batch.
 
     Returns:
       The content of evaluation.json.
 
     Raises:
       DataError: the dataset is missing, damaged, or does not fit the model.
+      CheckpointError: evaluation.json cannot be written.
     """
     data = dataclasses.replace(run.data, name=dataset) if dataset else run.data
     examples = sources.load_examples(data, split, data_dir)
     check_fits(run, examples, data.name)
-    mesh = parallel.make_mesh(devices)
+    mesh = parallel.make_mesh(devices or parallel.devices_for(run.batch_size))
     parallel.check_divides(mesh, eval_batch_size=run.batch_size)
     eval_step = make_eval_step(run.model, run.data, run.compute_dtype, mesh)
     variables = parallel.replicate(run.variables, mesh)
@@ -180,7 +200,11 @@ def evaluate(
         "class_accuracy": dict(zip(run.class_names, result.class_accuracy(), strict=True)),
         "confusion_matrix": result.confusion.tolist(),
     }
-    workdirs.write_json(run.workdir / "evaluation.json", report)
+    try:
+        workdirs.write_json(run.workdir / "evaluation.json", report)
+    except OSError as error:
+        path = run.workdir / "evaluation.json"
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
     return report
 
 
@@ -204,11 +228,18 @@ def check_fits(run: Run, examples: sources.Examples, name: str) -> None:
             f"dataset={name}: has {len(examples.class_names)} classes, "
             f"{run.workdir} was trained on {len(run.class_names)}"
         )
+    if examples.image_shape == run.image_shape:
+        return
+    sizes = (
+        f"dataset={name}: images of {shown(examples.image_shape)}, {run.workdir} was trained on "
+        f"{shown(run.image_shape)}"
+    )
+    if takes_one_image_size(run.model):
+        raise DataError(
+            f"{sizes}, and {type(run.model).__name__} takes no other size; FullyConvCNN does"
+        )
     try:
         image = jax.ShapeDtypeStruct((1, *examples.image_shape), jnp.float32)
         jax.eval_shape(run.model.apply, run.variables, image)
     except ValueError as error:
-        raise DataError(
-            f"dataset={name}: images of {shown(examples.image_shape)}, {run.workdir} was trained on "
-            f"{shown(run.image_shape)} ({error})"
-        ) from None
+        raise DataError(f"{sizes} ({error})") from None

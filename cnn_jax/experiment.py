@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib.util
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def find(experiment: str) -> Path:
       ConfigError: there is none; names the nearest.
     """
     if experiment.endswith(".py"):
-        path = Path(experiment).absolute()
+        path = Path(experiment).expanduser().absolute()
         if not path.is_file():
             raise ConfigError(f"--experiment={experiment}: no such file")
         return path
@@ -59,12 +60,13 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
     path = find(experiment)
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up annotations that are text
     try:
         spec.loader.exec_module(module)
         config = module.config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"--experiment={experiment}: {path} fails: {reason}") from error
+        raise ConfigError(f"--experiment={experiment}: {path.name} fails: {reason}") from error
     if not isinstance(config, Config):
         kind = type(config).__name__
         raise ConfigError(f"--experiment={experiment}: config() returns {kind}, not a Config")

@@ -3,20 +3,23 @@
   load data -> initialise -> restore the newest valid checkpoint
   each epoch: its order of examples is drawn from (seed, epoch); for each batch
     step -> (log) -> loss finite? -> (checkpoint) -> asked to stop? then save and end
-  evaluate -> write the line of metrics.jsonl -> checkpoint
+  (checkpoint) -> evaluate, (asked to stop? then end) -> write the line of metrics.jsonl
 
-A checkpoint after the last step of an epoch is written after its line, so that restoring it never
-repeats or loses a line.
+All that a line says follows from the state after the epoch's last step. A run that is restored at
+that step, and does not find its line, evaluates and writes it before it goes on: however it ended,
+no line is lost or repeated.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import flax.linen as nn
@@ -24,20 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax import checkpoint, evaluate, optim, parallel
+from cnn_jax import checkpoint, evaluate, optim, parallel, pictures
 from cnn_jax import workdir as workdirs
 from cnn_jax.config import Config, validate
+from cnn_jax.curves import Curves
 from cnn_jax.data import batches, sources
-from cnn_jax.errors import ConfigError, DataError, NotFiniteError, Preempted
+from cnn_jax.errors import CheckpointError, ConfigError, DataError, NotFiniteError, Preempted
 from cnn_jax.progress import Progress
 from cnn_jax.signals import StopSignals
 from cnn_jax.step import TrainState, empty_sums, init_state, train_step
 
 log = logging.getLogger(__name__)
-
-# Steps that may be waiting for the device. More would not make it busier, and a signal could not be
-# answered before they are done.
-QUEUE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,18 +96,14 @@ def train(
     workdir = Path(workdir).absolute()
     if parallel.is_main_process():
         workdirs.prepare(workdir)
-    with StopSignals(config.grace_seconds) as signals, workdirs.locked(workdir):
-        known = workdirs.check_same_run(workdir, config)
+    with StopSignals() as signals, workdirs.locked(workdir) as check_lock:
+        workdirs.check_same_run(workdir, config, about={})  # before time goes into the data
         splits = splits or load_splits(config, data_dir, download)
-        run = _Run(config, workdir, mesh, splits, signals)
-        if not known and parallel.is_main_process():
-            about = {"class_names": run.class_names, "image_shape": splits.train.image_shape}
-            workdirs.write_config(workdir, config, experiment, about)
-        try:
-            run.restore(verify)
+        run = _Run(config, workdir, mesh, splits, signals, check_lock)
+        workdirs.check_same_run(workdir, config, run.about)
+        with run:
+            run.restore(verify, experiment)
             run.epochs()
-        finally:
-            run.close()
     return workdirs.metrics(workdir)
 
 
@@ -135,10 +131,16 @@ class _Run:
     """The state of one call of `train`."""
 
     def __init__(
-        self, config: Config, workdir: Path, mesh: Any, splits: Splits, signals: StopSignals
+        self,
+        config: Config,
+        workdir: Path,
+        mesh: Any,
+        splits: Splits,
+        signals: StopSignals,
+        check_lock: Callable[[], None],
     ):
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.splits, self.signals = splits, signals
+        self.splits, self.signals, self.check_lock = splits, signals, check_lock
         self.steps_per_epoch = len(splits.train) // config.batch_size
         if not self.steps_per_epoch:
             raise ConfigError(
@@ -151,52 +153,86 @@ class _Run:
             raise DataError(f"data.test_split: images of {splits.test.image_shape}, not {shape}")
         names = splits.train.class_names
         logits = check_model(config.model, shape, len(names))
-        self.class_names = [*names, *(f"class {i}" for i in range(len(names), logits))]
+        self.about = {
+            "class_names": [*names, *(f"class {i}" for i in range(len(names), logits))],
+            "image_shape": shape,
+            "train_examples": len(splits.train),
+        }
         self.optimizer = optim.make_optimizer(config, self.steps_per_epoch)
         self.checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
         self.progress = Progress(config.epochs, self.steps_per_epoch, config.batch_size)
         self.eval_step = evaluate.make_eval_step(
             config.model, config.data, config.compute_dtype, mesh
         )
-        self.writer: Any = None
+        self.curves = Curves(workdir)
         self.state: TrainState
         self.epoch_seconds = 0.0
+        self.line_is_missing = False
+        self.saved_step: int | None = None
         self.saved_at = time.monotonic()
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Waits for the checkpoint under way; its failure does not hide an earlier error."""
+        self.curves.close()
+        try:
+            self.checkpoints.close()
+        except CheckpointError as own:
+            if error is None:
+                raise
+            if own is not error:
+                log.warning("warning: %s", own)
 
     # ------------------------------------------------------------------------------ stations
 
-    def restore(self, verify: bool) -> None:
-        """Fills `state` from the newest valid checkpoint, or initialises it."""
-        config = self.config
-        state = init_state(config.model, self.optimizer, self.splits.train.image_shape, config.seed)
+    def restore(self, verify: bool, experiment: str) -> None:
+        """Fills `state` from the newest valid checkpoint, or initialises it; readies the workdir."""
+        config, shape = self.config, self.splits.train.image_shape
+        make = functools.partial(init_state, config.model, self.optimizer, shape, config.seed)
         restored = self.checkpoints.newest(verify=verify)
-        if restored is not None:
-            state = checkpoint.fill(state, restored)
+        if restored is None:
+            self.state = parallel.make_replicated(make, self.mesh)
+        else:
+            state = checkpoint.fill(jax.eval_shape(make), restored)
+            self.state = parallel.replicate(state, self.mesh)
             self.epoch_seconds = restored.notes["epoch_seconds"]
+            self.saved_step = restored.step
+            lines = {line["step"] for line in workdirs.metrics(self.workdir)}
+            ended = restored.step > 0 and restored.step % self.steps_per_epoch == 0
+            self.line_is_missing = ended and restored.step not in lines
             self.progress.message(f"resumed from step {restored.step} of {self.workdir}")
-        parallel.largest(0)  # all have read before the main process clears up
+        if not parallel.agree(restored.step if restored else -1):
+            raise CheckpointError(
+                f"workdir={self.workdir}: the processes found different checkpoints in it; all must "
+                "see one and the same folder"
+            )
+        # All have read by now: the main process may change things.
         if parallel.is_main_process():
             self.checkpoints.start_writing(restored.step if restored else None)
             workdirs.keep_metrics_until(self.workdir, restored.step if restored else 0)
-        self.state = parallel.replicate(state, self.mesh)
+            workdirs.write_config(self.workdir, config, experiment, self.about)
 
     def epochs(self) -> None:
         """Trains, evaluates and saves, epoch by epoch."""
         config = self.config
-        step = int(self.state.step)
-        if step >= config.epochs * self.steps_per_epoch:
-            self.progress.message(f"nothing left to do: {step} steps are done")
-            return
-        train = self._compile()
+        epoch = int(self.state.step) // self.steps_per_epoch
         with self.progress:
-            for epoch in range(step // self.steps_per_epoch, config.epochs):
-                self._epoch(epoch, train)
-
-    def close(self) -> None:
-        """Waits for the checkpoint under way and closes the event file."""
-        if self.writer is not None:
-            self.writer.close()
-        self.checkpoints.close()
+            if self.line_is_missing:
+                self._end_epoch(epoch - 1)
+            if epoch >= config.epochs:
+                self.progress.message(f"nothing left to do: {int(self.state.step)} steps are done")
+                return
+            train = self._compile()
+            self.signals.let_finish(config.grace_seconds)
+            for remaining in range(epoch, config.epochs):
+                self._epoch(remaining, train)
 
     # ----------------------------------------------------------------------------- one epoch
 
@@ -205,6 +241,9 @@ class _Run:
         order = batches.epoch_order(config.seed, epoch, len(self.splits.train))
         first = epoch * self.steps_per_epoch
         start = int(self.state.step) - first
+        if start == 0:
+            self.state = self.state.replace(sums=parallel.replicate(empty_sums(), self.mesh))
+            self.epoch_seconds = 0.0
         self.progress.start_epoch(epoch, start)
         began, before = time.perf_counter(), self.epoch_seconds
         running: deque[jax.Array] = deque()
@@ -212,25 +251,30 @@ class _Run:
         for done, batch in enumerate(data, start + 1):
             self.state, loss = train(self.state, parallel.shard(batch, self.mesh))
             running.append(loss)
-            if len(running) > QUEUE:
+            if len(running) > parallel.QUEUE:
                 running.popleft().block_until_ready()
             last = done == self.steps_per_epoch
             if done % config.log_every_steps == 0 or last:
                 self._log(first + done, loss)
             self.epoch_seconds = before + time.perf_counter() - began
+            if last:
+                break
             stop = self._asked_to_stop(done)
-            if not last and (stop or self._checkpoint_due(first + done)):
-                self._save(notes={}, wait=bool(stop))
-            if stop and not last:
-                self._stop(stop, first + done)
-        jax.block_until_ready(self.state)
-        self.epoch_seconds = before + time.perf_counter() - began
-        self._end_epoch(epoch, trained=self.steps_per_epoch - start)
+            if stop or self._checkpoint_due(first + done):
+                self._save()
+            if stop:
+                self._stop(stop)
+        self._end_epoch(epoch)
 
-    def _end_epoch(self, epoch: int, trained: int) -> None:
+    def _end_epoch(self, epoch: int) -> None:
+        """All that follows an epoch's last step; depends on nothing but `state`."""
         config = self.config
-        sums = parallel.to_host(self.state.sums)
         last = epoch + 1 == config.epochs
+        stop = self._asked_to_stop(self.steps_per_epoch)
+        due = last or stop or (epoch + 1) % config.checkpoint_every_epochs == 0
+        if due or self._checkpoint_due(int(self.state.step)):
+            self._save()
+        sums = parallel.to_host(self.state.sums)
         images = self.steps_per_epoch * config.batch_size
         line = {
             "step": int(self.state.step),
@@ -239,31 +283,45 @@ class _Run:
             "train_accuracy": int(sums["correct"]) / images,
         }
         if last or (epoch + 1) % config.eval_every_epochs == 0:
-            variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
-            for name in ("validation", "test"):
-                if (examples := getattr(self.splits, name)) is not None:
-                    result = evaluate.evaluate_examples(
-                        self.eval_step, variables, examples, config.eval_batch_size, self.mesh
-                    )
-                    line |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
+            line |= self._evaluate()
         line["epoch_seconds"] = self.epoch_seconds
         line["images_per_second"] = images / self.epoch_seconds
         if parallel.is_main_process():
+            self.check_lock()
             workdirs.append_metrics(self.workdir, line)
-            self._curves(
+            self.curves.scalars(
                 {k: v for k, v in line.items() if k not in ("step", "epoch")}, line["step"]
             )
         self.progress.end_epoch(line)
-        self.epoch_seconds = 0.0
-        zero = parallel.replicate(empty_sums(), self.mesh)
-        self.state = self.state.replace(sums=zero)
-        stop = self._asked_to_stop(self.steps_per_epoch)
-        if last or stop or (epoch + 1) % config.checkpoint_every_epochs == 0:
-            self._save(
-                {"validation_accuracy": line.get("validation_accuracy")}, wait=last or bool(stop)
-            )
-        if stop and not last:
-            self._stop(stop, line["step"])
+        self.line_is_missing = False
+        if last:
+            self.checkpoints.wait()
+        elif stop := self._asked_to_stop(self.steps_per_epoch):
+            self._stop(stop)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on the validation and test splits."""
+        variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+        line = {}
+        for name in ("validation", "test"):
+            if (examples := getattr(self.splits, name)) is not None:
+                result = evaluate.evaluate_examples(
+                    self.eval_step,
+                    variables,
+                    examples,
+                    self.config.eval_batch_size,
+                    self.mesh,
+                    before_each=self._stop_evaluating,
+                )
+                line |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
+        if parallel.is_main_process():
+            self._pictures(result.confusion, int(self.state.step))
+        return line
+
+    def _stop_evaluating(self) -> None:
+        """Ends the run between two batches of an evaluation, which may take longer than the grace."""
+        if jax.process_count() == 1 and self.signals.exit_code:
+            self._stop(self.signals.exit_code)
 
     def _compile(self) -> Callable:
         """The train step, compiled ahead, so that its seconds are not counted as training."""
@@ -286,23 +344,23 @@ class _Run:
     def _log(self, step: int, loss: jax.Array) -> None:
         """Reads the sums so far: for the bar, the curves, and to see that the loss is finite."""
         sums = parallel.to_host(self.state.sums)
-        if sums["bad_step"] >= 0:
-            self._not_finite(int(sums["bad_step"]), float(sums["bad_loss"]))
+        self._check_finite(sums)
         mean, accuracy = sums["loss"] / sums["count"], sums["correct"] / sums["count"]
         done = (step - 1) % self.steps_per_epoch + 1
         self.progress.update(done, float(mean), float(accuracy))
         if parallel.is_main_process():
-            self._curves({"step_loss": float(loss)}, step)
+            self.curves.scalars({"step_loss": float(loss)}, step)
 
-    def _curves(self, scalars: dict[str, float], step: int) -> None:
-        if self.writer is None:
-            import tensorboardX
-
-            self.writer = tensorboardX.SummaryWriter(
-                str(self.workdir / "tensorboard"), purge_step=step
-            )
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+    def _pictures(self, confusion: np.ndarray, step: int) -> None:
+        """The test split's confusion matrix and the first layer's kernels, for TensorBoard."""
+        try:
+            params, shape = self.state.params, self.splits.train.image_shape
+            images = {"confusion": pictures.draw_confusion(confusion)}
+            if kernel := pictures.first_kernel(self.config.model, shape, params):
+                images["kernels"] = pictures.draw_kernels(kernel[1])
+            self.curves.images(images, step)
+        except Exception as error:  # a picture is not worth a run
+            log.warning("warning: no pictures for TensorBoard: %s: %s", type(error).__name__, error)
 
     # ------------------------------------------------------------------------- saving, ending
 
@@ -324,42 +382,72 @@ class _Run:
         last = step % self.steps_per_epoch == 0
         return jax.process_count() == 1 or last or step % self.config.log_every_steps == 0
 
-    def _save(self, notes: dict, wait: bool) -> None:
-        """Saves `state` unless its loss is not finite: a checkpoint must be worth going back to."""
-        sums = parallel.to_host(self.state.sums)
-        if sums["bad_step"] >= 0:
-            self._not_finite(int(sums["bad_step"]), float(sums["bad_loss"]))
-        self.checkpoints.save(self.state, {"epoch_seconds": self.epoch_seconds, **notes})
-        if wait:
-            self.checkpoints.wait()
-        self.saved_at = time.monotonic()
+    def _save(self) -> None:
+        """Starts to save `state`, once, and only if it is worth going back to.
 
-    def _stop(self, exit_code: int, step: int) -> None:
+        The loss tells of a state that is not finite one step too late: that state is looked at.
+        """
+        state = parallel.to_host(self.state)
+        step = int(state.step)
+        if step == self.saved_step:
+            return
+        self._check_finite(state.sums)
+        for name, array in checkpoint.names(state).items():
+            if not np.isfinite(array).all() and not name.startswith("sums/"):
+                self._not_finite(step - 1, f"{name} is not finite after step {step - 1}")
+        self.check_lock()
+        self.checkpoints.save(state, {"epoch_seconds": self.epoch_seconds})
+        self.saved_step, self.saved_at = step, time.monotonic()
+
+    def _stop(self, exit_code: int) -> None:
+        """Ends the run as a signal asked, with `state` saved."""
+        self._save()
+        self.checkpoints.wait()
         total = self.config.epochs * self.steps_per_epoch
         raise Preempted(
-            f"stopped by a signal after step {step} of {total}, and saved; run the same command "
-            "again to go on",
+            f"stopped by a signal after step {self.saved_step} of {total}, and saved; run the same "
+            "command again to go on",
             exit_code,
         )
 
-    def _not_finite(self, step: int, loss: float) -> None:
-        """Ends the run, leaving the batch in question and the last good checkpoint."""
+    def _check_finite(self, sums: Any) -> None:
+        if (step := int(sums["bad_step"])) >= 0:
+            self._not_finite(step, f"loss={float(sums['bad_loss'])} at step {step}")
+
+    def _not_finite(self, step: int, what: str) -> None:
+        """Ends the run, leaving the batch in question and the last good checkpoint.
+
+        Args:
+          step: the one to blame, counted from 0: a checkpoint of that number is the state before it.
+          what: was found.
+        """
         epoch, place = divmod(step, self.steps_per_epoch)
         order = batches.epoch_order(self.config.seed, epoch, len(self.splits.train))
         batch = order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
         dump = self.workdir / "not_finite.json"
         if parallel.is_main_process():
-            about = {"step": step, "epoch": epoch + 1, "loss": str(loss), "indices": batch.tolist()}
-            workdirs.write_json(dump, about)
-        self.checkpoints.wait()
+            about = {"step": step, "epoch": epoch + 1, "what": what, "indices": batch.tolist()}
+            with _only_warns(OSError):
+                workdirs.write_json(dump, about)
+        with _only_warns(CheckpointError):
+            self.checkpoints.wait()
         good = self.checkpoints.steps()
         kept = (
             f"the checkpoint of step {good[-1]} is kept" if good else "there is no checkpoint yet"
         )
         raise NotFiniteError(
-            f"loss={loss} at step {step} (epoch {epoch + 1}): not finite; {kept}, the batch's "
-            f"indices are in {dump}; try a smaller learning_rate (now {self.config.learning_rate})"
+            f"{what} (epoch {epoch + 1}): not finite; {kept}, the batch's indices are in {dump}; try "
+            f"a smaller learning_rate (now {self.config.learning_rate})"
         )
+
+
+@contextlib.contextmanager
+def _only_warns(kind: type[Exception]) -> Iterator[None]:
+    """What fails here must not hide the error that is about to be raised."""
+    try:
+        yield
+    except kind as error:
+        log.warning("warning: %s", error)
 
 
 def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: int) -> int:

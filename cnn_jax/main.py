@@ -2,14 +2,13 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from absl import flags
 from absl import logging as absl_logging
 
-from cnn_jax import cache, commands
-from cnn_jax.errors import CnnJaxError, ConfigError
+from cnn_jax.errors import CnnJaxError
 
 log = logging.getLogger("cnn_jax")
 
@@ -18,9 +17,13 @@ def main(argv: Sequence[str]) -> int:
     """Runs `argv[0]` with the flags after it; returns the process's exit code."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    debug = "--debug" in argv
+    # What fails in Orbax's threads is raised here too, and told in one line.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    debug = bool({"--debug", "-debug", "--debug=true"} & set(argv))
+    code = 128 + signal.SIGPIPE  # if the reader of our output leaves before the end
     try:
+        from cnn_jax import cache, commands  # JAX, a second: Ctrl-C must find us ready
+
         name, *rest = argv or ["help"]
         if name in ("help", "--help", "-h"):
             print(commands.overview())
@@ -31,27 +34,41 @@ def main(argv: Sequence[str]) -> int:
             return 0
         values = command.parse(rest)
         cache.enable_compilation_cache()
-        return command.run(values) or 0
+        code = command.run(values) or 0
+        sys.stdout.flush()
+        return code
     except CnnJaxError as error:
-        if debug:
-            raise
-        log.error("error: %s", error)
+        log.error("error: %s", _one_line(error), exc_info=debug)
         return error.exit_code
-    except flags.Error as error:
-        log.error("error: %s", ConfigError(" ".join(str(error).split())))
-        return ConfigError.exit_code
     except BrokenPipeError:  # `./launch.sh list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return code
     except KeyboardInterrupt:
         log.error("error: interrupted")
         return 130
     except Exception as error:
-        if debug:
-            raise
-        log.error("error: %s: %s (--debug shows where)", type(error).__name__, error)
+        hint = "" if debug else " (--debug shows where)"
+        kind = type(error).__name__
+        log.error("error: %s: %s%s", kind, _one_line(error), hint, exc_info=debug)
         return 1
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _on_unraisable(stray: "sys.UnraisableHookArgs") -> None:
+    """Drops what the callbacks of a failed save say; `main` tells why it failed.
+
+    Orbax gives up at the first failure. The other writes under way then find its event loop closed,
+    each with a traceback.
+    """
+    if str(stray.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(stray)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _on_unraisable
+    # Until `train` takes signals in hand, this one shall end the process as SIGTERM does.
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))

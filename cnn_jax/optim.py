@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from cnn_jax.config import Config
+from cnn_jax.errors import ConfigError
 
 
 def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
@@ -25,16 +26,26 @@ def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """The Optax chain of `config`: clipping, weight decay of kernels, the optimizer, its schedule."""
+    """The Optax chain of `config`: clipping, weight decay of kernels, the optimizer, its schedule.
+
+    Raises:
+      ConfigError: the factory returns something else.
+    """
     arguments = {"learning_rate": make_schedule(config, steps_per_epoch)}
     chain = []
     if config.clip_norm is not None:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.weight_decay and "weight_decay" in inspect.signature(config.optimizer).parameters:
-        arguments |= {"weight_decay": config.weight_decay, "mask": kernels}
+    takes = inspect.signature(config.optimizer).parameters
+    masks = {"mask", "weight_decay_mask"} & takes.keys()
+    if "weight_decay" in takes and masks:  # given always: its own default may be other than 0
+        arguments |= {"weight_decay": config.weight_decay, **dict.fromkeys(masks, kernels)}
     elif config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, kernels))
-    return optax.chain(*chain, config.optimizer(**arguments))
+    optimizer = config.optimizer(**arguments)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        kind = type(optimizer).__name__
+        raise ConfigError(f"optimizer: returns {kind}, must return an optax.GradientTransformation")
+    return optax.chain(*chain, optimizer)
 
 
 def kernels(params: dict) -> dict:

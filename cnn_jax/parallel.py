@@ -4,10 +4,12 @@ The only file that says mesh, sharding, pmap or jax.distributed. One device is a
 """
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -15,6 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from cnn_jax.errors import ConfigError
 
 AXIS = "data"
+
+# Steps that may be waiting for the device. More would not make it busier, would hold their batches in
+# memory, and a signal could not be answered before they are done.
+QUEUE = 3
 
 
 def start_processes(coordinator: str, processes: int, process: int, heartbeat_seconds: int) -> None:
@@ -25,7 +31,16 @@ def start_processes(coordinator: str, processes: int, process: int, heartbeat_se
       processes: how many there are.
       process: which one this is, from 0.
       heartbeat_seconds: silence after which one is taken for dead, and the others end.
+
+    Raises:
+      ConfigError: the three do not go together.
     """
+    if processes < 1:
+        raise ConfigError(f"--processes={processes}: must be at least 1")
+    if not 0 <= process < processes:
+        raise ConfigError(f"--process={process}: must be from 0 to {processes - 1}")
+    if not re.fullmatch(r".+:[0-9]+", coordinator or ""):
+        raise ConfigError(f"--coordinator={coordinator or ''}: must be host:port of process 0")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator, processes, process, heartbeat_timeout_seconds=heartbeat_seconds
@@ -52,6 +67,11 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return jax.make_mesh((count,), (AXIS,), (AxisType.Auto,), devices=visible[:count])
 
 
+def devices_for(batch_size: int) -> int:
+    """The most of the visible devices over which such a batch can be split evenly."""
+    return next(n for n in range(jax.device_count(), 0, -1) if batch_size % n == 0)
+
+
 def check_divides(mesh: Mesh, **sizes: int) -> None:
     """Refuses batches that cannot be split evenly, before anything is compiled.
 
@@ -69,10 +89,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of `tree` on every device of the mesh. Equal on all processes beforehand."""
-    copy = jax.jit(lambda x: jax.tree.map(jax.numpy.copy, x), out_shardings=replicated(mesh))
     if jax.process_count() > 1:
         tree = jax.tree.map(np.asarray, tree)
-    return copy(tree)
+    return _copy_to(mesh)(tree)
+
+
+@functools.cache
+def _copy_to(mesh: Mesh) -> Callable:
+    # jax.device_put may hand out the source's own buffer, and a step that takes it over destroys it.
+    return jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=replicated(mesh))
+
+
+def make_replicated(make: Callable, mesh: Mesh) -> Any:
+    """What `make()` returns, computed in one program, on every device of the mesh."""
+    return jax.jit(make, out_shardings=replicated(mesh))()
 
 
 def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -96,6 +126,11 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def agree(value: int) -> bool:
+    """Whether all processes have the same `value`; each must call it at the same place."""
+    return largest(value) == -largest(-value)
 
 
 def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:

@@ -1,11 +1,14 @@
 """Classes of image files, by the model of a workdir."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import glob
 import logging
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -47,7 +50,7 @@ class Prediction:
 
 
 def predict(
-    run: Run, patterns: Sequence[str], output: Path, top_k: int = 3
+    run: Run, patterns: Sequence[str], output: Path, top_k: int | None = None
 ) -> tuple[list[Prediction], list[str]]:
     """Classifies image files; writes predictions.csv, and a picture for each class map.
 
@@ -55,7 +58,7 @@ def predict(
       run: from `evaluate.load_run`.
       patterns: files, folders or glob patterns, also several in one text, separated by commas.
       output: the folder for what is written; made if missing.
-      top_k: how many classes to name.
+      top_k: how many classes to name; None: 3, or all if there are fewer.
 
     Returns:
       The predictions, and the files that could not be read, which are logged.
@@ -64,15 +67,15 @@ def predict(
       ConfigError: `top_k` is out of range.
       DataError: there is no image to read at all, or `output` cannot be written.
     """
+    if top_k is None:
+        top_k = min(3, len(run.class_names))
     if not 1 <= top_k <= len(run.class_names):
         raise ConfigError(f"--top_k={top_k}: must be from 1 to {len(run.class_names)}, the classes")
     files = find_images(patterns)
-    try:
+    with _writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--output={output}: cannot be made: {error.strerror}") from None
     scores = jax.jit(functools.partial(_scores, run=run))
-    own_size = _takes_any_size(run)
+    own_size = _gives_class_map(run)
     predictions, broken = [], []
     for file in files:
         try:
@@ -90,12 +93,14 @@ def predict(
         )
         if class_map is not None:
             map_file = output / f"{len(predictions):04d}_{Path(file).stem}_class_map.png"
-            draw_class_map(class_map, image.shape[:2]).save(map_file)
+            with _writing(output):
+                draw_class_map(class_map, image.shape[:2]).save(map_file)
             prediction = dataclasses.replace(prediction, class_map=class_map, map_file=map_file)
         predictions.append(prediction)
     if not predictions:
         raise DataError(f"--images: none of the {len(files)} files could be read")
-    _write_csv(output / "predictions.csv", predictions)
+    with _writing(output):
+        _write_csv(output / "predictions.csv", predictions)
     return predictions, broken
 
 
@@ -106,24 +111,29 @@ def find_images(patterns: Sequence[str]) -> list[str]:
       DataError: a pattern names none.
     """
     files: dict[str, None] = {}
-    for pattern in (part.strip() for text in patterns for part in text.split(",")):
-        if not pattern:
-            continue
-        path = Path(pattern)
-        if path.is_dir():
-            found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            missing = "holds no PNG or JPEG file"
-        elif path.is_file():
-            found, missing = [pattern], ""
-        else:
-            found = sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-            missing = "no such file"
-        if not found:
-            raise DataError(f"--images={pattern}: {missing}")
-        files |= dict.fromkeys(found)
+    for text in patterns:
+        # A comma may also belong to a file's name; the shell leaves the ~ of --images=~/x as it is.
+        parts = [text] if os.path.exists(os.path.expanduser(text)) else text.split(",")
+        for pattern in filter(None, map(str.strip, parts)):
+            files |= dict.fromkeys(_find(os.path.expanduser(pattern)))
     if not files:
         raise DataError("--images: names no file")
     return list(files)
+
+
+def _find(pattern: str) -> list[str]:
+    path = Path(pattern)
+    if path.is_file():
+        return [pattern]
+    if path.is_dir():
+        inside = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
+        found, missing = map(str, inside), "holds no PNG or JPEG file"
+    else:
+        found = (p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        missing = "no such file"
+    if not (files := sorted(found)):
+        raise DataError(f"--images={pattern}: {missing}")
+    return files
 
 
 def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = False) -> np.ndarray:
@@ -141,12 +151,14 @@ def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = Fa
       DataError: it is not such a file, is damaged, or has too many pixels; names the file.
     """
     height, width, channels = image_shape
+    too_large = DataError(f"{file}: has too many pixels; at most {MAX_PIXELS:,} are read")
     try:
-        with Image.open(file, formats=("PNG", "JPEG")) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its limit is higher
+            opened = Image.open(file, formats=("PNG", "JPEG"))
+        with opened as picture:
             if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(
-                    f"{file}: {picture.width}x{picture.height} pixels; at most {MAX_PIXELS:,} are read"
-                )
+                raise too_large
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I;16"):  # convert() would clip 16 bits to 8
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
@@ -161,8 +173,8 @@ def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = Fa
             return np.asarray(picture).reshape(picture.height, picture.width, channels)
     except DataError:
         raise
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{file}: too many pixels ({error})") from None
+    except Image.DecompressionBombError:
+        raise too_large from None
     except (OSError, SyntaxError, ValueError) as error:
         reason = "not a PNG or JPEG image" if "cannot identify" in str(error) else str(error)
         raise DataError(f"{file}: cannot be read ({reason})") from None
@@ -185,8 +197,16 @@ def draw_class_map(class_map: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return image.resize((size[1], size[0]), Image.Resampling.NEAREST)
 
 
-def _takes_any_size(run: Run) -> bool:
-    """Whether the model maps an image to a map of scores."""
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"--output={output}: cannot be written: {error.strerror}") from None
+
+
+def _gives_class_map(run: Run) -> bool:
+    """Whether the model maps an image to a map of scores, and so takes one of any size."""
     image = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
     return jax.eval_shape(run.model.apply, run.variables, image).ndim == 4
 

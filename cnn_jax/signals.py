@@ -2,30 +2,46 @@
 
 import logging
 import os
+import select
 import signal
 import threading
-from types import FrameType, TracebackType
+import time
+from types import TracebackType
 
 log = logging.getLogger(__name__)
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 
 
 class StopSignals:
-    """Notes the first such signal instead of dying of it; further ones change nothing.
+    """Notes the first such signal in `exit_code`; further ones change nothing.
 
-    The run looks at `exit_code` between two steps. If it has not ended `grace_seconds` after the
-    signal, the process ends without it: the last checkpoint that was complete is what remains.
+    There are two phases. At first there is nothing to save, and a signal ends the process at once.
+    After `let_finish` the run looks at `exit_code` between two steps, saves and ends by itself; if it
+    has not ended that many seconds after the signal, the process ends without it, and the last
+    complete checkpoint is what remains.
+
+    The signals are noted by a thread of its own, which gets them through a pipe. Python's handlers
+    run in the main thread, between two bytecodes: a minute of compilation would hold them up.
     """
 
-    def __init__(self, grace_seconds: float):
+    def __init__(self) -> None:
         self.exit_code = 0
+        self._grace_seconds = 0.0
+        self._handlers: dict = {}
+
+    def let_finish(self, grace_seconds: float) -> None:
+        """From now on a signal leaves the run `grace_seconds` to save and end."""
         self._grace_seconds = grace_seconds
-        self._timer: threading.Timer | None = None
-        self._before: dict = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python lets no other thread handle signals
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, _ignore) for number in EXIT_CODES}
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         return self
 
     def __exit__(
@@ -34,19 +50,36 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._timer:
-            self._timer.cancel()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.exit_code:
+        if not self._handlers:
             return
-        self.exit_code = EXIT_CODES[signal.Signals(number)]
-        self._timer = threading.Timer(self._grace_seconds, self._give_up)
-        self._timer.daemon = True
-        self._timer.start()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writing)
+        self._listener.join()
+        os.close(self._reading)
 
-    def _give_up(self) -> None:
-        log.error("error: grace_seconds=%g are over: ended without saving", self._grace_seconds)
-        os._exit(self.exit_code)
+    def _listen(self) -> None:
+        """Reads the numbers of signals as they come, until `__exit__` closes the pipe."""
+        deadline = None
+        while True:
+            patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._reading], [], [], patience)[0]:
+                log.error(
+                    "error: grace_seconds=%g are over: ended without saving", self._grace_seconds
+                )
+                os._exit(self.exit_code)
+            number = os.read(self._reading, 1)
+            if not number:
+                return
+            if number[0] not in EXIT_CODES or self.exit_code:
+                continue
+            self.exit_code = EXIT_CODES[signal.Signals(number[0])]
+            if not self._grace_seconds:
+                log.error("error: stopped by a signal before training; run the same command again")
+                os._exit(self.exit_code)
+            deadline = time.monotonic() + self._grace_seconds
+
+
+def _ignore(number: int, frame: object) -> None:
+    """A handler, so that the signal is written to the pipe and does nothing else."""

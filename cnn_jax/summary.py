@@ -10,17 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.config import Config
+from cnn_jax.data import sources
 from cnn_jax.errors import ConfigError
 from cnn_jax.models.layers import Flatten, MaxPool
-
-# Images of the datasets of the lecture; for any other, --input_size says it.
-IMAGE_SHAPES = {
-    "garments": (28, 28, 1),
-    "fashion_mnist": (28, 28, 1),
-    "mnist": (28, 28, 1),
-    "cifar10": (32, 32, 3),
-    "cifar100": (32, 32, 3),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,28 +51,26 @@ class Summary:
         return sum(layer.flops for layer in self.layers)
 
 
-def input_shape(config: Config, input_size: str | None) -> tuple[int, int, int]:
-    """(H, W, C) of the images: what --input_size says, else what is known of the dataset.
+def input_shape(
+    config: Config, input_size: str | None, data_dir: str | None = None
+) -> tuple[int, int, int]:
+    """(H, W, C) of the images: what --input_size says; for the rest, what TFDS says of the dataset.
+
+    The dataset need not be prepared, and HEIGHTxWIDTHxCHANNELS asks nothing of it.
 
     Raises:
-      ConfigError: it is not SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS, or it is needed and absent.
+      ConfigError: `input_size` is not SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS.
+      DataError: as `sources.image_shape`.
     """
-    known = IMAGE_SHAPES.get(config.data.name.partition(":")[0])
-    if known and config.data.image_size:
-        known = (*config.data.image_size, known[2])
     if input_size is None:
-        if known is None:
-            raise ConfigError(
-                f"--input_size: needed for data.name={config.data.name}, as in 64x64x3"
-            )
-        return known
-    channels = known[2] if known else 3
-    if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", input_size):
+        return sources.image_shape(config.data, data_dir)
+    if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", input_size, re.ASCII):
         raise ConfigError(f"--input_size={input_size}: write SIZE, HxW or HxWxC, as in 64x64x3")
     sizes = [int(part) for part in input_size.split("x")]
-    if len(sizes) == 1:
-        return sizes[0], sizes[0], channels
-    return (*sizes[:2], sizes[2] if len(sizes) == 3 else channels)
+    if len(sizes) == 3:
+        return tuple(sizes)
+    data = dataclasses.replace(config.data, image_size=(sizes[0], sizes[-1]))
+    return sources.image_shape(data, data_dir)
 
 
 def summarise(model: nn.Module, image_shape: tuple[int, int, int]) -> Summary:

@@ -8,17 +8,22 @@ from cnn_jax.predict import Prediction
 from cnn_jax.summary import Summary
 
 
+class _Console(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        raise  # main.py answers it; rich would exit with 1
+
+
 def _console() -> rich.console.Console:
-    console = rich.console.Console(highlight=False)
+    console = _Console(highlight=False)
     # A pipe or a log has no width; 80 columns would cut the names short.
-    return console if console.is_terminal else rich.console.Console(highlight=False, width=120)
+    return console if console.is_terminal else _Console(highlight=False, width=120)
 
 
-def _table(*columns: str) -> rich.table.Table:
-    """A plain table: the first column left, the others right."""
+def _table(*columns: str, left: int = 1) -> rich.table.Table:
+    """A plain table: the first `left` columns to the left, the others to the right."""
     table = rich.table.Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
     return table
 
 
@@ -56,7 +61,7 @@ def print_predictions(predictions: list[Prediction]) -> None:
 
 def print_summary(summary: Summary) -> None:
     """Layers, output shapes, parameters and FLOPs, with their totals."""
-    table = _table("layer", "kind", "output", "parameters", "FLOPs")
+    table = _table("layer", "kind", "output", "parameters", "FLOPs", left=2)
     for layer in summary.layers:
         shape = "x".join(map(str, layer.shape))
         flops = f"{layer.flops:,}" if layer.flops else ""

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from cnn_jax import config as configs
 from cnn_jax import parallel
 from cnn_jax.errors import CheckpointError, ConfigError
 
+NEEDED = {"experiment", "config", "class_names", "image_shape"}
+NEEDED_OF_CONFIG = {"model", "data", "eval_batch_size", "compute_dtype"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
@@ -44,32 +46,55 @@ def prepare(workdir: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds the workdir for one training run; the system frees it when the process ends or dies.
+
+    Yields:
+      A function that raises CheckpointError once the workdir was deleted or moved. What is written
+      after that would begin another one in its place.
 
     Raises:
       CheckpointError: another process holds it; names that process.
     """
     if not parallel.is_main_process():
-        yield
+        yield lambda: None
         return
-    with open(workdir / "lock", "a+") as file:
+    path = workdir / "lock"
+    with contextlib.ExitStack() as stack:
+        with _written(path):
+            file = stack.enter_context(open(path, "ab+", buffering=0))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
+            holder = file.read(200).decode(errors="replace") or "another process"
             raise CheckpointError(
-                f"workdir={workdir}: in use by {file.read().strip() or 'another process'}; "
-                "wait for it, or choose another workdir"
+                f"workdir={workdir}: in use by {holder}; wait for it, or choose another workdir"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be locked: {error.strerror}") from None
+        with _written(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+        def check() -> None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    return
+            raise CheckpointError(f"workdir={workdir}: was deleted or moved during the run")
+
+        yield check
 
 
 def write_config(workdir: Path, config: configs.Config, experiment: str, about: dict) -> None:
-    """Writes config.json: what was asked for, the data's classes and image shape, versions."""
+    """Writes config.json: what was asked for, the data, versions, device.
+
+    Each call of `train` that goes on with a run writes it anew, so it tells of the last one. What
+    may differ from the call before is only what `check_same_run` lets pass.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     device = jax.devices()[0]
     saved = {
@@ -83,7 +108,9 @@ def write_config(workdir: Path, config: configs.Config, experiment: str, about: 
             "count": jax.device_count(),
         },
     }
-    write_json(workdir / "config.json", saved)
+    path = workdir / "config.json"
+    with _written(path):
+        write_json(path, saved)
 
 
 def read_config(workdir: Path) -> dict:
@@ -95,57 +122,81 @@ def read_config(workdir: Path) -> dict:
     path = workdir / "config.json"
     try:
         saved = json.loads(path.read_text())
-        if not {"config", "class_names", "image_shape"} <= saved.keys():
+        config = saved.get("config", {})
+        missing = [*(NEEDED - saved.keys()), *(NEEDED_OF_CONFIG - config.keys())]
+        if missing or not all(isinstance(config[part], dict) for part in ("model", "data")):
             raise ValueError("incomplete")
         return saved
     except FileNotFoundError:
         there = "holds no config.json" if workdir.is_dir() else "no such folder"
         raise CheckpointError(f"workdir={workdir}: {there}, so no run to read") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
 
 
-def check_same_run(workdir: Path, config: configs.Config) -> bool:
-    """Whether `workdir` holds an earlier part of this run.
+def check_same_run(workdir: Path, config: configs.Config, about: dict) -> None:
+    """Refuses a workdir that holds another run than an earlier part of this one.
+
+    Args:
+      workdir: of the run; it may hold none yet.
+      config: of the run. It may change the fields in config.CHANGEABLE_ON_RESUME, and `epochs`
+        where the learning rate does not depend on them.
+      about: what config.json is to say of the data; all of it must be the same.
 
     Raises:
       ConfigError: it holds another run; lists the fields that differ.
     """
     if not (workdir / "config.json").exists():
-        return False
-    saved = read_config(workdir)["config"]
-    wanted = json.loads(json.dumps(configs.to_json(config)))
+        return
+    saved = read_config(workdir)
+    before = saved["config"] | {name: saved.get(name) for name in about}
+    wanted = json.loads(json.dumps(configs.to_json(config) | about))
     free = set(configs.CHANGEABLE_ON_RESUME)
     if config.schedule == "constant":
         free.add("epochs")
     lines = [
-        line for line in configs.differences(saved, wanted) if line.partition(":")[0] not in free
+        line for line in configs.differences(before, wanted) if line.partition(":")[0] not in free
     ]
     if lines:
         raise ConfigError(
             f"workdir={workdir}: holds another run; {'; '.join(lines)} (choose another --workdir)"
         )
-    return True
 
 
 def metrics(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl, one an epoch; a line cut short by a crash is left out."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
-        for text in (workdir / "metrics.jsonl").read_text().splitlines():
+        for text in (workdir / "metrics.jsonl").read_bytes().splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
     return lines
 
 
 def keep_metrics_until(workdir: Path, step: int) -> None:
-    """Drops the lines of epochs that end after `step`, which will be trained again."""
+    """Drops the lines of epochs that end after `step`, which will be trained again.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
     kept = [line for line in metrics(workdir) if line["step"] <= step]
-    write_text(workdir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    path = workdir / "metrics.jsonl"
+    with _written(path):
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def append_metrics(workdir: Path, line: dict[str, Any]) -> None:
-    with open(workdir / "metrics.jsonl", "a") as file:
+    """Adds an epoch's line.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    path = workdir / "metrics.jsonl"
+    with _written(path), open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -156,5 +207,18 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces the file as a whole: a reader, or a crash, sees the old text or the new one."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(text)
+        os.replace(scratch, path)
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: the half of it that was written
+            scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk, or a folder that is gone, into the error that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error

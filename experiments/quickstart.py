@@ -8,4 +8,4 @@ from cnn_jax.models import LeNet
 
 
 def config() -> Config:
-    return Config(model=LeNet(), data=DataConfig("garments"), epochs=6)
+    return Config(model=LeNet(), data=DataConfig("garments"), epochs=8)

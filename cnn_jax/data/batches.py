@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.config import DataConfig
-from cnn_jax.data.sources import Examples
+from cnn_jax.data.ahead import look_ahead
+from cnn_jax.data.sources import Examples, InMemory
 
 
 def epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
@@ -28,9 +29,13 @@ def training_batches(
       image uint8 [batch_size, H, W, C], label int32 [batch_size], index int32 [batch_size]: the
       examples' places in the dataset.
     """
-    for step in range(start, len(order) // batch_size):
-        index = order[step * batch_size : (step + 1) * batch_size]
-        yield examples[index] | {"index": index.astype(np.int32)}
+
+    def made() -> Iterator[dict[str, np.ndarray]]:
+        for step in range(start, len(order) // batch_size):
+            index = order[step * batch_size : (step + 1) * batch_size]
+            yield examples[index] | {"index": index.astype(np.int32)}
+
+    return _ahead(examples, made())
 
 
 def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -39,10 +44,19 @@ def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[dict[str
     Yields:
       image uint8 [batch_size, H, W, C], label int32 [batch_size], mask float32 [batch_size].
     """
-    for start in range(0, len(examples), batch_size):
-        index = np.arange(start, start + batch_size)
-        mask = (index < len(examples)).astype(np.float32)
-        yield examples[np.minimum(index, len(examples) - 1)] | {"mask": mask}
+
+    def made() -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(examples), batch_size):
+            index = np.arange(start, start + batch_size)
+            mask = (index < len(examples)).astype(np.float32)
+            yield examples[np.minimum(index, len(examples) - 1)] | {"mask": mask}
+
+    return _ahead(examples, made())
+
+
+def _ahead(examples: Examples, batches: Iterator[dict]) -> Iterator[dict]:
+    """Batches that must be read and decoded are prepared while the one before is computed."""
+    return batches if isinstance(examples, InMemory) else look_ahead(batches)
 
 
 def normalise(image: jax.Array, data: DataConfig) -> jax.Array:

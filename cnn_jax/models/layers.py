@@ -5,6 +5,7 @@ by its window), Linen draws kernels from lecun_normal (Keras: glorot_uniform). I
 [N, H, W, C] throughout.
 """
 
+import bisect
 import functools
 from collections.abc import Callable
 
@@ -81,34 +82,60 @@ def one_image_size(call: Callable) -> Callable:
     """Decorates the `__call__` of a model that ends in flatten + dense.
 
     Its parameters fit one image size. For any other, Flax reports a kernel of another shape; this
-    names the image sizes instead, and an architecture that takes any.
+    names the image sizes instead, and an architecture that takes any. Where the layers leave nothing
+    of an image, the initialisation divides by zero; this says so.
     """
 
     @functools.wraps(call)
     def checked(self: nn.Module, image: jax.Array, train: bool = False) -> jax.Array:
+        got = "x".join(map(str, image.shape[1:]))
         try:
             return call(self, image, train)
+        except ZeroDivisionError:
+            raise ValueError(f"{type(self).__name__} is left nothing of images of {got}") from None
         except flax.errors.ScopeParamShapeError:
-            built_for = image_shape_of(self.clone(parent=None, name=None), self.variables["params"])
-            got = "x".join(map(str, image.shape[1:]))
+            fitting = images_that_fit(self.clone(parent=None, name=None), self.variables["params"])
             raise ValueError(
-                f"{type(self).__name__} was initialised for images of {built_for}, got {got}: "
+                f"{type(self).__name__} was initialised for images of {fitting}, got {got}: "
                 "flatten + dense fixes the size; FullyConvCNN takes any size from 28x28"
             ) from None
 
+    checked.one_image_size = True
     return checked
 
 
-def image_shape_of(model: nn.Module, params: dict) -> str:
-    """The square image shape, as text, for which `model` has parameters of these shapes."""
-    wanted = jax.tree.map(jnp.shape, params)
-    for channels in (1, 3, 4, 2):
-        for size in range(1, 129):
-            image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-            try:
-                shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-            except Exception:  # too small for the layers, in as many ways as there are layers
-                continue
-            if jax.tree.map(jnp.shape, shapes) == wanted:
-                return f"{size}x{size}x{channels}"
+def takes_one_image_size(model: nn.Module) -> bool:
+    """Whether `one_image_size` decorates the model."""
+    return getattr(type(model).__call__, "one_image_size", False)
+
+
+def images_that_fit(model: nn.Module, params: dict) -> str:
+    """The square images, as text, for which `model` has parameters of these shapes.
+
+    Strides and pooling round, so that several sizes may lead to the same parameters.
+    """
+    sizes = range(1, 1025)
+    shapes = jax.tree.map(jnp.shape, params)
+    kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
+    for channels in [min(shape[2] for shape in kernels)] if kernels else [1, 3]:
+        params_for = functools.cache(functools.partial(_abstract_params, model, channels))
+        # Their number grows with the size.
+        number = _number(params)
+        smallest = bisect.bisect_left(sizes, number, key=lambda size: _number(params_for(size)))
+        largest = bisect.bisect_right(sizes, number, key=lambda size: _number(params_for(size))) - 1
+        if smallest <= largest and jax.tree.map(jnp.shape, params_for(sizes[smallest])) == shapes:
+            ends = sorted({sizes[smallest], sizes[largest]})
+            return " to ".join(f"{size}x{size}x{channels}" for size in ends)
     return "another size"
+
+
+def _abstract_params(model: nn.Module, channels: int, size: int) -> dict:
+    image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    try:
+        return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    except Exception:  # too small for the layers, in as many ways as there are layers
+        return {}
+
+
+def _number(params: dict) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

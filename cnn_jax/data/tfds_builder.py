@@ -1,0 +1,259 @@
+"""TFDS builders: found by name, prepared where that is asked for, and what their images look like.
+
+Only `prepare` imports TensorFlow, and only for a dataset of TFDS's own.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import logging
+import re
+import textwrap
+import threading
+import time
+import urllib.parse
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn_jax.config import DataConfig
+from cnn_jax.errors import DataError
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = "garments"
+CHANNELS = (1, 3, 4)
+CONNECT_SECONDS = 2.0
+# TFDS also takes namespaces ("huggingface:mnist"), which it would fetch code for, and arguments.
+NAME = re.compile(r"(?P<dataset>[A-Za-z]\w*)(/\w[\w+.-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the records of a dataset hold.
+
+    Attributes:
+      image_key: the image's feature.
+      label_key: the label's feature.
+      class_names: in the order of the labels.
+      stored_size: (height, width) of the stored images; None where it differs from one to another.
+      image_shape: (H, W, C) of the decoded ones.
+    """
+
+    image_key: str
+    label_key: str
+    class_names: tuple[str, ...]
+    stored_size: tuple[int | None, int | None]
+    image_shape: tuple[int, int, int]
+
+
+def dataset_name(name: str) -> str:
+    """The first part of "dataset/config:version".
+
+    Raises:
+      DataError: `name` is not of that form.
+    """
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise DataError(
+            f"data.name={name}: must be dataset, dataset/config, dataset:1.0.0 or "
+            "dataset/config:1.0.0"
+        )
+    return match["dataset"]
+
+
+def open_builder(name: str, data_dir: str) -> Any:
+    """The TFDS builder called `name`, prepared in `data_dir` or not; nothing is fetched.
+
+    Raises:
+      DataError: there is no such dataset, configuration or version, or its description in
+        `data_dir` is damaged.
+    """
+    base = dataset_name(name)
+    with quiet():
+        import tensorflow_datasets as tfds
+
+        try:
+            if name == EMBEDDED:
+                from cnn_jax.data.garments import Garments
+
+                return Garments(data_dir=data_dir, file_format="array_record")
+            return tfds.builder(name, data_dir=data_dir)
+        except tfds.core.DatasetNotFoundError:
+            known = [*tfds.list_builders(with_community_datasets=False), EMBEDDED]
+            near = difflib.get_close_matches(base, known)
+            raise DataError(
+                f"data.name={name}: TFDS knows no such dataset and data_dir={data_dir} holds none of "
+                "that name" + (f"; nearest: {', '.join(near)}" if near else "")
+            ) from None
+        except Exception as error:  # TFDS raises AssertionError, ValueError, ParseError, ...
+            if bad := _damaged_json(Path(data_dir, base)):
+                raise DataError(f"{bad}: damaged; remove its folder, prepare it again") from None
+            raise DataError(f"data.name={name}: {_reason(error)}") from None
+
+
+def prepare(name: str, data_dir: str, download: bool) -> Any:
+    """The builder called `name`, prepared now if it was not.
+
+    Args:
+      name: the dataset.
+      data_dir: where it lies or is to lie.
+      download: lets TFDS fetch it. The embedded dataset is drawn, so it needs no leave.
+
+    Raises:
+      DataError: as `open_builder`; it is not prepared and may not or cannot be.
+    """
+    builder = open_builder(name, data_dir)
+    if _is_prepared(builder):
+        return builder
+    if name != EMBEDDED:
+        there = "://" in data_dir or Path(data_dir).is_dir()
+        advice = (
+            f"data.name={name}: not prepared in data_dir={data_dir}"
+            f"{'' if there else ' (no such folder)'}; fetch and prepare it with --download, or name "
+            "another folder with --data_dir or TFDS_DATA_DIR; without a network the embedded dataset "
+            "works: --experiment=quickstart"
+        )
+        if not download:
+            raise DataError(advice)
+        if silent := _silent_hosts(builder, data_dir):
+            raise DataError(f"{advice} (--download: {', '.join(silent)} cannot be reached)")
+    log.info("preparing %s in %s", name, data_dir)
+    with quiet(), _no_output() if name == EMBEDDED else contextlib.nullcontext():
+        try:
+            if "://" not in data_dir:
+                Path(data_dir).mkdir(parents=True, exist_ok=True)
+            # TFDS's default is TFRECORD, which only TensorFlow reads, and only from front to back.
+            builder.download_and_prepare(file_format="array_record")
+        except Exception as error:
+            if not _is_prepared(open_builder(name, data_dir)):  # else another process was faster
+                raise DataError(
+                    f"data.name={name}: cannot be prepared in data_dir={data_dir}: {_reason(error)}"
+                ) from error
+    builder = open_builder(name, data_dir)
+    if not _is_prepared(builder):  # TFDS keeps a folder that lost its dataset_info.json
+        raise DataError(f"{builder.data_dir}: incomplete; remove this folder, prepare it again")
+    return builder
+
+
+def layout(builder: Any, data: DataConfig) -> Layout:
+    """What `builder` says about its images, which need not be prepared.
+
+    Raises:
+      DataError: it has no labelled images, they are not of 8 bits with 1, 3 or 4 channels, or they
+        differ in size and data.image_size is not set.
+    """
+    with quiet():
+        import tensorflow_datasets as tfds
+
+        info = builder.info
+    features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    keys = info.supervised_keys or ("image", "label")
+    image, label = (features.get(key) if isinstance(key, str) else None for key in keys[:2])
+    if not (isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel)):
+        raise DataError(
+            f"data.name={data.name}: not a dataset of labelled images; it has "
+            + ", ".join(f"{name}: {type(feature).__name__}" for name, feature in features.items())
+        )
+    height, width, channels = image.shape
+    channels = channels or 3
+    if np.dtype(image.np_dtype) != np.uint8 or channels not in CHANNELS:
+        raise DataError(
+            f"data.name={data.name}: images of {np.dtype(image.np_dtype)} with {channels} channels; "
+            "must be uint8 with 1, 3 or 4"
+        )
+    if data.image_size is None and None in (height, width):
+        raise DataError(
+            f"data.name={data.name}: its images differ in size; set one, as in "
+            "--set data.image_size=64,64"
+        )
+    return Layout(
+        image_key=keys[0],
+        label_key=keys[1],
+        class_names=tuple(label.names or map(str, range(label.num_classes))),
+        stored_size=(height, width),
+        image_shape=(*(data.image_size or (height, width)), channels),
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps TFDS's remarks on OpenCV, variants and its own deprecations off the screen."""
+    from absl import logging as absl_logging
+
+    level = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        absl_logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """Swallows the progress bars and remarks that TFDS prints."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _is_prepared(builder: Any) -> bool:
+    with quiet():
+        return builder.is_prepared()
+
+
+def _silent_hosts(builder: Any, data_dir: str) -> list[str]:
+    """The hosts that the dataset is fetched from, if none of them answers; TFDS tries for minutes.
+
+    Empty too where some of the files were fetched before, which may be all that is needed.
+    """
+    import requests  # as TFDS does: it heeds the same proxies and certificates
+
+    downloads = Path(data_dir, "downloads")
+    if any(downloads.glob("manual/*")) or any(downloads.glob(f"{builder.name}/**/*.INFO")):
+        return []
+    urls = {urllib.parse.urlsplit(url).hostname: url for url in builder.url_infos or ()}
+    urls = {host: url for host, url in urls.items() if host and url.startswith("http")}
+    answered = threading.Event()
+
+    def call(url: str) -> None:
+        try:
+            requests.head(url, timeout=(CONNECT_SECONDS, CONNECT_SECONDS / 2))
+        except requests.exceptions.ReadTimeout:
+            pass  # slow, but there
+        except requests.exceptions.RequestException:
+            return
+        answered.set()
+
+    # Threads, because looking a name up has no time limit.
+    callers = [threading.Thread(target=call, args=(u,), daemon=True) for u in urls.values()]
+    for caller in callers:
+        caller.start()
+    deadline = time.monotonic() + 1.6 * CONNECT_SECONDS
+    for caller in callers:
+        if not answered.is_set():
+            caller.join(max(0.0, deadline - time.monotonic()))
+    return [] if answered.is_set() else sorted(urls)
+
+
+def _damaged_json(folder: Path) -> Path | None:
+    """The first file of a dataset's description that is not JSON."""
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            json.loads(path.read_text())
+        except (OSError, ValueError):
+            return path
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """TFDS's error in one short line, without the dataset's name and arguments repeated."""
+    text = " ".join(str(error).rpartition('}": ')[2].split())
+    text = re.sub(r" Here are \d+ .* match:$", "", text) or type(error).__name__
+    return textwrap.shorten(text, 200, placeholder=" ...")

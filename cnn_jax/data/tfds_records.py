@@ -1,0 +1,263 @@
+"""The records of a prepared TFDS dataset: read, parsed, decoded, checked.
+
+A record is a serialised tf.train.Example with an encoded image and a label. array_record files are
+read without TensorFlow and in any order; TFRECORD files with it, from front to back.
+"""
+
+import bisect
+import contextlib
+import io
+import itertools
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, JpegImagePlugin, PngImagePlugin
+from tensorflow_datasets.proto import tf_example_pb2
+
+from cnn_jax.config import DataConfig
+from cnn_jax.data import tfds_builder
+from cnn_jax.data.ahead import look_ahead
+from cnn_jax.errors import DataError
+
+CHUNK = 500
+# Checked against the header, before anything is decoded.
+MAX_PIXELS = 50_000_000
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Threads only hinder each other with smaller images.
+PIXELS_WORTH_A_THREAD = 96 * 96
+
+
+class Records:
+    """The examples of one split, in the order of its files.
+
+    Attributes:
+      class_names: in the order of the labels.
+      image_shape: (H, W, C) of the decoded images.
+      random_access: whether `fetch` works.
+    """
+
+    def __init__(self, builder: Any, data: DataConfig, split: str, field: str = "split"):
+        """Opens `split` of a prepared `builder`; `field` is what errors call it.
+
+        Raises:
+          DataError: there is no such split, it is empty, its files are absent or in another format.
+        """
+        self.name = f"{data.name}/{split}"
+        self.folder = builder.data_dir
+        self.layout = tfds_builder.layout(builder, data)
+        self.class_names, self.image_shape = self.layout.class_names, self.layout.image_shape
+        file_format = builder.info.file_format.value
+        if file_format not in ("array_record", "tfrecord"):
+            raise DataError(
+                f"{self.folder}: {file_format} files; array_record and tfrecord are read"
+            )
+        self.random_access = file_format == "array_record"
+        with tfds_builder.quiet():
+            try:
+                self.shards = builder.info.splits[split].file_instructions
+            except Exception as error:  # TFDS raises KeyError, ValueError, AssertionError, ...
+                known, reason = ", ".join(builder.info.splits), str(error).partition("\n")[0]
+                reason = "" if reason.startswith("Unknown split") else f" ({reason})"
+                raise DataError(
+                    f"{field}={split}: {data.name} has {known}, and slices such as train[:10%]{reason}"
+                ) from None
+        self.ends = list(itertools.accumulate(shard.take for shard in self.shards))
+        if not len(self):
+            raise DataError(f"{field}={split}: {data.name} has no examples there")
+        for shard in self.shards:
+            if not tfds.core.Path(shard.filename).exists():
+                raise DataError(f"{shard.filename}: absent; {self._remedy()}")
+        self.source = self._open_array_records() if self.random_access else None
+        height, width = self.layout.stored_size
+        small = height and width and height * width < PIXELS_WORTH_A_THREAD
+        self.threads = 1 if small else os.cpu_count() or 1
+        self.workers = ThreadPoolExecutor(self.threads)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All examples: image uint8 [n, H, W, C] and label int32 [n], for some n at a time.
+
+        Raises:
+          DataError: a record is damaged; names its file and place.
+        """
+        read = self._read_array_records() if self.random_access else self._read_tfrecords()
+        start = 0
+        for encoded in look_ahead(read):
+            yield self._decode(encoded, range(start, start + len(encoded)))
+            start += len(encoded)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The examples at `indices`, as `chunks`; may be called by several threads at once."""
+        return self._decode(self._read(indices), indices)
+
+    # ----------------------------------------------------------------------------- reading
+
+    def _open_array_records(self) -> Any:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        for shard in self.shards:
+            try:
+                reader = ArrayRecordReader(
+                    shard.filename, options="readahead_buffer_size:0", file_reader_buffer_size=32768
+                )
+                count = reader.num_records()
+                reader.close()
+            except Exception as error:  # the reader raises RuntimeError for whatever it finds
+                raise self._damaged(shard.filename, error) from error
+            self._check_count(shard, count)
+        return ArrayRecordDataSource(self.shards)
+
+    def _check_count(self, shard: Any, count: int) -> None:
+        if count != shard.examples_in_shard:
+            raise DataError(
+                f"{shard.filename}: {count} records, {shard.examples_in_shard} by its "
+                f"dataset_info.json; {self._remedy()}"
+            )
+
+    def _read_array_records(self) -> Iterator[list[bytes]]:
+        for start in range(0, len(self), CHUNK):
+            yield self._read(range(start, min(start + CHUNK, len(self))))
+
+    def _read(self, indices: Sequence[int]) -> list[bytes]:
+        if not len(indices):
+            return []
+        try:
+            return self.source.__getitems__(indices)
+        except Exception as error:
+            for index in indices:  # which of them it is, the reader does not say
+                try:
+                    self.source.__getitems__([index])
+                except Exception as own:
+                    raise self._damaged(self._place(index), own) from own
+            raise self._damaged(self.folder, error) from error
+
+    def _read_tfrecords(self) -> Iterator[list[bytes]]:
+        with tfds_builder.quiet(), silent_stderr():
+            import tensorflow as tf
+
+            with contextlib.suppress(RuntimeError):  # it runs already
+                tf.config.set_visible_devices([], "GPU")  # of which it would take all the memory
+        for shard in self.shards:
+            end, count, chunk = shard.skip + shard.take, 0, []
+            records = tf.data.TFRecordDataset(shard.filename).as_numpy_iterator()
+            while True:
+                try:
+                    record = next(records, None)
+                except Exception as error:  # tf.errors.DataLossError, NotFoundError, ...
+                    raise self._damaged(f"{shard.filename}: record {count}", error) from error
+                if record is None or (count == end < shard.examples_in_shard):
+                    break
+                if shard.skip <= count < end:
+                    chunk.append(record)
+                count += 1
+                if len(chunk) == CHUNK:
+                    yield chunk
+                    chunk = []
+            if count < end or end == shard.examples_in_shard:
+                self._check_count(shard, count)
+            if chunk:
+                yield chunk
+
+    # ---------------------------------------------------------------------------- decoding
+
+    def _decode(
+        self, records: list[bytes], indices: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        image = np.empty((len(records), *self.image_shape), np.uint8)
+        label = np.empty(len(records), np.int32)
+
+        def decode(places: np.ndarray) -> None:
+            for i in places:
+                try:
+                    encoded, label[i] = self._parse(records[i])
+                    image[i] = self._decode_image(encoded)
+                except _Unsuitable as error:
+                    raise DataError(f"{self._place(indices[i])}: {error}") from None
+                except Exception as error:  # what protobuf and Pillow raise is of many types
+                    raise self._damaged(self._place(indices[i]), error) from error
+
+        if self.threads == 1:
+            decode(np.arange(len(records)))
+        else:
+            list(self.workers.map(decode, np.array_split(np.arange(len(records)), self.threads)))
+        return image, label
+
+    def _parse(self, record: bytes) -> tuple[bytes, int]:
+        """The encoded image and the label of a record."""
+        features = tf_example_pb2.Example.FromString(record).features.feature
+        encoded = features[self.layout.image_key].bytes_list.value
+        labels = features[self.layout.label_key].int64_list.value
+        if len(encoded) != 1 or len(labels) != 1:
+            raise ValueError("not one image and one label")
+        classes = len(self.class_names)
+        if not 0 <= labels[0] < classes:
+            raise _Unsuitable(f"label {labels[0]}: must be from 0 to {classes - 1}")
+        return encoded[0], labels[0]
+
+    def _decode_image(self, encoded: bytes) -> np.ndarray:
+        """uint8 [H, W, C]. Image.open would do the same, and try every format it knows."""
+        if encoded.startswith(b"\x89PNG"):
+            picture: Image.Image = PngImagePlugin.PngImageFile(io.BytesIO(encoded))
+        elif encoded.startswith(b"\xff\xd8"):
+            picture = JpegImagePlugin.JpegImageFile(io.BytesIO(encoded))
+        else:
+            raise _Unsuitable("an image that is neither PNG nor JPEG")
+        size, stored = (picture.height, picture.width), self.layout.stored_size
+        if size[0] * size[1] > MAX_PIXELS:
+            shown = "x".join(map(str, size))
+            raise _Unsuitable(f"an image of {shown}: must have at most {MAX_PIXELS:,} pixels")
+        if size != stored and any(
+            n not in (None, own) for n, own in zip(stored, size, strict=True)
+        ):
+            shown, declared = ("x".join(map(str, pair)) for pair in (size, stored))
+            raise _Unsuitable(f"an image of {shown}: must be {declared} by the dataset's features")
+        height, width, channels = self.image_shape
+        if picture.mode != MODES[channels]:
+            if picture.mode.startswith(("I", "F")):
+                raise _Unsuitable(f"an image of more than 8 bits a channel (mode {picture.mode})")
+            picture = picture.convert(MODES[channels])
+        if size != (height, width):
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, channels)
+
+    # ------------------------------------------------------------------------------ errors
+
+    def _place(self, index: int) -> str:
+        """The file and the place in it of the example at `index`."""
+        k = bisect.bisect_right(self.ends, index)
+        shard = self.shards[k]
+        return f"{shard.filename}: record {index - self.ends[k] + shard.take + shard.skip}"
+
+    def _damaged(self, place: str, error: Exception) -> DataError:
+        text = re.sub(r"\{\{.*?\}\}", "", str(error))  # the place in TensorFlow's graph
+        reason = textwrap.shorten(text or type(error).__name__, 160, placeholder=" ...")
+        return DataError(f"{place}: damaged ({reason}); {self._remedy()}")
+
+    def _remedy(self) -> str:
+        return f"remove {self.folder} and prepare the dataset again"
+
+
+class _Unsuitable(ValueError):
+    """A record that is whole, but not what this code reads."""
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Loading TensorFlow's libraries writes to file descriptor 2, whatever TF_CPP_* may say."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,0 +1,119 @@
+"""A run as a process of its own, and what can happen to it from outside."""
+
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from cnn_jax.checkpoint import Checkpoints
+from tests.faults import runs
+from tests.faults.runs import differences, finish, has_saved, signal_when, start, wait_until
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment") / "small.py"
+    path.write_text(runs.EXPERIMENT)
+    return path
+
+
+@pytest.fixture
+def arguments(experiment, tfds_dir):
+    def train(workdir, *more):
+        return (
+            "train",
+            f"--experiment={experiment}",
+            f"--workdir={workdir}",
+            f"--data_dir={tfds_dir}",
+            *more,
+        )
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def undisturbed(experiment, tfds_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    code, _, errors = finish(
+        start(
+            "train", f"--experiment={experiment}", f"--workdir={workdir}", f"--data_dir={tfds_dir}"
+        )
+    )
+    assert code == 0, errors
+    return workdir
+
+
+def only_line(errors):
+    """The one line of ours; XLA may complain about programs from the cache."""
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    arguments, undisturbed, tmp_path, number, code
+):
+    process = start(*arguments(tmp_path))
+    signal_when(has_saved(tmp_path, 3), process, number, number, signal.SIGTERM)
+    ended, _, errors = finish(process)
+    assert ended == code
+    assert "and saved; run the same command again" in only_line(errors)
+    assert Checkpoints(tmp_path).newest().step < 96
+    code, output, errors = finish(start(*arguments(tmp_path)))
+    assert (code, "resumed from step" in output) == (0, True), errors
+    assert differences(tmp_path, undisturbed) == []
+
+
+def test_a_signal_before_the_first_step_ends_the_run(arguments, tmp_path):
+    process = start(*arguments(tmp_path))
+    signal_when(runs.has_started(tmp_path), process, signal.SIGTERM)
+    code, _, errors = finish(process)
+    assert code == 143
+    assert Checkpoints(tmp_path).steps() == []
+    assert "stopped by a signal" in only_line(errors)
+
+
+def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(arguments, undisturbed, tmp_path):
+    process = start(*arguments(tmp_path))
+    wait_until(runs.has_started(tmp_path), process)
+    process.send_signal(signal.SIGSTOP)
+    code, _, errors = finish(start(*arguments(tmp_path)))
+    process.kill()
+    finish(process)
+    assert code == 4
+    assert f"in use by process {process.pid} on {socket.gethostname()}; wait" in only_line(errors)
+    code, _, errors = finish(start(*arguments(tmp_path)))
+    assert code == 0, errors
+    assert differences(tmp_path, undisturbed) == []
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(arguments, tmp_path):
+    """No file may grow beyond 3 kB, which fits all of this run's but metrics.jsonl or an array's."""
+    process = start(*arguments(tmp_path))
+    wait_until(has_saved(tmp_path, 5), process)
+    process.send_signal(signal.SIGSTOP)
+    largest = max(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (min(1000, largest), largest))
+    process.send_signal(signal.SIGCONT)
+    code, _, errors = finish(process)
+    assert code == 4, errors
+    assert "written" in only_line(errors)
+    assert Checkpoints(tmp_path).newest().step >= 5
+
+
+def test_a_workdir_deleted_during_the_run_ends_it(arguments, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(*arguments(workdir))
+    wait_until(has_saved(workdir, 3), process)
+    process.send_signal(signal.SIGSTOP)
+    os.rename(workdir, tmp_path / "elsewhere")
+    process.send_signal(signal.SIGCONT)
+    code, _, errors = finish(process)
+    assert code == 4, errors
+    assert str(workdir) in only_line(errors)
+    assert Checkpoints(tmp_path / "elsewhere").newest().step >= 3
