@@ -156,7 +156,8 @@ def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str,
         name = own
     flags = [[f"--experiment={name}"], [f"--workdir={workdir}"]]
     try:
-        default = experiment.load(name)
+        # A workdir may come from anywhere: it must not choose a file to run.
+        default = experiment.load(name if name in (own, *experiment.names()) else "")
     except ConfigError:
         return _shell(flags), (
             "That experiment's file was not found, so changes made with --set are not listed here; "

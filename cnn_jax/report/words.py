@@ -14,7 +14,7 @@ def short(number: float) -> str:
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
             return f"{number / size:.3g}{SPACE}{unit}"
-    return f"{number:.0f}"
+    return f"{number:.3g}"
 
 
 def percent(share: float | None) -> str:

@@ -1,6 +1,7 @@
 """Down-sampling by max pooling on Fashion-MNIST (lecture, Down-sampling, example 1).
 
 ./launch.sh train --experiment=fashion_mnist/max_pool
+The lecture: test accuracy 0.9125.
 """
 
 from cnn_jax.config import Config, DataConfig

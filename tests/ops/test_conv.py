@@ -59,9 +59,12 @@ def problems(draw, largest_image=9, largest_kernel=5):
 BRANCHES = {
     "kernel covers the image": ((4, 3, 4, 3), (3, 4, 3, 5), (1, 1), "VALID"),
     "1x1": ((4, 3, 4, 3), (1, 1, 3, 5), (1, 1), "VALID"),
+    "winograd": ((4, 7, 6, 128), (3, 3, 128, 128), (1, 1), "SAME"),
+    "one channel": ((4, 8, 7, 1), (3, 2, 1, 5), (1, 1), "SAME"),
+    "few channels": ((4, 8, 7, 3), (3, 2, 3, 5), (1, 2), "SAME"),
     "kernel larger than the output": ((4, 4, 4, 5), (3, 3, 5, 3), (1, 1), "VALID"),
-    "strided": ((4, 8, 7, 3), (3, 3, 3, 5), (2, 2), "SAME"),
-    "others": ((4, 7, 7, 3), (3, 3, 3, 5), (1, 1), "SAME"),
+    "strided": ((4, 8, 7, 5), (3, 3, 5, 80), (2, 2), "SAME"),
+    "others": ((4, 7, 7, 5), (3, 3, 5, 6), (1, 1), "SAME"),
 }
 
 
@@ -84,12 +87,12 @@ def test_every_formulation_agrees_with_lax_in_float64(problem):
         @jax.jit
         def every(image, kernel, cotangent):
             # What the rule chooses, and each formulation that can serve this shape.
-            yield_ = [passes(lambda x, w: fast(x, w, strides, padding), image, kernel, cotangent)]
+            found = [passes(lambda x, w: fast(x, w, strides, padding), image, kernel, cotangent)]
             for name in names:
                 formulation = functools.partial(conv.FORMULATIONS[name], g)
-                yield_.append(passes(formulation, image, kernel, cotangent))
+                found.append(passes(formulation, image, kernel, cotangent))
             expected = passes(lambda x, w: plain(x, w, strides, padding), image, kernel, cotangent)
-            return yield_, expected
+            return found, expected
 
         found, expected = every(image, kernel, cotangent)
         for each in found:

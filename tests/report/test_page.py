@@ -139,6 +139,15 @@ def test_the_command_names_what_it_cannot_say(lenet: Path):
     assert "not found" in note
 
 
+def test_a_workdir_names_no_file_to_run(lenet: Path, tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    saved = json.loads((lenet / "config.json").read_text()) | {"experiment": str(file)}
+    _, note = facts.command_of(lenet, saved)
+    assert "not found" in note
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_earlier_checkpoint(lenet: Path, tfds_dir: Path):
     expected = evaluate.evaluate(evaluate.load_run(lenet, "10"), data_dir=str(tfds_dir))
     found = facts.gather(lenet, "10", data_dir=str(tfds_dir))
