@@ -67,8 +67,22 @@ def _on_unraisable(stray: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(stray)
 
 
+def _end(code: int) -> None:
+    """Ends this process, which may be one of several of a run.
+
+    Where it fails alone, the others are waiting for it. JAX's farewell would in turn wait for them,
+    for minutes; silence tells them sooner.
+    """
+    from cnn_jax import parallel
+
+    if code not in (0, 130, 143) and parallel.is_one_of_several():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     sys.unraisablehook = _on_unraisable
     # Until `train` takes signals in hand, this one shall end the process as SIGTERM does.
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(128 + signal.SIGTERM))
-    sys.exit(main(sys.argv[1:]))
+    _end(main(sys.argv[1:]))

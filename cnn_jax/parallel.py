@@ -45,6 +45,14 @@ def start_processes(coordinator: str, processes: int, process: int, heartbeat_se
     jax.distributed.initialize(
         coordinator, processes, process, heartbeat_timeout_seconds=heartbeat_seconds
     )
+    # The first exchange connects them, for which Gloo gives 30 seconds: now, while they are together.
+    # Later, one may still be decoding images.
+    largest(0)
+
+
+def is_one_of_several() -> bool:
+    """Whether this process has joined others."""
+    return jax.distributed.is_initialized()
 
 
 def is_main_process() -> bool:

@@ -460,6 +460,16 @@ def test_a_dry_run_leaves_nothing(splits, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_evaluation_skips_a_damaged_checkpoint_and_changes_none(splits, tmp_path):
+    loop.train(simple(), tmp_path, splits=splits)
+    for path in (tmp_path / f"checkpoints/{2 * STEPS}").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    assert evaluate.load_run(tmp_path, model=Linear()).step == STEPS
+    assert before == {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+
+
 # ------------------------------------------------------------------------------ errors at the end
 
 

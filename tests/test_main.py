@@ -288,7 +288,8 @@ def test_train_says_what_comes_next(folder, tfds_dir, capsys):
     assert "nothing left to do: 5 steps are done" in capsys.readouterr().out
 
 
-def test_a_dry_run_leaves_nothing(folder, tfds_dir, caplog):
+def test_a_dry_run_leaves_nothing(folder, tfds_dir, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # own.py's __pycache__ is Python's own
     before = sorted(folder.rglob("*"))
     flags = ["--experiment=own.py", f"--data_dir={tfds_dir}", "--dry_run"]
     assert main.main(["train", *flags]) == 0

@@ -77,6 +77,15 @@ def test_a_signal_before_the_first_step_ends_the_run(arguments, tmp_path):
     assert "stopped by a signal" in only_line(errors)
 
 
+def test_a_run_that_does_not_end_within_its_grace_is_ended(arguments, tmp_path):
+    process = start(*arguments(tmp_path, "--set=grace_seconds=0.0001"))
+    signal_when(has_saved(tmp_path, 3), process, signal.SIGTERM)
+    code, _, errors = finish(process)
+    assert code == 143
+    assert "grace_seconds=0.0001 are over: ended without saving" in only_line(errors)
+    assert Checkpoints(tmp_path).newest().step >= 3
+
+
 def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(arguments, undisturbed, tmp_path):
     process = start(*arguments(tmp_path))
     wait_until(runs.has_started(tmp_path), process)
@@ -92,12 +101,11 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(arguments, undi
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(arguments, tmp_path):
-    """No file may grow beyond 3 kB, which fits all of this run's but metrics.jsonl or an array's."""
+    """As if the disk were full: no file may grow beyond 500 bytes."""
     process = start(*arguments(tmp_path))
     wait_until(has_saved(tmp_path, 5), process)
     process.send_signal(signal.SIGSTOP)
-    largest = max(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (min(1000, largest), largest))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (500, 500))
     process.send_signal(signal.SIGCONT)
     code, _, errors = finish(process)
     assert code == 4, errors

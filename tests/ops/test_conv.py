@@ -280,7 +280,6 @@ def test_in_a_flax_layer():
     assert layers[0].apply(variables, image[None]).shape == (1, 2, 5, 5, 5)
 
 
-@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 @pytest.mark.parametrize("problem", BRANCHES.values(), ids=BRANCHES)
 def test_the_batch_stays_split_over_two_devices(problem):
     image_shape, kernel_shape, strides, padding = problem

@@ -130,7 +130,6 @@ def test_other_platforms_get_xlas_own_pooling(platform):
     assert "select_and_scatter" not in text
 
 
-@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 def test_the_batch_stays_split_over_two_devices():
     mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
