@@ -217,7 +217,7 @@ class Checkpoints:
             if not self.folder.is_dir():  # Orbax would make it anew
                 raise FileNotFoundError(f"{self.folder} is gone")
             if self._writer is None:
-                self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+                self._writer = _make_writer()
             self._writer.save(
                 self.folder / str(step),
                 args=ocp.args.Composite(
@@ -343,6 +343,15 @@ def fill(template: Any, restored: Restored) -> Any:
 
 def _shown(kind: tuple | None) -> str:
     return f"{kind[1]}{list(kind[0])}" if kind else "nothing"
+
+
+def _make_writer() -> ocp.AsyncCheckpointer:
+    # Where a folder cannot be made, threads would wait ten minutes for one that is made in another.
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(async_options=options)
+    )
+    return ocp.AsyncCheckpointer(handler, async_options=options)
 
 
 def _read(folder: Path, names: list[str]) -> Arrays:

@@ -76,6 +76,25 @@ FLAGS = {
     "rounds": (flags.DEFINE_integer, 5, "how often each contender is measured, in turn"),
     "seconds": (flags.DEFINE_float, 2.0, "how long each time"),
     "write": (flags.DEFINE_bool, False, "puts the tables into experiments/RESULTS.md"),
+    "only": (flags.DEFINE_list, [], "which experiments, separated by commas; all by default"),
+    "seeds": (flags.DEFINE_integer, None, "how many runs of each, with the seeds 0, 1, ..."),
+    "rebuild": (
+        flags.DEFINE_bool,
+        False,
+        "trains nothing, and writes RESULTS.md from the records there are",
+    ),
+    "canvas": (flags.DEFINE_integer, 512, "height and width of the canvas, in pixels"),
+    "topic": (
+        flags.DEFINE_string,
+        REQUIRED,
+        "conv, pool, padding, dense, parameters or receptive_field",
+    ),
+    "size": (flags.DEFINE_integer, None, "height and width of the data"),
+    "kernel": (flags.DEFINE_integer, None, "height and width of the kernel, or of the pooling"),
+    "stride": (flags.DEFINE_integer, None, "pixels from one window to the next"),
+    "padding": (flags.DEFINE_string, None, "same, valid, or how many zeros on each side"),
+    "channels": (flags.DEFINE_integer, None, "channels of the data, or inputs of a dense layer"),
+    "filters": (flags.DEFINE_integer, None, "filters, or outputs of a dense layer"),
     "debug": (flags.DEFINE_bool, False, "shows the traceback of an error"),
 }
 
@@ -93,6 +112,7 @@ class Command:
     name: str
     run: Callable[[flags.FlagValues], int | None]
     flags: dict[str, object]
+    first: str | None = None  # the flag whose value may stand alone behind the command's name
 
     @property
     def title(self) -> str:
@@ -106,6 +126,8 @@ class Command:
             on the command line.
         """
         values = self._definitions()
+        if self.first and arguments and not arguments[0].startswith("-"):
+            arguments = [f"--{self.first}={arguments[0]}", *arguments[1:]]
         try:
             rest = values([self.name, *arguments])[1:]
         except flags.UnrecognizedFlagError as error:
@@ -137,7 +159,8 @@ class Command:
 
     def usage(self) -> str:
         """The text of `./launch.sh COMMAND --help`."""
-        lines = [f"./launch.sh {self.name}: {self.title}", ""]
+        first = f" {self.first.upper()}" if self.first else ""
+        lines = [f"./launch.sh {self.name}{first}: {self.title}", ""]
         for flag, default in self.flags.items():
             shown = "" if default in (None, [], False, REQUIRED) else f" (default {default})"
             shown = "; may be repeated" if default is SEVERAL else shown
@@ -157,17 +180,18 @@ class Command:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(*names: str, **defaults: object) -> Callable:
+def command(*names: str, first: str | None = None, **defaults: object) -> Callable:
     """Registers a function as the command of its name.
 
     Args:
       *names: its flags.
+      first: the one of them whose value may stand alone behind the command's name.
       **defaults: defaults that differ from those in FLAGS.
     """
 
     def register(run: Callable) -> Callable:
         own = {name: defaults.get(name, FLAGS[name][1]) for name in (*names, "debug")}
-        COMMANDS[run.__name__] = Command(run.__name__, run, own)
+        COMMANDS[run.__name__] = Command(run.__name__, run, own, first)
         return run
 
     return register
@@ -280,14 +304,25 @@ def predict(values: flags.FlagValues) -> int:
     return prediction.BROKEN_IMAGES_EXIT_CODE if broken else 0
 
 
-@command("experiment", "set", "input_size", "data_dir")
+@command("experiment", "workdir", "set", "input_size", "data_dir", experiment=None, workdir=None)
 def summary(values: flags.FlagValues) -> None:
-    """Shows an architecture: layers, output shapes, parameters, FLOPs."""
+    """Shows an architecture: layers, output shapes, parameters, FLOPs, receptive fields."""
+    from cnn_jax import evaluate as evaluation
     from cnn_jax import experiment, tables
     from cnn_jax import summary as summaries
+    from cnn_jax.config import Config
 
-    config = experiment.load(values.experiment, values.set)
-    shape = summaries.input_shape(config, values.input_size, values.data_dir)
+    if not (values.experiment or values.workdir):
+        raise ConfigError("--experiment: summary needs it, or --workdir, the folder of a run")
+    config = experiment.load(values.experiment, values.set) if values.experiment else None
+    shape = None
+    if values.workdir:
+        if values.set:
+            raise ConfigError(f"--set {values.set[0]}: a run in a workdir is what it is")
+        run = evaluation.load_run(_path(values.workdir), model=config and config.model)
+        config, shape = Config(run.model, run.data), run.image_shape
+    if shape is None or values.input_size:
+        shape = summaries.input_shape(config, values.input_size, values.data_dir)
     tables.print_summary(summaries.summarise(config.model, shape))
 
 
@@ -351,3 +386,126 @@ def report(values: flags.FlagValues) -> None:
         values.verify,
     )
     print(f"written to {path}")
+
+
+@command(
+    "workdir", "output", "checkpoint", "experiment", "verify", output=REQUIRED, experiment=None
+)
+def convert(values: flags.FlagValues) -> None:
+    """Turns flatten + dense into convolutions: the same network for images of any larger size."""
+    from cnn_jax import convert as conversion
+    from cnn_jax import tables
+
+    run = _load_run(values)
+    tables.print_conversion(conversion.convert(run, _path(values.output)))
+
+
+@command(
+    "workdir",
+    "canvas",
+    "rounds",
+    "checkpoint",
+    "output",
+    "data_dir",
+    "experiment",
+    "verify",
+    rounds=3,
+    experiment=None,
+)
+def class_map(values: flags.FlagValues) -> None:
+    """Finds test images on a large canvas with one pass, and compares it with sliding windows."""
+    from cnn_jax import class_map as demonstration
+    from cnn_jax import tables
+
+    run = _load_run(values)
+    output = _path(values.output) if values.output else run.workdir / "class_map"
+    tables.print_class_map(
+        demonstration.demonstrate(run, output, values.canvas, values.rounds, values.data_dir)
+    )
+    print(f"written to {output / 'class_map.png'} and class_map.json")
+
+
+@command(
+    "topic",
+    "size",
+    "kernel",
+    "stride",
+    "padding",
+    "channels",
+    "filters",
+    "experiment",
+    "input_size",
+    "data_dir",
+    "output",
+    first="topic",
+    experiment=None,
+)
+def explain(values: flags.FlagValues) -> None:
+    """Shows the lecture's arithmetic on small numbers, or what the layers of a network see."""
+    from cnn_jax import tables
+    from cnn_jax.explain import picture, topics
+
+    own = ("experiment", "input_size", "data_dir")
+    numbers = ("size", "kernel", "stride", "padding", "channels", "filters")
+    given = {name: values[name].value for name in (*numbers, *own)}
+    if values.topic == topics.OF_A_NETWORK:
+        from cnn_jax import experiment, summary
+        from cnn_jax.explain import counts
+
+        topics.check(values.topic, given, own)
+        config = experiment.load(values.experiment or "fashion_mnist/lenet")
+        shape = summary.input_shape(config, values.input_size, values.data_dir)
+        explanation = counts.receptive_field(summary.summarise(config.model, shape))
+    else:
+        explanation = topics.explain(values.topic, given)
+    if values.output:
+        picture.save(explanation, _path(values.output))
+    tables.print_explanation(explanation)
+    if values.output:
+        print(f"written to {_path(values.output)}")
+
+
+@command("workdir", "output", "checkpoint", "experiment", "verify", experiment=None)
+def export(values: flags.FlagValues) -> None:
+    """Writes the network as StableHLO, with its class names, for use without this project."""
+    from cnn_jax import export as exporting
+
+    run = _load_run(values)
+    output = _path(values.output) if values.output else run.workdir / "export"
+    for path in exporting.export(run, output):
+        print(f"written to {path}")
+
+
+@command(
+    "only",
+    "seeds",
+    "workdir",
+    "data_dir",
+    "output",
+    "rebuild",
+    workdir="runs/reproduce",
+)
+def reproduce(values: flags.FlagValues) -> int:
+    """Trains what experiments/RESULTS.md tells of, keeps a record of each run, rebuilds the tables."""
+    from cnn_jax import experiment
+    from cnn_jax.reproduce import plan, run, table
+
+    rows = plan.choose(plan.ROWS, values.only, values.seeds)
+    output = _path(values.output) if values.output else experiment.FOLDER
+    if values.rebuild:
+        table.rebuild(output)
+        print(f"written to {output / 'RESULTS.md'}")
+        return 0
+    code = run.reproduce(rows, _path(values.workdir), output, values.data_dir)
+    print(f"written to {output / 'RESULTS.md'}")
+    return code
+
+
+@command("experiment", "set", "seeds", "workdir", "data_dir", seeds=3, workdir=None)
+def sweep(values: flags.FlagValues) -> int:
+    """Trains every combination of --set field=value,value over several seeds, and compares them."""
+    from cnn_jax import sweep as sweeps
+
+    name = Path(values.experiment).stem if values.experiment.endswith(".py") else values.experiment
+    workdir = _path(values.workdir or f"runs/sweep/{name}")
+    return sweeps.sweep(values.experiment, values.set, values.seeds, workdir, values.data_dir)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import math
 import types
 import typing
@@ -36,7 +37,11 @@ class DataConfig:
       mean: subtracted from the pixels in [0, 1], one value or one a channel.
       std: divides them after that, likewise.
       flip: mirrors half of the training images, at random.
+      alternating_flip: mirrors half of the training images, at random, in the first epoch, and each
+        of them in every other epoch after that (arXiv 2404.00498); instead of `flip`.
       crop_padding: pixels of reflected border from which a training image is cropped at random.
+      test_time_augmentation: the views of an image whose logits are averaged in evaluation and
+        prediction: the image alone, with its mirror image, or both also shifted by a pixel.
     """
 
     name: str
@@ -47,7 +52,9 @@ class DataConfig:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     flip: bool = False
+    alternating_flip: bool = False
     crop_padding: int = 0
+    test_time_augmentation: Literal["none", "mirror", "mirror_shift"] = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,8 @@ class Config:
       clip_norm: limit of the gradient's global norm.
       label_smoothing: in [0, 1).
       compute_dtype: of activations and of the kernels' copies they meet; parameters stay float32.
+      init_examples: training examples that the initialisation sees, for models that take their
+        first parameters from the data, as SpeedrunCNN does.
       devices: how many of the visible ones are used; None: all.
       eval_every_epochs: epochs between evaluations; the last epoch is always evaluated.
       checkpoint_every_epochs: epochs between checkpoints; the last epoch is always saved.
@@ -98,6 +107,7 @@ class Config:
     clip_norm: float | None = None
     label_smoothing: float = 0.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    init_examples: int = 0
     devices: int | None = None
     eval_every_epochs: int = 1
     checkpoint_every_epochs: int = 1
@@ -249,32 +259,54 @@ def data_from_json(saved: dict) -> DataConfig:
     return _from_json(DataConfig, saved, "data")
 
 
-def model_from_json(saved: dict) -> nn.Module:
+def model_from_json(saved: dict, own: nn.Module | None = None) -> nn.Module:
     """The `model` part of a config.json, for the classes of `cnn_jax.models`.
+
+    Args:
+      saved: it.
+      own: the model where it is another one, from its experiment file; also inside `Convolutional`.
 
     Raises:
       ConfigError: another class, which only its experiment file can give.
     """
     name = saved.get("class")
+    if own is not None and (name != "Convolutional" or isinstance(own, models.Convolutional)):
+        return own
     if name not in models.__all__:
         raise ConfigError(
             f"model.class: {name!r} is not one of cnn_jax.models ({', '.join(models.__all__)}); "
             "name the experiment file that defines it with --experiment"
         )
     fields = {key: value for key, value in saved.items() if key != "class"}
-    return _from_json(vars(models)[name], fields, "model")
+    if hidden := fields.keys() & {"parent", "name"}:  # flax's own
+        raise ConfigError(f"model.{min(hidden)}: {name} has no such field")
+    return _from_json(vars(models)[name], fields, "model", own)
 
 
-def _from_json(kind: type, saved: dict, path: str) -> Any:
-    def as_tuple(value: Any) -> Any:
-        return tuple(map(as_tuple, value)) if isinstance(value, list) else value
+def _from_json(kind: type, saved: dict, path: str, own: nn.Module | None = None) -> Any:
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict) and "class" in value:
+            return model_from_json(value, own)
+        return tuple(map(restored, value)) if isinstance(value, list) else value
 
     try:
-        value = kind(**{key: as_tuple(value) for key, value in saved.items()})
+        value = kind(**{key: restored(value) for key, value in saved.items()})
     except TypeError as error:
         raise ConfigError(f"{path}: {saved}: {error}") from None
     _check_types(value, f"{path}.")
     return value
+
+
+def with_defaults(saved: dict, value: Any) -> dict:
+    """`saved`, the JSON form of a `value` of earlier code, with later fields at their defaults."""
+    filled = dict(saved)
+    defaults = {f.name: f.default for f in dataclasses.fields(value)} if _is_record(value) else {}
+    for name in _fields(value):
+        if isinstance(saved.get(name), dict):
+            filled[name] = with_defaults(saved[name], getattr(value, name))
+        elif defaults.get(name, dataclasses.MISSING) is not dataclasses.MISSING:
+            filled.setdefault(name, json.loads(json.dumps(to_json(defaults[name]))))
+    return filled
 
 
 def differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:
@@ -348,11 +380,15 @@ def validate(config: Config) -> Config:
         check(0 <= getattr(config, field) < math.inf, field, "0 or more, and finite")
     check(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
     check(0 <= config.label_smoothing < 1, "label_smoothing", "in [0, 1)")
+    check(config.init_examples >= 0, "init_examples", "0 or more")
     data = config.data
     for field in ("name", "train_split", "test_split"):
         check(bool(getattr(data, field)), f"data.{field}", "given")
     check(data.validation_examples >= 0, "data.validation_examples", "0 or more")
     check(data.crop_padding >= 0, "data.crop_padding", "0 or more")
+    check(
+        not (data.flip and data.alternating_flip), "data.alternating_flip", "False with data.flip"
+    )
     size = data.image_size
     check(size is None or min(size) >= 1, "data.image_size", "at least 1,1, or none")
     mean, std = data.mean, data.std

@@ -127,12 +127,13 @@ def load_run(
 
     Raises:
       CheckpointError: there is no run, no such checkpoint, or it is damaged.
-      ConfigError: config.json names a model that is not one of cnn_jax.models, and none was given.
+      ConfigError: config.json names a model that is not one of cnn_jax.models, and none was given, or
+        a field in it is out of range.
     """
     saved = workdirs.read_config(workdir)
     try:
         config = saved["config"]
-        model = model or configs.model_from_json(config["model"])
+        model = configs.model_from_json(config["model"], model)
         data = configs.data_from_json(config["data"])
         image_shape, class_names = tuple(saved["image_shape"]), tuple(saved["class_names"])
         experiment, batch_size = saved["experiment"], config["eval_batch_size"]
@@ -140,6 +141,9 @@ def load_run(
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{workdir / 'config.json'}: damaged ({reason})") from None
+    configs.validate(
+        configs.Config(model, data, eval_batch_size=batch_size, compute_dtype=compute_dtype)
+    )
     restored = checkpoint.Checkpoints(workdir).select(which, verify=verify)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
@@ -236,7 +240,8 @@ def check_fits(run: Run, examples: sources.Examples, name: str) -> None:
     )
     if takes_one_image_size(run.model):
         raise DataError(
-            f"{sizes}, and {type(run.model).__name__} takes no other size; FullyConvCNN does"
+            f"{sizes}, and {type(run.model).__name__} takes no other size; FullyConvCNN does, and "
+            "so does what ./launch.sh convert makes of this run"
         )
     try:
         image = jax.ShapeDtypeStruct((1, *examples.image_shape), jnp.float32)

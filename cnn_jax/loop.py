@@ -111,8 +111,11 @@ def dry_run(config: Config, data_dir: str | None = None, download: bool = False)
     """Does everything once on two batches, in a workdir that is thrown away.
 
     Raises:
+      ConfigError: this is one of several processes, which would share no such workdir.
       As `train`.
     """
+    if parallel.is_one_of_several():
+        raise ConfigError("--dry_run: takes one process; leave out --coordinator")
     validate(config)
     splits = load_splits(config, data_dir, download)
     few = {
@@ -198,7 +201,7 @@ class _Run:
         make = functools.partial(init_state, config.model, self.optimizer, shape, config.seed)
         restored = self.checkpoints.newest(verify=verify)
         if restored is None:
-            self.state = parallel.make_replicated(make, self.mesh)
+            self.state = parallel.make_replicated(make, self.mesh, *self._first_examples())
         else:
             state = checkpoint.fill(jax.eval_shape(make), restored)
             self.state = parallel.replicate(state, self.mesh)
@@ -218,6 +221,13 @@ class _Run:
             self.checkpoints.start_writing(restored.step if restored else None)
             workdirs.keep_metrics_until(self.workdir, restored.step if restored else 0)
             workdirs.write_config(self.workdir, config, experiment, self.about)
+
+    def _first_examples(self) -> list[jax.Array]:
+        """What the initialisation sees, if it sees any: float32 [init_examples, H, W, C]."""
+        count = min(self.config.init_examples, len(self.splits.train))
+        if not count:
+            return []
+        return [batches.normalise(self.splits.train[np.arange(count)]["image"], self.config.data)]
 
     def epochs(self) -> None:
         """Trains, evaluates and saves, epoch by epoch."""
@@ -247,7 +257,7 @@ class _Run:
         self.progress.start_epoch(epoch, start)
         began, before = time.perf_counter(), self.epoch_seconds
         running: deque[jax.Array] = deque()
-        data = batches.training_batches(self.splits.train, order, config.batch_size, start)
+        data = batches.training_batches(self.splits.train, order, config.batch_size, start, epoch)
         for done, batch in enumerate(data, start + 1):
             self.state, loss = train(self.state, parallel.shard(batch, self.mesh))
             running.append(loss)

@@ -1,10 +1,12 @@
 """The optimizer of a run: schedules and masks on top of Optax."""
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from cnn_jax.config import Config
 from cnn_jax.errors import ConfigError
@@ -51,3 +53,98 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
 def kernels(params: dict) -> dict:
     """True for the arrays that weight decay concerns: two dimensions or more, so no bias or scale."""
     return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
+
+
+# ---------------------------------------------------------------------------------- the speedrun
+
+
+def muon_and_sgd(
+    learning_rate: optax.Schedule,
+    *,
+    bias_learning_rate: float,
+    head_learning_rate: float,
+    decay: float,
+    muon_momentum: float = 0.6,
+    momentum: float = 0.85,
+    whitening_share: float = 3 / 8,
+) -> optax.GradientTransformation:
+    """The CIFAR-10 speedrun's optimizer: Muon for filters, Nesterov's momentum for all else.
+
+    Source: airbench94_muon of KellerJordan/cifar10-airbench, whose losses are sums over a batch; here
+    they are means, so its rates for biases and head are multiplied by its batch.
+
+    Args:
+      learning_rate: of the filters, a schedule; the other rates follow its course.
+      bias_learning_rate: the first one.
+      head_learning_rate: the first one, of kernels with two dimensions.
+      decay: the share of a bias or a weight of the head that a step takes away at the first rate,
+        before momentum. The filters keep their norm anyway.
+      muon_momentum: of the filters.
+      momentum: of biases and head.
+      whitening_share: of the run, during which the bias of a layer named "whitening" is trained; its
+        kernel never is.
+    """
+
+    def course(step: jax.Array) -> jax.Array:
+        return learning_rate(step) / learning_rate(0)
+
+    def whitening_course(step: jax.Array) -> jax.Array:
+        return jnp.maximum(0, 1 - (1 - course(step)) / whitening_share)
+
+    def sgd(rate: float, course: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale(rate),
+            optax.add_decayed_weights(decay),
+            optax.trace(momentum, nesterov=True),
+            optax.scale_by_schedule(lambda step: -course(step)),
+        )
+
+    filters = optax.chain(
+        optax.contrib.scale_by_muon(
+            ns_coeffs=(3.4445, -4.7750, 2.0315),
+            ns_steps=3,
+            beta=muon_momentum,
+            eps=1e-7,
+            weight_dimension_numbers=_filters_as_matrices,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+        renormalise(),
+    )
+    return optax.multi_transform(
+        {
+            "filters": filters,
+            "biases": sgd(bias_learning_rate, course),
+            "head": sgd(head_learning_rate, course),
+            "whitening bias": sgd(bias_learning_rate, whitening_course),
+            "whitening": optax.set_to_zero(),
+        },
+        _speedrun_groups,
+    )
+
+
+def renormalise() -> optax.GradientTransformation:
+    """Brings each kernel [..., features] to the norm sqrt(features) before the update is added."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def one(update: jax.Array, kernel: jax.Array) -> jax.Array:
+            target = kernel * (kernel.shape[-1] ** 0.5 / jnp.linalg.norm(kernel))
+            return update + target - kernel
+
+        return jax.tree.map(one, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _filters_as_matrices(updates: Any) -> Any:
+    """Kernels [h, w, in, out] as matrices of h * w * in by out."""
+    numbers = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+    return jax.tree.map(lambda _: numbers, updates)
+
+
+def _speedrun_groups(params: dict) -> dict:
+    def group(path: tuple, array: jax.Array) -> str:
+        if any(entry.key == "whitening" for entry in path):
+            return "whitening" if jnp.ndim(array) > 1 else "whitening bias"
+        return {1: "biases", 2: "head"}.get(jnp.ndim(array), "filters")
+
+    return jax.tree_util.tree_map_with_path(group, params)

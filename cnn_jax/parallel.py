@@ -108,9 +108,9 @@ def _copy_to(mesh: Mesh) -> Callable:
     return jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=replicated(mesh))
 
 
-def make_replicated(make: Callable, mesh: Mesh) -> Any:
-    """What `make()` returns, computed in one program, on every device of the mesh."""
-    return jax.jit(make, out_shardings=replicated(mesh))()
+def make_replicated(make: Callable, mesh: Mesh, *arguments: Any) -> Any:
+    """What `make(*arguments)` returns, computed in one program, on every device of the mesh."""
+    return jax.jit(make, out_shardings=replicated(mesh))(*arguments)
 
 
 def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,6 +1,5 @@
 """Classes of image files, by the model of a workdir."""
 
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -8,18 +7,19 @@ import glob
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from cnn_jax import step
+from cnn_jax import output as outputs
+from cnn_jax import step, summary
 from cnn_jax.data.batches import normalise
 from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.evaluate import Run
+from cnn_jax.models.convolutional import gives_class_map
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ BROKEN_IMAGES_EXIT_CODE = DataError.exit_code
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # Checked against the header, before anything is decoded.
 MAX_PIXELS = 50_000_000
+# A layer of 256 channels makes 4 GB of so many, if it has no stride.
+MAX_MAP_PIXELS = 2048 * 2048
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -39,7 +41,7 @@ class Prediction:
       classes: names, the most probable first.
       probabilities: of these, from the softmax of the logits (of a class map: of their mean).
       class_map: where the model gives one, float32 [h, w, classes] of probabilities.
-      map_file: the picture of the class map.
+      map_file: the picture of the class map, if that has more than one score.
     """
 
     file: str
@@ -64,18 +66,17 @@ def predict(
       The predictions, and the files that could not be read, which are logged.
 
     Raises:
-      ConfigError: `top_k` is out of range.
-      DataError: there is no image to read at all, or `output` cannot be written.
+      ConfigError: `top_k` is out of range, or `output` cannot be written.
+      DataError: there is no image to read at all.
     """
     if top_k is None:
         top_k = min(3, len(run.class_names))
     if not 1 <= top_k <= len(run.class_names):
         raise ConfigError(f"--top_k={top_k}: must be from 1 to {len(run.class_names)}, the classes")
     files = find_images(patterns)
-    with _writing(output):
-        output.mkdir(parents=True, exist_ok=True)
+    outputs.check_folder(output)
     scores = jax.jit(functools.partial(_scores, run=run))
-    own_size = _gives_class_map(run)
+    own_size = gives_class_map(run.model, run.image_shape)
     predictions, broken = [], []
     for file in files:
         try:
@@ -87,19 +88,22 @@ def predict(
         probabilities, class_map = jax.device_get(scores(run.variables, image[None]))
         best = np.argsort(-probabilities, kind="stable")[:top_k]
         prediction = Prediction(
-            file,
+            os.fsencode(file).decode(errors="backslashreplace"),  # Linux takes any bytes as a name
             tuple(run.class_names[i] for i in best),
             tuple(float(probabilities[i]) for i in best),
         )
         if class_map is not None:
+            prediction = dataclasses.replace(prediction, class_map=class_map)
+        if class_map is not None and class_map.size > class_map.shape[-1]:
             map_file = output / f"{len(predictions):04d}_{Path(file).stem}_class_map.png"
-            with _writing(output):
-                draw_class_map(class_map, image.shape[:2]).save(map_file)
-            prediction = dataclasses.replace(prediction, class_map=class_map, map_file=map_file)
+            picture = _picture(run, image, class_map)
+            with outputs.writing(output):
+                picture.save(map_file)
+            prediction = dataclasses.replace(prediction, map_file=map_file)
         predictions.append(prediction)
     if not predictions:
         raise DataError(f"--images: none of the {len(files)} files could be read")
-    with _writing(output):
+    with outputs.writing(output):
         _write_csv(output / "predictions.csv", predictions)
     return predictions, broken
 
@@ -142,7 +146,8 @@ def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = Fa
     Args:
       file: of any size and mode; transparent parts become white.
       image_shape: (H, W, C) that the model was trained on.
-      own_size: keeps the file's size where it is at least H x W, instead of resizing to it.
+      own_size: keeps the file's size where it is at least H x W, instead of resizing to it. One of
+        more than MAX_MAP_PIXELS is reduced to these, which is logged.
 
     Returns:
       uint8 [h, w, C].
@@ -167,9 +172,14 @@ def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = Fa
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture)
             picture = picture.convert(MODES[channels])
-            keep = own_size and picture.width >= width and picture.height >= height
-            if not keep and picture.size != (width, height):
-                picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+            size, own = (width, height), picture.size
+            if own_size and own[0] >= width and own[1] >= height:
+                scale = min(1, (MAX_MAP_PIXELS / (own[0] * own[1])) ** 0.5)
+                size = (max(width, int(own[0] * scale)), max(height, int(own[1] * scale)))
+                if size != own:
+                    log.warning("warning: %s: reduced from %dx%d to %dx%d", file, *own, *size)
+            if size != own:
+                picture = picture.resize(size, Image.Resampling.BILINEAR)
             return np.asarray(picture).reshape(picture.height, picture.width, channels)
     except DataError:
         raise
@@ -180,35 +190,11 @@ def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = Fa
         raise DataError(f"{file}: cannot be read ({reason})") from None
 
 
-def draw_class_map(class_map: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """The class map as a picture: the colour of each score is its winning class, the brightness
-    its probability.
+def _picture(run: Run, image: np.ndarray, class_map: np.ndarray) -> Image.Image:
+    from cnn_jax import class_map_picture  # matplotlib takes its time to import
 
-    Args:
-      class_map: float32 [h, w, classes], probabilities.
-      size: (height, width) in pixels to which the map is enlarged.
-    """
-    import matplotlib
-
-    colours = matplotlib.colormaps["tab10" if class_map.shape[-1] <= 10 else "tab20"].colors
-    winner = class_map.argmax(-1) % len(colours)
-    picture = np.array(colours)[winner] * class_map.max(-1, keepdims=True)
-    image = Image.fromarray((picture * 255).round().astype(np.uint8), "RGB")
-    return image.resize((size[1], size[0]), Image.Resampling.NEAREST)
-
-
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"--output={output}: cannot be written: {error.strerror}") from None
-
-
-def _gives_class_map(run: Run) -> bool:
-    """Whether the model maps an image to a map of scores, and so takes one of any size."""
-    image = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
-    return jax.eval_shape(run.model.apply, run.variables, image).ndim == 4
+    field = summary.summarise(run.model, image.shape).field
+    return class_map_picture.draw(image, class_map, field, run.class_names)
 
 
 def _scores(variables: dict, image: jax.Array, *, run: Run) -> tuple[jax.Array, jax.Array | None]:

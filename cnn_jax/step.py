@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.data.batches import augment, normalise
+from cnn_jax.data.batches import alternate_flip, augment, normalise, test_views
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -55,7 +55,11 @@ def empty_sums() -> Sums:
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple, seed: int
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple,
+    seed: int,
+    image: jax.Array | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -64,9 +68,12 @@ def init_state(
       optimizer: from `optim.make_optimizer`.
       image_shape: (H, W, C).
       seed: of the parameters and of every later random choice.
+      image: scaled training images [N, *image_shape], for a model whose first parameters follow them.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32))
+    if image is None:
+        image = jnp.zeros((1, *image_shape), jnp.float32)
+    variables = model.init(init_key, image)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -91,7 +98,8 @@ def train_step(
 
     Args:
       state: before the step.
-      batch: image uint8 [N, H, W, C], label int32 [N], index int32 [N].
+      batch: image uint8 [N, H, W, C], label int32 [N], index int32 [N]; epoch int32 [N] for
+        `alternating_flip`.
       model: the module; one with BatchNorm or Dropout takes its own `axis_name`.
       optimizer: from `optim.make_optimizer`.
       config: augmentation, scaling, smoothing and compute type.
@@ -100,9 +108,12 @@ def train_step(
     Returns:
       The state after the step, and the batch's mean loss before it.
     """
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    run_key = jax.random.wrap_key_data(state.rng)
+    key = jax.random.fold_in(run_key, state.step)
     augment_key, dropout_key = jax.random.split(key)
     image = augment(augment_key, batch["image"], batch["index"], config.data)
+    if config.data.alternating_flip:
+        image = alternate_flip(run_key, image, batch["index"], batch["epoch"])
     image = normalise(image, config.data)
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
@@ -175,7 +186,13 @@ def predict_step(
     variables: Any, image: jax.Array, *, model: nn.Module, data: DataConfig, compute_dtype: str
 ) -> jax.Array:
     """uint8 [N, H, W, C] -> logits float32 [N, classes]; of a class map, its mean."""
-    return _apply(model, variables, normalise(image, data), compute_dtype)[0]
+    image = normalise(image, data)
+    if data.test_time_augmentation == "none":
+        return _apply(model, variables, image, compute_dtype)[0]
+    views, weights = test_views(image, data.test_time_augmentation)
+    logits = _apply(model, variables, views.reshape(-1, *image.shape[1:]), compute_dtype)[0]
+    logits = logits.reshape(len(weights), len(image), -1)
+    return jnp.tensordot(jnp.array(weights), logits, 1)
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -> jax.Array:

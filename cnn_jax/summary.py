@@ -12,7 +12,9 @@ import numpy as np
 from cnn_jax.config import Config
 from cnn_jax.data import sources
 from cnn_jax.errors import ConfigError
+from cnn_jax.models.convolutional import replaces
 from cnn_jax.models.layers import Flatten, MaxPool
+from cnn_jax.receptive_field import Field, behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Layer:
       shape: of its output, without the batch.
       parameters: how many it has.
       flops: of one image forward: two for each multiplication with addition.
+      field: which pixels an output sees; None where the layers are no chain.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Layer:
     shape: tuple[int, ...]
     parameters: int
     flops: int
+    field: Field | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,20 @@ class Summary:
     @property
     def flops(self) -> int:
         return sum(layer.flops for layer in self.layers)
+
+    @property
+    def training_flops(self) -> int:
+        """Of one image's forward pass and both gradients, by the direct algorithm.
+
+        The first layer's input gradient is not needed, and not counted.
+        """
+        own = (layer.flops for layer in self.layers if layer.parameters and layer.flops)
+        return 3 * self.flops - next(own, 0)
+
+    @property
+    def field(self) -> Field | None:
+        """Which pixels an output of the model sees; None where that is not known."""
+        return self.layers[-1].field if self.layers else None
 
 
 def input_shape(
@@ -80,15 +98,20 @@ def summarise(model: nn.Module, image_shape: tuple[int, int, int]) -> Summary:
       ConfigError: the model does not take such images.
     """
     layers: list[Layer] = []
+    field: Field | None = Field(image_shape[:2])
 
     def record(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        nonlocal field
         output = call(*args, **kwargs)
         module = context.module
         if context.method_name == "__call__" and module.path and hasattr(output, "shape"):
+            if replaces(module, output):
+                return output
             own = module.variables.get("params", {})
             arrays = {name: leaf for name, leaf in own.items() if hasattr(leaf, "shape")}
             if arrays or not own:
-                layers.append(_layer(module, arrays, args[0].shape, output.shape))
+                field = behind(field, module, args[0].shape, output.shape)
+                layers.append(_layer(module, arrays, args[0].shape, output.shape, field))
         return output
 
     def run(image: jax.Array) -> jax.Array:
@@ -109,7 +132,9 @@ def summarise(model: nn.Module, image_shape: tuple[int, int, int]) -> Summary:
     return Summary(type(model).__name__, image_shape, tuple(layers))
 
 
-def _layer(module: nn.Module, arrays: dict, before: tuple, after: tuple) -> Layer:
+def _layer(
+    module: nn.Module, arrays: dict, before: tuple, after: tuple, field: Field | None
+) -> Layer:
     parameters = sum(int(np.prod(array.shape)) for array in arrays.values())
     kind, flops = type(module).__name__, 0
     if "kernel" in arrays:
@@ -126,4 +151,4 @@ def _layer(module: nn.Module, arrays: dict, before: tuple, after: tuple) -> Laye
         kind += f" {module.window[0]}x{module.window[1]}"
     elif not isinstance(module, Flatten):
         flops = int(np.prod(before[1:]))
-    return Layer("/".join(module.path), kind, after[1:], parameters, flops)
+    return Layer("/".join(module.path), kind, after[1:], parameters, flops, field)

@@ -1,9 +1,15 @@
 """Results as tables on the terminal."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import rich.console
 import rich.markup
 import rich.table
+import rich.text
 
+from cnn_jax.convert import IMAGES, Converted
+from cnn_jax.explain.explanation import Explanation, Grid
 from cnn_jax.predict import Prediction
 from cnn_jax.summary import Summary
 
@@ -61,11 +67,13 @@ def print_predictions(predictions: list[Prediction]) -> None:
 
 def print_summary(summary: Summary) -> None:
     """Layers, output shapes, parameters and FLOPs, with their totals."""
-    table = _table("layer", "kind", "output", "parameters", "FLOPs", left=2)
+    columns = ("layer", "kind", "output", "parameters", "FLOPs", "sees", "step", "from")
+    table = _table(*columns, left=2)
     for layer in summary.layers:
         shape = "x".join(map(str, layer.shape))
         flops = f"{layer.flops:,}" if layer.flops else ""
-        table.add_row(layer.name, layer.kind, shape, f"{layer.parameters:,}", flops)
+        seen = layer.field.shown() if layer.field else ("?", "?", "?")
+        table.add_row(layer.name, layer.kind, shape, f"{layer.parameters:,}", flops, *seen)
     console = _console()
     height, width, channels = summary.image_shape
     console.print(f"{summary.model} on {height}x{width}x{channels}")
@@ -75,3 +83,91 @@ def print_summary(summary: Summary) -> None:
         f"{summary.flops:,} FLOPs an image forward, {3 * summary.flops:,} in training (about)",
         soft_wrap=True,
     )
+
+
+def print_conversion(made: Converted) -> None:
+    """What became of the kernels, and how equal the two networks are."""
+    table = _table("layer", "is now", "dense kernel", "convolution's kernel", left=2)
+    for name, before, after in made.kernels:
+        shapes = ("x".join(map(str, shape)) for shape in (before, after))
+        table.add_row(name, f"a {after[0]}x{after[1]} convolution", *shapes)
+    _console().print(table)
+    size, step, _ = made.field.shown() if made.field else ("?", "?", "")
+    _print_lines(
+        [
+            f"on {IMAGES} images of noise: logits up to {made.largest:.3g}, differing by at most "
+            f"{made.difference:.1g}",
+            f"on larger images: a map of scores, each seeing {size} pixels, {step} further than the "
+            "one before",
+            f"written to {made.run.workdir}",
+        ]
+    )
+
+
+def print_class_map(report: dict) -> None:
+    """What class_map.json says, in sentences."""
+    model, side = report["model"], report["canvas"]
+    scores, window, stride = (
+        "x".join(map(str, report[name])) for name in ("scores", "window", "stride")
+    )
+    compared, total = report["cut_out_compared"], report["cut_out"]
+    sample = f" ({compared:,} of them compared and timed)" if compared < total else ""
+    lines = [
+        f"{model}, checkpoint {report['checkpoint']}, on a canvas of {side}x{side} pixels with "
+        f"{report['images']} test images of {report['dataset']}",
+        f"map: {scores} scores; each sees {window} pixels, {stride} further than the one before",
+        f"found where they are: {report['found']} of {report['images']}; "
+        f"each alone, as in training: {report['recognised_alone']}",
+        f"the network on {report['windows']:,} windows that scores see, their true neighbours in "
+        f"place of padding: logits up to {report['largest_logit']:.1f}, the map's differ by at most "
+        f"{report['largest_difference']:.1e}",
+        f"the network on {total:,} windows of the training size{sample}, padded as in training: the "
+        f"same class in {report['cut_out_same_class']:.1%}, logits differ by at most "
+        f"{report['cut_out_largest_difference']:.1e}",
+        f"seconds: map {report['map_seconds']:.3f}, those windows {report['sliding_seconds']:.3f}: "
+        f"{report['speed_ratio']:.1f} times as long (median of {report['rounds']}, in turn); "
+        f"FLOPs: {report['flops_ratio']:.1f} times as many",
+    ]
+    _print_lines(lines)
+
+
+def print_explanation(explanation: Explanation) -> None:
+    """The title, the grids beside each other, the table, the arithmetic."""
+    console = _console()
+    console.print(rich.text.Text(explanation.title, "bold"), soft_wrap=True)
+    for row in explanation.rows:
+        beside = rich.table.Table.grid(padding=(0, 2))
+        cells = []
+        for grid in row:
+            if grid.sign:
+                cells.append(f"\n{grid.sign}")
+            cells.append(_numbers(grid))
+        beside.add_row(*cells)
+        console.print(beside)
+        console.print()
+    if explanation.table:
+        header, *rows = explanation.table
+        table = _table(*header, left=2)
+        for cells in rows:
+            table.add_row(*cells)
+        console.print(table)
+    _print_lines(explanation.lines)
+
+
+def _numbers(grid: Grid) -> rich.text.Text:
+    """A grid as lines of text: what is marked in bold, padding dimmed."""
+    cells = np.vectorize(lambda value: f"{value:g}")(grid.values)
+    width = max(map(len, cells.ravel()))
+    text = rich.text.Text(grid.title)
+    for i, row in enumerate(cells):
+        text.append("\n")
+        for j, cell in enumerate(row):
+            styles = ["bold"] * grid.is_marked(i, j) + ["dim"] * grid.is_padding(i, j)
+            text.append(f"{cell:>{width + 1}}", " ".join(styles))
+    return text
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    console = _console()
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)

@@ -126,13 +126,16 @@ def read_config(workdir: Path) -> dict:
         missing = [*(NEEDED - saved.keys()), *(NEEDED_OF_CONFIG - config.keys())]
         if missing or not all(isinstance(config[part], dict) for part in ("model", "data")):
             raise ValueError("incomplete")
+        shape = saved["image_shape"]
+        if len(shape) != 3 or not all(isinstance(length, int) and length > 0 for length in shape):
+            raise ValueError(f"image_shape is {shape}")
         return saved
     except FileNotFoundError:
         there = "holds no config.json" if workdir.is_dir() else "no such folder"
         raise CheckpointError(f"workdir={workdir}: {there}, so no run to read") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
 
 
@@ -151,7 +154,9 @@ def check_same_run(workdir: Path, config: configs.Config, about: dict) -> None:
     if not (workdir / "config.json").exists():
         return
     saved = read_config(workdir)
-    before = saved["config"] | {name: saved.get(name) for name in about}
+    before = configs.with_defaults(saved["config"], config) | {
+        name: saved.get(name) for name in about
+    }
     wanted = json.loads(json.dumps(configs.to_json(config) | about))
     free = set(configs.CHANGEABLE_ON_RESUME)
     if config.schedule == "constant":

@@ -1,5 +1,6 @@
 """Four virtual CPU devices, a cache of the tests' own, and small datasets that are really on disk."""
 
+import collections
 import os
 import tempfile
 from pathlib import Path
@@ -27,3 +28,22 @@ def tfds_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tfds")
     prepare_tiny_squares(folder)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A last line for each kind of fault: how many were tried, and what became of the runs.
+
+    Here and not in faults/, because under pytest-xdist only this file is loaded where it prints.
+    """
+    totals = collections.defaultdict(lambda: [0, 0])
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in getattr(report, "user_properties", []):
+                if name == "faults" and report.when == "call":
+                    kind, tried, survived = value
+                    totals[kind][0] += tried
+                    totals[kind][1] += survived
+    for kind, (tried, survived) in totals.items():
+        terminalreporter.write_line(
+            f"{kind}: faults tried {tried}, survived {survived}, lost {tried - survived}"
+        )

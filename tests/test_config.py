@@ -186,6 +186,7 @@ RANGES = [  # field, values that are allowed, values that are not
     ("data.test_split", ["validation"], [""]),
     ("data.validation_examples", [0, 5], [-1]),
     ("data.crop_padding", [0, 4], [-1]),
+    ("init_examples", [0, 1, 5000], [-1]),
     ("data.image_size", [None, (1, 1)], [(0, 8), (8, 0), (-1, 8)]),
     ("data.mean", [(0.0,), (1.0, -2.0, 3.0)], [(), (math.nan,), (0.0, math.inf)]),
     ("data.std", [(1.0,), (0.1, 2.0)], [(), (0.0,), (1.0, -1.0), (math.inf,), (math.nan,)]),
@@ -216,9 +217,16 @@ def test_a_value_out_of_range(field, value):
     assert str(configs.to_json(value)) in str(caught.value)
 
 
+def test_two_kinds_of_flips_at_once():
+    both = dataclasses.replace(BASE, data=DataConfig("tiny", flip=True, alternating_flip=True))
+    with pytest.raises(ConfigError, match="^data.alternating_flip=True: must be False with data.fl"):
+        validate(both)
+
+
 def test_every_field_has_a_range_or_a_type_of_few_values():
     named = {field for field, _, _ in RANGES}
     free = {"model", "data", "optimizer", "schedule", "compute_dtype", "data.flip"}
+    free |= {"data.alternating_flip", "data.test_time_augmentation"}
     fields = {f.name for f in dataclasses.fields(Config)}
     fields |= {f"data.{f.name}" for f in dataclasses.fields(DataConfig)}
     assert fields - free == named - {"model.num_classes"}
@@ -289,7 +297,10 @@ def test_what_is_no_optimizer(factory, said):
 
 @pytest.mark.parametrize("name", models.__all__)
 def test_a_model_survives_its_json_form(name):
-    model = getattr(models, name)(num_classes=7)
+    if name == "Convolutional":
+        model = models.Convolutional(models.LeNet(num_classes=7), (5, 4))
+    else:
+        model = getattr(models, name)(num_classes=7)
     saved = json.loads(json.dumps(configs.to_json(model)))
     assert saved["class"] == name
     assert configs.model_from_json(saved) == model
@@ -297,7 +308,7 @@ def test_a_model_survives_its_json_form(name):
 
 def test_data_survives_its_json_form():
     data = DataConfig(
-        "mnist", "train[:1%]", "train[1%:]", 5, (8, 9), (0.5, 0.25), (2.0, 3.0), True, 2
+        "mnist", "train[:1%]", "train[1%:]", 5, (8, 9), (0.5, 0.25), (2.0, 3.0), True, True, 2, "mirror"
     )
     assert all(
         getattr(data, f.name) != f.default for f in dataclasses.fields(data)
@@ -330,6 +341,9 @@ def test_another_class_than_the_projects_is_refused(saved):
         {"class": "LeNet", "depth": 3},
         {"class": "LeNet", "num_classes": "10"},
         {"class": "LeNet", "num_classes": [10]},
+        {"class": "Convolutional", "model": {"class": "LeNet"}, "window": [5]},
+        {"class": "Convolutional", "model": {"class": "Widths"}, "window": [5, 5]},
+        {"class": "Convolutional", "model": 3, "window": [5, 5]},
     ],
 )
 def test_a_damaged_model_is_refused(saved):

@@ -30,7 +30,7 @@ SHAPES = {"garments": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32,
 def train_and_evaluate(run, shape):
     """What one step of training and one of evaluation on four images give."""
     optimizer = optim.make_optimizer(run, steps_per_epoch=10)
-    batch = make_examples(4, shape)[np.arange(4)]
+    batch = make_examples(4, shape)[np.arange(4)] | {"epoch": np.zeros(4, np.int32)}
 
     @quick_jit
     def both(state):

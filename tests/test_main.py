@@ -60,7 +60,8 @@ def test_the_help_of_a_command(name, capsys):
     for flag in ("--help", "-h"):
         assert main.main([name, flag]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == f"./launch.sh {name}: {commands.COMMANDS[name].title}"
+        first = " TOPIC" if name == "explain" else ""
+        assert lines[0] == f"./launch.sh {name}{first}: {commands.COMMANDS[name].title}"
         shown = [line.split()[0] for line in lines[2:]]
         assert shown == [f"--{flag}" for flag in commands.COMMANDS[name].flags]
         assert all(len(line.split()) > 2 for line in lines[2:])  # each is explained
@@ -73,7 +74,11 @@ def test_the_public_commands_and_flags():
         "train": {"experiment", "set", "workdir", "data_dir", "download", "dry_run"},
         "evaluate": {"workdir", "checkpoint", "split", "dataset", "data_dir"},
         "predict": {"workdir", "images", "checkpoint", "top_k"},
-        "summary": {"experiment", "set", "input_size"},
+        "summary": {"experiment", "workdir", "set", "input_size"},
+        "convert": {"workdir", "output", "checkpoint"},
+        "class_map": {"workdir", "output", "checkpoint", "canvas", "rounds", "data_dir"},
+        "explain": {"topic", "size", "kernel", "stride", "padding", "output"},
+        "export": {"workdir", "output", "checkpoint"},
     }
     for name, flags in expected.items():
         assert flags | {"debug"} <= set(commands.COMMANDS[name].flags)
@@ -106,6 +111,8 @@ MISTAKES = [  # command line, exit code, what is said
     ("predict --workdir=x", 2, "--images: predict needs it"),
     ("summary", 2, "--experiment: summary needs it"),
     ("verify", 2, "--workdir: verify needs it"),
+    ("convert --workdir=x", 2, "--output: convert needs it"),
+    ("summary --workdir=x --set epochs=3", 2, "--set epochs=3: a run in a workdir is what it is"),
     ("train --experiment", 2, "Missing value for flag --experiment"),
     ("train --experiment=", 2, "--experiment=: is empty"),
     ("train --experiment ''", 2, "--experiment=: is empty"),

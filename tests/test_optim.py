@@ -2,13 +2,14 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from cnn_jax import models
+from cnn_jax import models, optim
 from cnn_jax.config import Config, DataConfig, validate
 from cnn_jax.errors import ConfigError
 from cnn_jax.optim import kernels, make_optimizer, make_schedule
@@ -172,3 +173,81 @@ def test_what_returns_no_optimizer():
     config = validate(dataclasses.replace(BASE, optimizer=lambda learning_rate: 3))
     with pytest.raises(ConfigError, match=r"^optimizer: returns int, must return an optax"):
         make_optimizer(config, STEPS)
+
+
+# ---------------------------------------------------------------------------------- the speedrun
+
+
+class Little(nn.Module):
+    """A parameter of each group of `muon_and_sgd`."""
+
+    @nn.compact
+    def __call__(self, image):
+        x = nn.Conv(4, (2, 2), name="whitening")(image)
+        x = nn.Conv(5, (3, 3), use_bias=False, name="conv")(x)
+        x = nn.BatchNorm(use_running_average=True, use_scale=False, name="norm")(x)
+        return nn.Dense(3, use_bias=False, name="head")(x.mean((1, 2)))
+
+
+RATES = {"bias_learning_rate": 0.5, "head_learning_rate": 2.0, "decay": 0.01}
+STEPS = 8
+
+
+def newton_schulz(matrix):
+    """As airbench does it, with rows for filters."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / (np.linalg.norm(matrix) + 1e-7)
+    x = x.T if x.shape[0] > x.shape[1] else x
+    for _ in range(3):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def test_muon_and_sgd_is_airbenchs_optimizer():
+    """Against a transcription of its formulas in float64 NumPy; losses here are means."""
+    params = Little().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    schedule = optax.linear_schedule(0.24, 0.0, STEPS)
+    optimizer = optim.muon_and_sgd(schedule, **RATES)
+    state = optimizer.init(params)
+    random = np.random.default_rng(0)
+    grads = [jax.tree.map(lambda p: random.normal(size=p.shape), params) for _ in range(STEPS)]
+    update = jax.jit(optimizer.update)
+    found = params
+    for grad in grads:
+        updates, state = update(jax.tree.map(jnp.float32, grad), state, found)
+        found = optax.apply_updates(found, updates)
+
+    def nesterov(start, gradients, rate, share):
+        value, buffer = np.float64(start), 0
+        for step, gradient in enumerate(gradients):
+            direction = gradient + RATES["decay"] / rate * value
+            buffer = 0.85 * buffer + direction
+            left = max(0, 1 - step / (share * STEPS))
+            value = value - rate * left * (direction + 0.85 * buffer)
+        return value
+
+    def column(*path):
+        return [functools.reduce(dict.__getitem__, path, grad) for grad in grads]
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found["whitening"]["kernel"], params["whitening"]["kernel"])
+    close(
+        found["whitening"]["bias"],
+        nesterov(params["whitening"]["bias"], column("whitening", "bias"), 0.5, 3 / 8),
+    )
+    close(found["norm"]["bias"], nesterov(params["norm"]["bias"], column("norm", "bias"), 0.5, 1))
+    close(
+        found["head"]["kernel"],
+        nesterov(params["head"]["kernel"], column("head", "kernel"), 2.0, 1),
+    )
+
+    kernel, average = np.float64(params["conv"]["kernel"]), 0
+    for step, gradient in enumerate(column("conv", "kernel")):
+        # Optax averages, and takes the start's bias out of it: its own form of Nesterov's momentum.
+        average = 0.6 * average + 0.4 * gradient
+        ahead = 0.6 * average / (1 - 0.6 ** (step + 2)) + 0.4 * gradient / (1 - 0.6 ** (step + 1))
+        kernel = kernel * 5**0.5 / np.linalg.norm(kernel)
+        rows = ahead.reshape(-1, 5).T
+        kernel = kernel - 0.24 * (1 - step / STEPS) * newton_schulz(rows).T.reshape(kernel.shape)
+    close(found["conv"]["kernel"], kernel, rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 
 from cnn_jax import models, optim, step
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.data.batches import augment, normalise
+from cnn_jax.data.batches import alternate_flip, augment, normalise
 from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten
 from tests.quick import noisy_state, quick_jit
 from tests.tiny import make_examples
@@ -291,6 +291,59 @@ def test_augmentation_does_not_depend_on_the_rest_of_the_batch():
     np.testing.assert_array_equal(again, output)
     assert (augmented(data, key=1)[1] != output).any()
     assert (augmented(data, index=np.arange(1, 65, dtype=np.int32))[1] != output).any()
+
+
+def test_alternating_flips_show_both_sides_in_any_two_epochs():
+    image = np.random.default_rng(1).integers(0, 256, (400, 6, 5, 2), dtype=np.uint8)
+    index = np.arange(400, dtype=np.int32)
+    mirrored = []
+    for epoch in range(3):
+        epochs = np.full(400, epoch, np.int32)
+        output = np.asarray(quick_jit(alternate_flip)(jax.random.key(0), image, index, epochs))
+        sides = [(output == side).all((1, 2, 3)) for side in (image[:, :, ::-1], image)]
+        assert (sides[0] ^ sides[1]).all()
+        mirrored.append(sides[0])
+    assert 160 < mirrored[0].sum() < 240
+    np.testing.assert_array_equal(mirrored[1], ~mirrored[0])
+    np.testing.assert_array_equal(mirrored[2], mirrored[0])
+
+
+def test_alternating_flips_follow_the_epoch_not_the_step():
+    config = make_config(Linear(), data=dataclasses.replace(DATA, alternating_flip=True))
+    state, train = setup(config)
+    batch = make_batch()
+    losses = []
+    for epoch, step in ((0, 0), (0, 5), (1, 5), (2, 0)):
+        at = state.replace(step=jnp.int32(step))
+        losses.append(float(train(at, batch | {"epoch": np.full(8, epoch, np.int32)})[1]))
+    assert losses[0] == losses[1] == losses[3] != losses[2]
+
+
+def shifted(image, rows, columns):
+    """Moved by pixels, what enters mirrored at the border: NumPy's `reflect`."""
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    height, width = image.shape[1:3]
+    return padded[:, 1 + rows : 1 + rows + height, 1 + columns : 1 + columns + width]
+
+
+@pytest.mark.parametrize("augmentation", ["none", "mirror", "mirror_shift"])
+def test_test_time_augmentation_averages_the_logits_of_the_views(augmentation):
+    data = dataclasses.replace(DATA, test_time_augmentation=augmentation)
+    config = make_config(Linear(), data=data)
+    state, _ = setup(config)
+    variables = {"params": state.params, "batch_stats": {}}
+    image = make_batch()["image"]
+    plain = functools.partial(
+        step.predict_step, variables, model=Linear(), data=DATA, compute_dtype="float32"
+    )
+    views = [(1.0, image)]
+    if augmentation == "mirror_shift":
+        views = [(0.5, image), (0.25, shifted(image, -1, -1)), (0.25, shifted(image, 1, 1))]
+    if augmentation != "none":
+        views = [(w / 2, v) for w, x in views for v in (x, x[:, :, ::-1])]
+    expected = sum(weight * plain(view) for weight, view in views)
+    found = step.predict_step(variables, image, model=Linear(), data=data, compute_dtype="float32")
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_no_augmentation_leaves_the_images():

@@ -155,8 +155,11 @@ def test_the_command(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert code == 0
     assert lines[0] == "LeNet on 28x28x1"
-    assert lines[1].split() == ["layer", "kind", "output", "parameters", "FLOPs"]
-    assert lines[2].split() == ["Conv_0", "Conv", "5x5", "same", "28x28x6", "156", "235,200"]
+    header, first, *_, last = (line.split() for line in lines[1:-1])
+    assert header == ["layer", "kind", "output", "parameters", "FLOPs", "sees", "step", "from"]
+    assert first[:4] == ["Conv_0", "Conv", "5x5", "same"]
+    assert first[4:] == ["28x28x6", "156", "235,200", "5x5", "1", "-2"]
+    assert last[-3:] == ["32x32", "4", "-2"]
     total = 61_706 + 10 * 85
     assert lines[-1].startswith(f"{total:,} parameters (0.3 MB), 834,720 FLOPs an image forward")
     assert len(lines) == 2 + 8 + 1

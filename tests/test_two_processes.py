@@ -6,6 +6,7 @@ import socket
 import numpy as np
 import pytest
 
+from cnn_jax import workdir as workdirs
 from cnn_jax.checkpoint import Checkpoints
 from tests.faults import runs
 from tests.faults.runs import finish, lines_of, start
@@ -64,3 +65,14 @@ def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_kille
     for one, other in zip(lines_of(whole), lines_of(cut), strict=True):
         for name in one:
             assert other[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+def test_a_process_that_fails_alone_is_not_waited_for(flags, tmp_path):
+    """The workdir is in use, which the first process notices while the second waits for it."""
+    with workdirs.locked(tmp_path):
+        pair = start_two(flags, f"--workdir={tmp_path}")
+        (code, _, errors), (other, _, _) = [finish(process) for process in pair]
+    assert code == 4
+    assert "in use by process" in errors
+    assert other != 0
+    assert not (tmp_path / "config.json").exists()

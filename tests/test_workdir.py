@@ -146,6 +146,8 @@ def test_config_json_says_what_was_asked_for(tmp_path):
         "{}",
         '{"config": 3}',
         '{"config": {}, "experiment": "x", "class_names": [], "image_shape": []}',
+        '{"config": {"model": {}, "data": {}, "eval_batch_size": 1, "compute_dtype": "float32"},'
+        ' "experiment": "x", "class_names": [], "image_shape": [28, 28, "1"]}',
         '{"config": {"model": "LeNet", "data": {}, "eval_batch_size": 1, "compute_dtype": "float32"},'
         ' "experiment": "x", "class_names": [], "image_shape": []}',
         "\udcff",

@@ -194,14 +194,9 @@ def benchmark(
 
 
 def training_flops(network: str) -> int:
-    """FLOPs of one image's forward pass and both gradients, by the direct algorithm.
-
-    The first layer's input gradient is not needed, and not counted.
-    """
+    """FLOPs of one image's forward pass and both gradients."""
     spec = NETWORKS[network]
-    layers = summary.summarise(getattr(models, spec.model)(), spec.image_shape).layers
-    first = next(layer.flops for layer in layers if layer.parameters and layer.flops)
-    return 3 * sum(layer.flops for layer in layers) - first
+    return summary.summarise(getattr(models, spec.model)(), spec.image_shape).training_flops
 
 
 def fastest_peer(measured: dict[str, Measured], mode: str) -> str | None:

@@ -2,14 +2,12 @@
 
 import datetime
 import os
-import re
 import statistics
 from pathlib import Path
 
+from cnn_jax import results as files
 from cnn_jax.benchmark import run
 from cnn_jax.benchmark.run import OURS, Measured
-
-TITLE = "# Results\n"
 
 
 def processor() -> str:
@@ -70,13 +68,7 @@ def render(
 def put_into(path: Path, text: str, batch_size: int) -> None:
     """Replaces this processor's section of the file for this batch, or adds it at the end."""
     mark = f"benchmark {processor()} batch {batch_size}"
-    section = f"<!-- {mark} -->\n{text}\n<!-- end of {mark} -->\n"
-    old = path.read_text() if path.exists() else TITLE
-    pattern = re.compile(
-        f"<!-- {re.escape(mark)} -->.*?<!-- end of {re.escape(mark)} -->\n", re.DOTALL
-    )
-    new, count = pattern.subn(lambda _: section, old)
-    path.write_text(new if count else f"{old.rstrip()}\n\n{section}")
+    files.put_section(path, mark, text)
 
 
 def _rates(results: dict, names: list[str], mode: str) -> list[str]:

@@ -21,19 +21,20 @@ def epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
 
 
 def training_batches(
-    examples: Examples, order: np.ndarray, batch_size: int, start: int = 0
+    examples: Examples, order: np.ndarray, batch_size: int, start: int = 0, epoch: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of one epoch from its `start`-th on; an incomplete last one is left out.
 
     Yields:
       image uint8 [batch_size, H, W, C], label int32 [batch_size], index int32 [batch_size]: the
-      examples' places in the dataset.
+      examples' places in the dataset, epoch int32 [batch_size].
     """
+    epochs = np.full(batch_size, epoch, np.int32)
 
     def made() -> Iterator[dict[str, np.ndarray]]:
         for step in range(start, len(order) // batch_size):
             index = order[step * batch_size : (step + 1) * batch_size]
-            yield examples[index] | {"index": index.astype(np.int32)}
+            yield examples[index] | {"index": index.astype(np.int32), "epoch": epochs}
 
     return _ahead(examples, made())
 
@@ -80,6 +81,43 @@ def augment(key: jax.Array, image: jax.Array, index: jax.Array, data: DataConfig
         return image
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
     return jax.vmap(lambda k, x: _augment_one(k, x, data.flip, data.crop_padding))(keys, image)
+
+
+def alternate_flip(
+    key: jax.Array, image: jax.Array, index: jax.Array, epoch: jax.Array
+) -> jax.Array:
+    """Mirrors half of the images in even epochs, at random, and the other half in odd ones.
+
+    Flips drawn anew each epoch show a quarter of the images the same way three times in a row; these
+    show each image both ways in any two epochs (arXiv 2404.00498).
+
+    Args:
+      key: the run's key, the same in every epoch.
+      image: [N, H, W, C] of any type.
+      index: int32 [N], the examples' places in the dataset.
+      epoch: int32 [N], counted from 0.
+    """
+    first = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i)))(index)
+    mirrored = first ^ (epoch % 2 == 1)
+    return jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
+
+
+def test_views(image: jax.Array, augmentation: str) -> tuple[jax.Array, tuple[float, ...]]:
+    """The views of images [N, H, W, C] that `test_time_augmentation` asks for, and their weights.
+
+    Returns:
+      [V, N, H, W, C], of which the first are the images themselves, and V weights whose sum is 1.
+    """
+    views, weights = [image], (1.0,)
+    if augmentation == "mirror_shift":
+        border = ((0, 0), (1, 1), (1, 1), (0, 0))
+        padded = jnp.pad(image, border, mode="reflect")
+        views += [padded[:, :-2, :-2], padded[:, 2:, 2:]]
+        weights = (0.5, 0.25, 0.25)
+    if augmentation != "none":
+        views += [view[:, :, ::-1] for view in views]
+        weights = tuple(weight / 2 for weight in weights) * 2
+    return jnp.stack(views), weights
 
 
 def _augment_one(key: jax.Array, image: jax.Array, flip: bool, padding: int) -> jax.Array:

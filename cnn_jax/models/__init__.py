@@ -1,6 +1,7 @@
 """The architectures of the lecture. `module.apply({"params": params}, image)` returns logits."""
 
 from cnn_jax.models.cifar import CifarCNN
+from cnn_jax.models.convolutional import Convolutional
 from cnn_jax.models.convs import ConvStack, MaxPoolCNN, SamePaddingCNN, StridedCNN
 from cnn_jax.models.fully_conv import FullyConvCNN
 from cnn_jax.models.lenet import LeNet
@@ -11,6 +12,7 @@ __all__ = [
     "MLP",
     "CifarCNN",
     "ConvStack",
+    "Convolutional",
     "FullyConvCNN",
     "LeNet",
     "MaxPoolCNN",

@@ -11,11 +11,13 @@ Forward-mode differentiation (`jax.jvp`) of the covered shapes is not offered, a
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 _DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # NHWC, HWIO
@@ -51,51 +53,74 @@ def formulations_for(g: Geometry) -> Formulations:
     """The rule: which formulation computes which pass on CPU.
 
     1. A kernel of one pixel, or as large as the image, is a dense layer.
-    2. 3x3, stride 1, 128 channels and more on both sides, 6x6 and more: Winograd, but for the kernel's
-       gradient, where it gains nothing.
-    3. Otherwise XLA's own convolution, but for
-       - the forward pass from few channels, where Eigen has too little to work on at a time: a sum
-         over the kernel's pixels from one channel, im2col from a few;
+    2. 5 pixels wide and more, stride 1, 32 channels and more on both sides: Fourier along the width.
+    3. 3x3, stride 1, 128 channels and more on both sides, an even map or 6x6 and more: Winograd, but
+       for the kernel's gradient, where it gains nothing.
+    4. Otherwise (and for the image's gradient where the kernel is higher than the output, in 2) XLA's
+       own convolution, but for
+       - the forward pass from one to four channels, where Eigen has too little to work on at a time;
        - the image's gradient, where it multiplies the zeros between and around the cotangents and,
          where the kernel is larger than the output, is a scalar loop. "rows" multiplies fewer of
          them and "offsets" none, but writes more: the cheaper one by count.
 
-    GFLOP/s of the direct algorithm on two Zen 4 cores (AVX-512; matmul 195), batch 128, float32, from
-    process time, as the machine was shared; the rule's choice is marked. Zen 3 (AVX2) ranks them alike.
+    GFLOP/s of the direct algorithm on two Zen 4 cores (AVX-512; matmul 190), batch 128, float32, from
+    process time because the machine was shared; + marks the rule's choice, p padding "SAME":
 
-    | layer                 | forward: xla, other      | kernel | image: xla, rows, offsets, winograd |
-    |-----------------------|--------------------------|--------|-------------------------------------|
-    | 28x28   1->6   k5     |   5, offsets *63*        |   21   |                                     |
-    | 28x28   1->32  k3     |  19, offsets *130*       |   21   |                                     |
-    | 28x28   1->32  k7     |  53, offsets *61*        |   69   |                                     |
-    | 32x32   3->32  k3     |  44, patches *67*        |   51   |                                     |
-    | 32x32   3->24  k2     |  18, patches *52*        |   20   |                                     |
-    | 14x14   6->16  k5     | *60*                     |   60   |  18,  *74*,   25                    |
-    | 22x22  32->64  k7     | *179*                    |  150   |  89, *130*,   71                    |
-    | 16x16  64->128 k7     | *185*                    |  173   |  69, *125*,  105                    |
-    | 10x10 128->256 k7     | *151*                    |  176   |   3,   79, *115*                    |
-    | 26x26  32->64  k3     | *165*                    |   90   | 130, *133*,  127                    |
-    | 12x12  64->128 k3     | *175*                    |  149   | 107, *139*,  143                    |
-    | 10x10 128->256 k3     | 163, winograd *260*      |  173   | 108,  137,   165,  *258*            |
-    |  4x4  256->512 k3     | *188*                    |  150   |   2,   76, *122*                    |
-    | 26x26  32->64  k3 s2  | *126*                    |   66   |  50,   64, *120*                    |
-    | 14x14 128->256 k3 s2  | *179*                    |  160   | 146,   88, *177*                    |
-    |  8x8  512->1024 k3 s2 | *192*                    |  180   | 168,   94, *178*                    |
-    | 14x14  64->128 k3 p   | *185*                    |  139   | 143, *148*,  121                    |
-    |  7x7  256->512 k3 p   | 185, winograd *290*      |  187   | 170,  189,   172,  *184*            |
-    |  8x8  256->512 k3 p   | 187, winograd *361*      |  175   | 171,  193,   167,  *273*            |
-    |  7x7  256->256 k3 p   | 177, winograd *247*      |  165   | 187,  190,   183,  *224*            |
+    | layer                  | forward               | kernel | image: xla rows offsets winograd |
+    |------------------------|-----------------------|--------|----------------------------------|
+    | 28x28   1->6    k5   p | xla   6, patches  16+ |    18+ |                                  |
+    | 28x28   1->32   k3     | xla  19, patches  71+ |    22+ |                                  |
+    | 28x28   1->32   k7     | xla  52, patches  58+ |    72+ |                                  |
+    | 32x32   3->32   k3   p | xla  40, patches  67+ |    50+ |                                  |
+    | 32x32   3->24   k2     | xla  14, patches  48+ |    15+ |                                  |
+    | 14x14   6->16   k5     | xla  53+              |    54+ |  16   48+   19                   |
+    | 22x22  32->64   k7     | xla 172+              |   105+ |  83  134+   89                   |
+    | 16x16  64->128  k7     | xla 180+              |   157+ |  64  116+   97                   |
+    | 10x10 128->256  k7     | xla 184+              |   163+ |   3   75   120+                  |
+    | 26x26  32->64   k3     | xla 161+              |    95+ | 127  118+  126                   |
+    | 12x12  64->128  k3     | xla 174+              |   146+ | 103  133+  116                   |
+    | 10x10 128->256  k3     | xla 185, winograd 309+|   131+ | 113  153   179      249+         |
+    |  4x4  256->512  k3     | xla 162+              |   161+ |   2   84   133+                  |
+    | 14x14  64->128  k3   p | xla 180+              |   120+ | 145  171+  125                   |
+    |  7x7  256->512  k3   p | xla 174, winograd 263+|   157+ | 162  175   151      177+         |
+    |  8x8  256->512  k3   p | xla 186, winograd 333+|   145+ | 168  182   163      263+         |
+    |  7x7  256->256  k3   p | xla 177, winograd 239+|   153+ | 179  175   167      204+         |
+    | 26x26  32->64   k3 s2  | xla 139+              |    57+ |  79   78   118+                  |
+    | 14x14 128->256  k3 s2 p| xla 169+              |   135+ | 151  149   141+                  |
+    |  8x8  512->1024 k3 s2 p| xla 192+              |   161+ | 171  164   159+                  |
+
+    On two Zen 3 cores (AVX2; matmul 165), where "rows" was not measured, XLA and "offsets" gave 2 and
+    136 at 4x4 256->512, 73 and 126 at 26x26 s2, 131 and 151 at 14x14 s2, and Winograd's forward pass
+    285 at 10x10 128->256 (XLA 170) but 120 at 14x14 64->128 (XLA 176): hence 128 channels.
+
+    Fourier, and Winograd on one tile, by wall time on the same Zen 4 cores; the rule's choice last:
+
+    | layer                  | forward               | kernel gradient     | image gradient          |
+    |------------------------|-----------------------|---------------------|-------------------------|
+    | 22x22  32->64   k7     | xla 178, fourier 275  | xla 142 fourier 258 | rows 113, fourier 241   |
+    | 16x16  64->128  k7     | xla 192, fourier 355  | xla 180 fourier 258 | rows 113, fourier 252   |
+    | 10x10 128->256  k7     | xla 197, fourier 307  | xla 188 fourier 232 | fourier 13, offsets 102 |
+    | 26x26  32->64   k3     | fourier 62, xla 171   | fourier 55, xla 84  | fourier 55, rows 138    |
+    |  4x4  256->512  k3     | xla 173, winograd 282 | winograd 74 xla 165 | offsets 129, winograd 178 |
     """
     if applies("dense", g):
         return Formulations("dense", "dense", "dense")
     channels = min(g.in_channels, g.out_channels)
-    if applies("winograd", g) and channels >= 128 and min(g.out) >= 6:
+    even = not any(size % 2 for size in g.out)
+    if applies("winograd", g) and channels >= 128 and (even or min(g.out) >= 6):
         return Formulations("winograd", "winograd", "xla")
-    forward = "offsets" if g.in_channels == 1 else "patches" if g.in_channels < 5 else "xla"
     # The cost of each multiplication of the direct algorithm.
     offsets = 1 + _MOVE / g.out_channels
     rows = g.image[1] / g.out[1] * (1 + _MOVE / (g.out_channels * g.kernel[1]))
-    return Formulations(forward, "rows" if rows < offsets else "offsets", "xla")
+    image_gradient = "rows" if rows < offsets else "offsets"
+    if math.prod(g.kernel) > 49:  # "offsets" would be hundreds of operations, slow to compile
+        image_gradient = "rows"
+    if applies("fourier", g) and g.kernel[1] >= 5 and channels >= 32:
+        if g.kernel[0] <= g.out[0]:
+            image_gradient = "fourier"
+        return Formulations("fourier", image_gradient, "fourier")
+    few = g.in_channels < 5 and math.prod(g.kernel) <= 49
+    return Formulations("patches" if few else "xla", image_gradient, "xla")
 
 
 def applies(formulation: str, g: Geometry) -> bool:
@@ -105,6 +130,8 @@ def applies(formulation: str, g: Geometry) -> bool:
         return covers and g.pads == ((0, 0), (0, 0))
     if formulation == "winograd":
         return g.kernel == (3, 3) and g.strides == (1, 1)
+    if formulation == "fourier":  # wider, its many small operations would be slow to compile
+        return g.strides == (1, 1) and g.image[1] + sum(g.pads[1]) <= 32
     return True
 
 
@@ -204,6 +231,50 @@ def _output_transform(m0: Array, m1: Array, m2: Array, m3: Array) -> tuple[Array
     return m0 + m1 + m2, m1 - m2 - m3
 
 
+def _fourier(g: Geometry, image: Array, kernel: Array) -> Array:
+    """Fourier's transform along the width, and for each frequency XLA's convolution along the height.
+
+    The transform of W real columns has W / 2 + 1 complex ones, each of which needs three real
+    products (Gauss): about 1.5 W convolutions along the height in place of KW * OW. As the image is
+    as wide as all that the kernel meets, nothing wraps around. It is a matmul by a constant, as W is
+    small. Errors are about 1e-6 of the largest output in float32.
+    """
+    image = _pad(g, image)
+    n, height, width, _ = image.shape
+    kh, kw = g.kernel
+    to, back = _fourier_matrices(width, g.out[1])
+    to, back = to.astype(image.dtype), back.astype(image.dtype)
+    frequencies = len(to) // 2
+    image = _matmul(g, to, image.transpose(2, 0, 1, 3).reshape(width, -1))
+    image = image.reshape(frequencies, 2, n, height, 1, g.in_channels)
+    kernel = _matmul(g, to[:, :kw], kernel.swapaxes(0, 1).reshape(kw, -1))
+    kernel = kernel.reshape(frequencies, 2, kh, 1, g.in_channels, g.out_channels)
+    column = g._replace(image=(height, 1), kernel=(kh, 1), out=(g.out[0], 1), pads=((0, 0), (0, 0)))
+    parts = []
+    for f in range(frequencies):
+        # The convolution of machine learning is a correlation: image times the kernel's conjugate.
+        (a, b), (c, d) = image[f], kernel[f]
+        real = _xla(column, a, c)
+        if 2 * f in (0, width):  # these two are real
+            parts += [real, jnp.zeros_like(real)]
+        else:
+            imaginary = _xla(column, b, d)
+            mixed = _xla(column, a + b, c - d)
+            parts += [real + imaginary, mixed - real + imaginary]
+    y = _matmul(g, back, jnp.stack(parts).reshape(2 * frequencies, -1))
+    return y.reshape(g.out[1], n, g.out[0], -1).transpose(1, 2, 0, 3)
+
+
+def _fourier_matrices(width: int, out: int) -> tuple[np.ndarray, np.ndarray]:
+    """To real and imaginary parts of each frequency, in turn, and from them to `out` columns."""
+    frequency = np.arange(width // 2 + 1)
+    angle = 2 * np.pi / width * frequency[:, None] * np.arange(width)
+    waves = np.stack([np.cos(angle), -np.sin(angle)], 1)  # [frequencies, 2, width]
+    once = np.isin(2 * frequency, (0, width))  # the others stand for their conjugates too
+    weights = np.where(once, 1, 2)[:, None, None] / width
+    return waves.reshape(-1, width), (weights * waves).reshape(-1, width)[:, :out].T
+
+
 FORMULATIONS: dict[str, Callable[[Geometry, Array, Array], Array]] = {
     "xla": _xla,
     "dense": _dense,
@@ -211,6 +282,7 @@ FORMULATIONS: dict[str, Callable[[Geometry, Array, Array], Array]] = {
     "rows": _rows,
     "patches": _patches,
     "winograd": _winograd,
+    "fourier": _fourier,
 }
 
 

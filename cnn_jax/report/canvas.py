@@ -156,8 +156,8 @@ def percent_axis(axis: Any) -> None:
 
 def epoch_axis(axes: Any, last: int) -> None:
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.set_xlim(min(1, last - 0.5) if last > 1 else 0.5, last if last > 1 else 1.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    axes.set_xlim((1, last) if last > 1 else (0.5, 1.5))
 
 
 def bare(axes: Any) -> None:

@@ -116,7 +116,10 @@ def gather(
 
 
 def _own_model(saved: dict, own: str | None) -> nn.Module | None:
-    known = saved["config"]["model"].get("class") in models.__all__
+    model = saved["config"]["model"]
+    while isinstance(model.get("model"), dict):  # that of a converted network
+        model = model["model"]
+    known = model.get("class") in models.__all__
     return experiment.load(own).model if own and not known else None
 
 
@@ -151,6 +154,12 @@ def _evaluate(run: evaluate.Run, test: sources.Examples) -> tuple[evaluate.Resul
 
 def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str, str]:
     """The command that trains the run of a config.json again, and what it cannot say."""
+    if isinstance(origin := saved.get("converted_from"), dict):
+        config = saved["config"]
+        trained = {"converted_from": None, "config": config | {"model": config["model"]["model"]}}
+        command, note = command_of(Path(origin["workdir"]), saved | trained, own)
+        convert = ["convert", f"--workdir={origin['workdir']}", f"--output={workdir}"]
+        return f"{command}\n{shlex.join(['./launch.sh', *convert])}", note
     name = saved["experiment"]
     if own and Path(own).stem == name:  # config.json holds no path of a file of the user's own
         name = own

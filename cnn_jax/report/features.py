@@ -11,6 +11,7 @@ import numpy as np
 from cnn_jax import pictures
 from cnn_jax.data.batches import normalise
 from cnn_jax.evaluate import Run
+from cnn_jax.models.convolutional import replaces
 from cnn_jax.summary import Summary
 
 MAPS = 8
@@ -67,8 +68,10 @@ def follow(run: Run, layers: Summary, image: np.ndarray) -> list[Stage]:
 
     def record(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
-        if context.method_name == "__call__" and context.module.path and hasattr(output, "shape"):
-            names.append("/".join(context.module.path))
+        layer = context.module
+        called = context.method_name == "__call__" and layer.path and hasattr(output, "shape")
+        if called and not replaces(layer, output):
+            names.append("/".join(layer.path))
             arrays.append((args[0] if args else None, output))
         return output
 

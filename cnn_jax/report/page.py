@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from cnn_jax import output as outputs
 from cnn_jax import workdir as workdirs
-from cnn_jax.errors import ConfigError
 from cnn_jax.report import facts, one_run, several_runs, words
 
 PICTURES = "pictures"
@@ -48,22 +48,18 @@ def report(
         target = folders[0] / "report"
     else:
         target = folders[0].absolute().parent / "comparison"
-    for path in (target, *target.parents):
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"--output={target}: {path} is a file; name a folder")
+    outputs.check_folder(target)
     runs = [facts.gather(folder, which, own, data_dir, verify) for folder in folders]
     if len(runs) == 1:
         template, (values, charts) = "run.html.j2", one_run.content(runs[0])
     else:
         template, (values, charts) = "comparison.html.j2", several_runs.content(runs)
     page = _render(template, values)
-    try:
-        (target / PICTURES).mkdir(parents=True, exist_ok=True)
+    with outputs.writing(target):
+        (target / PICTURES).mkdir(exist_ok=True)
         for chart in charts:
             (target / PICTURES / f"{chart.name}.png").write_bytes(chart.light)
         workdirs.write_text(target / "index.html", page)
-    except OSError as error:
-        raise ConfigError(f"--output={target}: cannot be written: {error.strerror}") from None
     return target / "index.html"
 
 

@@ -81,7 +81,7 @@ def test_training_batches_follow_the_order(examples: InMemory):
     assert len(made) == 4  # of 23; the last three are left out
     for step, batch in enumerate(made):
         expected = order[5 * step : 5 * step + 5]
-        assert batch.keys() == {"image", "label", "index"}
+        assert batch.keys() == {"image", "label", "index", "epoch"}
         np.testing.assert_array_equal(batch["index"], expected)
         np.testing.assert_array_equal(batch["label"], expected)
         np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], expected)

@@ -74,7 +74,7 @@ def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str, s
     return process.returncode, output, errors
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_until(condition, process: subprocess.Popen, seconds: float = 900) -> None:
     """Polls until `condition()` or the end of the process."""
     give_up = time.monotonic() + seconds
     pause = threading.Event()

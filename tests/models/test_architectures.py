@@ -12,6 +12,7 @@ from cnn_jax.models.speedrun import dirac
 from tests.quick import noisy_variables, quick_jit
 
 GRAY, COLOUR = (28, 28, 1), (32, 32, 3)
+ARCHITECTURES = [name for name in models.__all__ if name != "Convolutional"]  # which wraps them
 
 # The lecture's table: model, image, output of every layer, parameters of every layer.
 TABLE = [
@@ -219,7 +220,7 @@ def layers_of(model, shape):
 
 
 def test_the_public_names():
-    assert set(models.__all__) == {row[0].__name__ for row in TABLE} | {"SpeedrunCNN"}
+    assert {*ARCHITECTURES} == {row[0].__name__ for row in TABLE} | {"SpeedrunCNN"}
 
 
 @pytest.mark.parametrize(("model", "image", "shapes", "counts", "total"), CASES)
@@ -321,9 +322,11 @@ def test_a_score_of_the_class_map_sees_its_window_alone():
     changed[:, 36:, 36:] = 0
     moved = np.abs(np.asarray(scores(variables, changed) - whole)).max(-1)[0]
     # A score sees 28 pixels, 4 further for each step, and 5 more on each side through the padding.
-    assert moved[4, 4] > 0
-    np.testing.assert_array_equal(moved[0], 0)
-    np.testing.assert_array_equal(moved[:, 0], 0)
+    assert moved[4, 4] > 1e-3 * np.abs(whole).max()
+    # Fourier's transform spreads rounding errors over a row, and nothing else.
+    nothing = 1e-5 * np.abs(whole).max()
+    assert moved[0].max() < nothing
+    assert moved[:, 0].max() < nothing
 
 
 @pytest.mark.parametrize("size", [(27, 28), (28, 27), (7, 7), (1, 1)])
@@ -397,12 +400,12 @@ def test_an_image_of_which_the_layers_leave_nothing(model, size):
         abstract_variables(model(), (size, size, 3))
 
 
-@pytest.mark.parametrize("name", models.__all__)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_which_models_take_one_size(name):
     assert takes_one_image_size(getattr(models, name)()) == (name != "FullyConvCNN")
 
 
-@pytest.mark.parametrize("name", models.__all__)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_num_classes(name):
     net = getattr(models, name)(num_classes=7)
     shape = COLOUR if name in ("CifarCNN", "SpeedrunCNN") else GRAY
@@ -451,3 +454,23 @@ def test_the_speedruns_logits_are_scaled():
         for scale in (1, 0.25)
     )
     np.testing.assert_allclose(0.25 * one, other, rtol=1e-5)
+
+
+def test_the_whitening_layer_whitens():
+    """On the images of the initialisation its outputs have variance 1 and no correlations."""
+    noise = np.random.default_rng(0).normal(size=(50, *COLOUR))
+    image = (noise + np.roll(noise, 1, 1) + np.roll(noise, 1, 2)).astype(np.float32)
+    net = models.SpeedrunCNN()
+    params = quick_jit(net.init)(jax.random.key(0), image)["params"]
+    kernel = params["whitening"]["kernel"]
+    output = np.asarray(
+        nn.Conv(24, (2, 2), padding="VALID", use_bias=False).apply(
+            {"params": {"kernel": kernel}}, image
+        )
+    ).reshape(-1, 24)
+    moments = output[:, :12].T @ output[:, :12] / len(output)
+    np.testing.assert_allclose(moments, np.eye(12), atol=5e-3)
+    np.testing.assert_allclose(output[:, 12:], -output[:, :12], atol=1e-5)
+    head = np.asarray(params["Dense_0"]["kernel"])
+    assert head.std() == pytest.approx(1, abs=0.05)
+    assert np.abs(head).max() <= 3**0.5

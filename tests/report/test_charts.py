@@ -3,6 +3,7 @@
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from cnn_jax.report import canvas, charts
 from tests.report.pages import pixels
@@ -33,6 +34,17 @@ def test_any_number_of_epochs(epochs: int):
     chart = charts.curves(lines, "accuracy", 0)
     assert coloured(chart, canvas.LIGHT.series[1]) > 20
     assert pixels(chart.light).shape == (250, 360, 4)
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 10, 300])
+def test_epochs_are_whole_numbers(last: int):
+    axes = Figure().add_subplot()
+    canvas.epoch_axis(axes, last)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks
+    assert all(tick == int(tick) >= 1 for tick in ticks)
+    assert low <= 1 <= last <= high
 
 
 def test_bars_are_as_long_as_the_accuracy():

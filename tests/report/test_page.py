@@ -114,7 +114,13 @@ def test_the_layers_add_up(lenet_page: Path):
     rows = Page(lenet_page).rows("Every layer")
     assert [row[0] for row in rows][-3:] == ["Dense_0 Dense", "Dense_1 Dense", "Dense_2 Dense"]
     assert sum(int(row[2].replace(",", "") or 0) for row in rows) == 61_706
-    assert rows[0][1] == by(28, 28, 6)
+    # 5x5, a pooling, 5x5 at every other pixel, a pooling: 5, 5 + 1, 6 + 4 * 2, 14 + 1 * 2.
+    assert [row[1] for row in rows[:4]] == [
+        f"{by(28, 28, 6)} sees {by(5, 5)}",
+        f"{by(14, 14, 6)} sees {by(6, 6)}",
+        f"{by(10, 10, 16)} sees {by(14, 14)}",
+        f"{by(5, 5, 16)} sees {by(16, 16)}",
+    ]
 
 
 def test_its_command_gives_the_same_run(lenet: Path, lenet_page: Path, tfds_dir: Path):

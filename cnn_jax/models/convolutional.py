@@ -1,0 +1,105 @@
+"""Networks that end in flatten + dense, as networks of convolutions alone."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cnn_jax.models.layers import Conv, Flatten
+
+
+class Convolutional(nn.Module):
+    """Runs `model` with its dense layers turned into convolutions: images of any larger size.
+
+    Source: lecture, 1x1 Convolution. A dense layer over a flattened HxWxC map is a convolution whose
+    kernel is HxW, and the dense layers after it are 1x1 convolutions. The parameters have the names
+    of the model's, and its numbers in the same order; a kernel [H * W * C, units] has become
+    [H, W, C, units]. Input [N, H, W, C] float32, output logits [N, h, w, num_classes]: 1x1 on images
+    of the model's own size, and there equal to the model's.
+
+    Attributes:
+      model: one that hands its last map to `layers.Flatten`.
+      window: height and width of that map on images of the model's own size.
+
+    Raises:
+      ValueError: the image leaves a smaller map than `window`.
+    """
+
+    model: nn.Module
+    window: tuple[int, int]
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.model)  # parameters without a level of their own
+
+    def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+        kernel = (1, 1)  # but of the dense layer that follows the flattening
+
+        def convolve(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+            nonlocal kernel
+            layer = context.module
+            if context.method_name == "__call__" and args and jnp.ndim(args[0]) == 4:
+                if isinstance(layer, Flatten):
+                    self._check(image, args[0])
+                    kernel = self.window
+                    return args[0]
+                if isinstance(layer, nn.Dense):
+                    size, kernel = kernel, (1, 1)
+                    # In the dense layer's scope, and so under its name.
+                    options = {"use_bias": layer.use_bias, "dtype": layer.dtype}
+                    return Conv(layer.features, size, parent=layer.scope, **options)(args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(convolve):
+            return self.model(image, train)
+
+    def _check(self, image: jax.Array, map_: jax.Array) -> None:
+        if any(size < least for size, least in zip(map_.shape[1:3], self.window, strict=True)):
+            (height, width), (h, w) = image.shape[1:3], map_.shape[1:3]
+            raise ValueError(
+                f"{type(self.model).__name__} leaves a map of {h}x{w} of images of {height}x{width}; "
+                f"its first dense layer, made a convolution, needs {self.window[0]}x{self.window[1]}"
+            )
+
+
+def replaces(layer: nn.Module, output: Any) -> bool:
+    """Whether `Convolutional` stood in for this layer when it gave `output`."""
+    if jnp.ndim(output) != 4:
+        return False
+    kernel = layer.variables.get("params", {}).get("kernel")
+    return isinstance(layer, Flatten) or (isinstance(layer, nn.Dense) and jnp.ndim(kernel) == 4)
+
+
+def gives_class_map(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Whether the model maps an image to a map of scores, and so takes one of any size."""
+    return _logits(model, image_shape).ndim == 4
+
+
+def convolutional(model: nn.Module, image_shape: tuple[int, int, int]) -> Convolutional:
+    """`model`, built for images of `image_shape` (H, W, C), as a network of convolutions alone.
+
+    Raises:
+      ValueError: it is one already, or its head is not `layers.Flatten` and dense layers.
+    """
+    maps = []
+
+    def record(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+        if isinstance(context.module, Flatten) and context.method_name == "__call__":
+            maps.append(args[0].shape[1:3])
+        return call(*args, **kwargs)
+
+    name = type(model).__name__
+    with nn.intercept_methods(record):
+        logits = _logits(model, image_shape)
+    if logits.ndim == 4:
+        raise ValueError(f"{name} is convolutional already: it takes any larger size as it is")
+    if len(maps) == 1:
+        made = Convolutional(model, maps[0])
+        if _logits(made, image_shape).shape[:3] == (1, 1, 1):
+            return made
+    raise ValueError(f"{name} has no head of layers.Flatten and dense layers alone")
+
+
+def _logits(model: nn.Module, image_shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.init_with_output, jax.random.key(0), image)[0]

@@ -1,0 +1,1 @@
+"""All that RESULTS.md says of accuracy: the runs, their records, the tables."""

@@ -1,0 +1,117 @@
+"""Trains the experiments of the plan, keeps a record of each run, rebuilds RESULTS.md."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from cnn_jax import experiment as experiments
+from cnn_jax import workdir as workdirs
+from cnn_jax.config import Config
+from cnn_jax.errors import CnnJaxError, Preempted
+from cnn_jax.processes import Processes
+from cnn_jax.reproduce import records, table
+from cnn_jax.reproduce.plan import ROWS, Row
+
+log = logging.getLogger(__name__)
+
+
+def reproduce(
+    rows: Sequence[Row],
+    workdir: Path,
+    output: Path,
+    data_dir: str | None = None,
+    shown: Sequence[Row] = ROWS,
+) -> int:
+    """Trains, evaluates and records every run of `rows` that has no record yet.
+
+    A run that fails is told on one line, and the others go on.
+
+    Args:
+      rows: what to train.
+      workdir: each run has WORKDIR/EXPERIMENT/seed_S.
+      output: where RESULTS.md and records/ lie.
+      data_dir: where the datasets lie.
+      shown: the rows of RESULTS.md.
+
+    Returns:
+      The exit code of the first run that failed, or 0.
+
+    Raises:
+      CheckpointError: a folder cannot be written.
+      Preempted: a signal asked to end; the same call goes on.
+    """
+    workdirs.prepare(workdir)
+    workdirs.prepare(output)
+    # This process only counts; an accelerator's memory is for the runs.
+    jax.config.update("jax_platforms", "cpu")
+    table.rebuild(output, shown)  # what is in its way is better told now than hours later
+    runs = [(row.experiment, seed) for row in rows for seed in range(row.seeds)]
+    codes: list[int] = []
+    with Processes() as processes:
+        for place, (experiment, seed) in enumerate(runs, 1):
+            name = f"{experiment}, seed {seed} ({place} of {len(runs)})"
+            try:
+                config = experiments.load(experiment, [f"seed={seed}"])
+                path = records.folder(output / "records", experiment, seed)
+                record = records.read(path)
+                if record and records.is_of(record.config["config"], config):
+                    log.info("%s: recorded already", name)
+                    continue
+                log.info("%s", name)
+                own = records.folder(workdir, experiment, seed)
+                _run(processes, experiment, config, own, path, data_dir)
+                table.rebuild(output, shown)
+            except Preempted:
+                raise
+            except CnnJaxError as error:
+                log.error("error: %s: %s", name, " ".join(str(error).split()))
+                codes.append(error.exit_code)
+    table.rebuild(output, shown)
+    log.info("%d of %d runs are recorded", len(runs) - len(codes), len(runs))
+    return codes[0] if codes else 0
+
+
+def _run(
+    processes: Processes,
+    experiment: str,
+    config: Config,
+    workdir: Path,
+    path: Path,
+    data_dir: str | None,
+) -> None:
+    """Trains and evaluates one run in `workdir` and records it in `path`."""
+    source = records.commit()
+    command = ["train", f"--experiment={experiment}", "--set", f"seed={config.seed}"]
+    folders = [f"--workdir={workdir}", *([f"--data_dir={data_dir}"] if data_dir else [])]
+    with _Clock(workdir) as clock:
+        processes.run(*command, *folders)
+        processes.run("evaluate", f"--experiment={experiment}", *folders, quiet=True)
+    shown = f"./launch.sh {' '.join(command)}"
+    records.write(path, workdir, config, shown, source, clock.seconds())
+
+
+class _Clock:
+    """The seconds of a run over all the calls that worked on it, kept in its workdir."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / "wall_seconds.json"
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> "_Clock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._path.parent.is_dir():  # there is a run
+            seconds = self.seconds() + time.perf_counter() - self._began
+            workdirs.write_json(self._path, seconds)
+
+    def seconds(self) -> float:
+        """Of the calls that ended, whatever their end."""
+        try:
+            return float(json.loads(self._path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return 0.0
