@@ -69,7 +69,8 @@ def curves(settings: Sequence[tuple[str, list[list[dict]]]], split: str) -> canv
         figure.legend(handles, labels, ncols=columns, loc="outside lower left")
 
     rows = len(drawn) if any(len(name) >= 24 for name, _ in drawn) else -(-len(drawn) // 2)
-    alt = f"Loss and accuracy by epoch of {len(drawn)} settings."
+    names = ", ".join(name for name, _ in drawn)
+    alt = f"Loss and accuracy by epoch, means over the seeds, of {names}."
     return canvas.draw("curves", alt, 4.2 + 0.16 * rows, paint)
 
 

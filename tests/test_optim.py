@@ -190,7 +190,7 @@ class Little(nn.Module):
 
 
 RATES = {"bias_learning_rate": 0.5, "head_learning_rate": 2.0, "decay": 0.01}
-STEPS = 8
+UPDATES = 8
 
 
 def newton_schulz(matrix):
@@ -207,11 +207,11 @@ def newton_schulz(matrix):
 def test_muon_and_sgd_is_airbenchs_optimizer():
     """Against a transcription of its formulas in float64 NumPy; losses here are means."""
     params = Little().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    schedule = optax.linear_schedule(0.24, 0.0, STEPS)
+    schedule = optax.linear_schedule(0.24, 0.0, UPDATES)
     optimizer = optim.muon_and_sgd(schedule, **RATES)
     state = optimizer.init(params)
     random = np.random.default_rng(0)
-    grads = [jax.tree.map(lambda p: random.normal(size=p.shape), params) for _ in range(STEPS)]
+    grads = [jax.tree.map(lambda p: random.normal(size=p.shape), params) for _ in range(UPDATES)]
     update = jax.jit(optimizer.update)
     found = params
     for grad in grads:
@@ -223,7 +223,7 @@ def test_muon_and_sgd_is_airbenchs_optimizer():
         for step, gradient in enumerate(gradients):
             direction = gradient + RATES["decay"] / rate * value
             buffer = 0.85 * buffer + direction
-            left = max(0, 1 - step / (share * STEPS))
+            left = max(0, 1 - step / (share * UPDATES))
             value = value - rate * left * (direction + 0.85 * buffer)
         return value
 
@@ -249,5 +249,5 @@ def test_muon_and_sgd_is_airbenchs_optimizer():
         ahead = 0.6 * average / (1 - 0.6 ** (step + 2)) + 0.4 * gradient / (1 - 0.6 ** (step + 1))
         kernel = kernel * 5**0.5 / np.linalg.norm(kernel)
         rows = ahead.reshape(-1, 5).T
-        kernel = kernel - 0.24 * (1 - step / STEPS) * newton_schulz(rows).T.reshape(kernel.shape)
+        kernel = kernel - 0.24 * (1 - step / UPDATES) * newton_schulz(rows).T.reshape(kernel.shape)
     close(found["conv"]["kernel"], kernel, rtol=1e-3, atol=1e-4)

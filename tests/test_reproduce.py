@@ -14,7 +14,7 @@ from cnn_jax import config as configs
 from cnn_jax import experiment as experiments
 from cnn_jax import results
 from cnn_jax import workdir as workdirs
-from cnn_jax.errors import CheckpointError, ConfigError
+from cnn_jax.errors import CheckpointError, ConfigError, Preempted
 from cnn_jax.processes import CommandFailed, Processes
 from cnn_jax.reproduce import plan, records, run, table
 from cnn_jax.reproduce.plan import Row
@@ -155,10 +155,10 @@ def test_times_of_different_devices_are_not_compared(tmp_path):
 
 @pytest.mark.parametrize(("accuracies", "met"), [((0.939, 0.942), "yes"), ((0.939, 0.940), "no")])
 def test_a_target_is_met_by_the_mean(tmp_path, monkeypatch, accuracies, met):
-    monkeypatch.setattr(plan, "RECORDS", (Row("cifar10/lenet", 2, target=0.94),))
+    monkeypatch.setattr(plan, "RECORDS", (Row("quickstart", 2, target=0.94),))
     for seed, test in enumerate(accuracies):
-        put_record(tmp_path, "cifar10/lenet", seed, test)
-    (row,) = cells(table.render(tmp_path, plan.RECORDS), "cifar10/lenet")
+        put_record(tmp_path, "quickstart", seed, test)
+    (row,) = cells(table.render(tmp_path, plan.RECORDS), "quickstart")
     assert row[3:5] == ["0.9400", met]
     assert row[6:8] == ["0.00250", "200"]
 
@@ -319,8 +319,7 @@ sys.exit(main.main(["again"]))
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_run_and_the_same_command_goes_on(tfds_dir, tmp_path, number, code):
+def test_a_signal_saves_the_run_and_the_same_command_goes_on(tfds_dir, tmp_path):
     experiment = tmp_path / "signalled.py"
     experiment.write_text(runs.EXPERIMENT)
     arguments = [str(experiment), str(tmp_path / "runs"), str(tmp_path), str(tfds_dir)]
@@ -337,9 +336,9 @@ def test_a_signal_saves_the_run_and_the_same_command_goes_on(tfds_dir, tmp_path,
 
     process = start()
     own = tmp_path / "runs" / "signalled" / "seed_0"
-    runs.signal_when(runs.has_saved(own, 3), process, number)
+    runs.signal_when(runs.has_saved(own, 3), process, signal.SIGTERM)
     ended, _, errors = runs.finish(process)
-    assert ended == code, errors
+    assert ended == 143, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert "and saved; run the same command again" in line
     assert not (tmp_path / "records").exists()
@@ -360,12 +359,67 @@ def test_a_command_that_fails_gives_its_line_and_its_code(capfd):
     assert "error:" not in capfd.readouterr().err
 
 
-def test_a_command_that_is_killed_is_named_so(monkeypatch):
-    died = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+@pytest.fixture
+def instead(monkeypatch):
+    """Lets `Processes.run` run some Python instead of a command."""
     popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen(died, **options))
-    with Processes() as processes, pytest.raises(CommandFailed, match="killed by SIGKILL"):
+
+    def replace(body):
+        command = [sys.executable, "-c", f"import os, signal, sys\n{body}"]
+        monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen(command, **options))
+
+    return replace
+
+
+def test_a_command_that_is_killed_is_named_so(instead):
+    instead("os.kill(os.getpid(), signal.SIGKILL)")
+    with (
+        Processes() as processes,
+        pytest.raises(CommandFailed, match="killed by SIGKILL") as failed,
+    ):
         processes.run("train")
+    assert failed.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)],
+)
+def test_a_signal_goes_on_to_the_command_and_nothing_follows(instead, number, code):
+    instead(f"""
+def stop(*_):
+    print("error: saved, run again", file=sys.stderr)
+    sys.exit({code})
+
+signal.signal({int(number)}, stop)
+os.kill(os.getppid(), {int(number)})
+signal.pause()
+""")
+    with Processes() as processes:
+        for reason in ("saved, run again", "stopped by a signal"):  # the second time at once
+            with pytest.raises(Preempted, match=reason) as stopped:
+                processes.run("train")
+            assert stopped.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [("sys.exit(143)", 143), ("signal.raise_signal(2)", 130)]
+)
+def test_a_command_that_somebody_stops_stops_all(instead, body, code):
+    instead(f"signal.signal(2, signal.SIG_DFL)\n{body}")
+    with Processes() as processes, pytest.raises(Preempted) as stopped:
+        processes.run("train")
+    assert stopped.value.exit_code == code
+
+
+def test_warnings_of_a_command_are_passed_on(instead, capfd):
+    instead("print('warning: mind this', file=sys.stderr)\nprint('loss 1')")
+    with Processes() as processes:
+        processes.run("train")
+        processes.run("train", quiet=True)
+    shown = capfd.readouterr()
+    assert shown.out == "loss 1\n"
+    assert shown.err == "warning: mind this\n" * 2
 
 
 def test_the_handlers_of_signals_are_put_back():

@@ -313,8 +313,8 @@ def test_alternating_flips_follow_the_epoch_not_the_step():
     state, train = setup(config)
     batch = make_batch()
     losses = []
-    for epoch, step in ((0, 0), (0, 5), (1, 5), (2, 0)):
-        at = state.replace(step=jnp.int32(step))
+    for epoch, done in ((0, 0), (0, 5), (1, 5), (2, 0)):
+        at = state.replace(step=jnp.int32(done))
         losses.append(float(train(at, batch | {"epoch": np.full(8, epoch, np.int32)})[1]))
     assert losses[0] == losses[1] == losses[3] != losses[2]
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -66,6 +67,10 @@ class Figures:
         return statistics.stdev(self.tests) if self.n > 1 else None
 
     @property
+    def epochs(self) -> int:
+        return self.runs[0].metrics[-1]["epoch"]
+
+    @property
     def epoch_seconds(self) -> float:
         """Median over all epochs."""
         return self._median("epoch_seconds")
@@ -120,7 +125,7 @@ def render(folder: Path, rows: Sequence[plan.Row] = plan.ROWS) -> str:
         for name in ("python", "jax", "flax", "optax")
     }
     template = _environment().get_template("results.md.j2")
-    return template.render(
+    text = template.render(
         lecture=[row for row in rows if row in plan.LECTURE],
         better=[row for row in rows if row in plan.BETTER],
         records=[row for row in rows if row in plan.RECORDS],
@@ -136,6 +141,7 @@ def render(folder: Path, rows: Sequence[plan.Row] = plan.ROWS) -> str:
         same_device=same_device,
         not_run=NOT_RUN,
     )
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 @functools.cache  # a run of many hours shall not see it change
