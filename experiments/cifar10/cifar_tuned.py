@@ -1,0 +1,31 @@
+"""The lecture's CIFAR-10 network with a better recipe: the same architecture in fewer epochs.
+
+./launch.sh train --experiment=cifar10/cifar_tuned
+Mirrored and cropped images, weight decay, label smoothing, and a learning rate that falls to 0.
+"""
+
+import optax
+
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.models import CifarCNN
+
+
+def config() -> Config:
+    data = DataConfig(
+        "cifar10",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        flip=True,
+        crop_padding=2,
+    )
+    return Config(
+        model=CifarCNN(),
+        data=data,
+        epochs=8,
+        batch_size=128,
+        optimizer=optax.adamw,
+        learning_rate=5e-4,
+        schedule="cosine",
+        weight_decay=0.05,
+        label_smoothing=0.1,
+    )

@@ -1,0 +1,44 @@
+"""Fashion-MNIST for a small budget: the network and the method of arXiv 2404.00498, 0.4 PFLOP at most.
+
+./launch.sh train --experiment=fashion_mnist/record
+1,962,152 parameters on 28x28x1, 0.39 PFLOP of training. The recipe is that of cifar10/speedrun, with more epochs.
+"""
+
+import functools
+
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.models import SpeedrunCNN
+from cnn_jax.optim import muon_and_sgd
+
+BATCH = 2000
+
+
+def config() -> Config:
+    data = DataConfig(
+        "fashion_mnist",
+        mean=(0.2860,),
+        std=(0.3530,),
+        alternating_flip=True,
+        crop_padding=2,
+        test_time_augmentation="mirror_shift",
+    )
+    optimizer = functools.partial(
+        muon_and_sgd,
+        bias_learning_rate=0.053 * BATCH,
+        head_learning_rate=0.67 * BATCH,
+        decay=2e-6 * BATCH,
+    )
+    return Config(
+        model=SpeedrunCNN(),
+        data=data,
+        epochs=13,
+        batch_size=BATCH,
+        optimizer=optimizer,
+        learning_rate=0.24,
+        schedule="linear",
+        label_smoothing=0.2,
+        init_examples=5000,
+        eval_every_epochs=13,
+        eval_batch_size=500,
+        log_every_steps=5,
+    )
