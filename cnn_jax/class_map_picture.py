@@ -71,7 +71,9 @@ def draw(
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
         across, down = PANEL * width / max(width, height), PANEL * height / max(width, height)
         size = (across + 1.6, 3 * down + 2.6) if wide else (3 * across + 1.4, down + 1.5)
-        figure = Figure(figsize=np.maximum(size, (8, 3)), dpi=150, layout="constrained")
+        figure = Figure(
+            figsize=np.maximum(size, (5 if wide else 8, 3)), dpi=150, layout="constrained"
+        )
         panels = figure.subplots(3, 1) if wide else figure.subplots(1, 3)
         _image(panels[0], image, field, chosen, boxes)
         extent = _extent(winner.shape, field, (height, width))
@@ -80,7 +82,9 @@ def draw(
             probability, interpolation="nearest", extent=extent, cmap="cividis", vmin=0, vmax=1
         )
         panels[2].set_title("its probability")
-        figure.colorbar(shown, ax=panels[2], shrink=0.85, pad=0.02)
+        # Beside all panels where they stand below each other, or it would push the last one aside.
+        place = {"ax": panels, "shrink": 0.3, "anchor": (0, 0)} if wide else {"ax": panels[2]}
+        figure.colorbar(shown, **{"shrink": 0.85, "pad": 0.02, **place})
         for panel in panels:
             panel.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
             panel.set_aspect("equal")
@@ -157,7 +161,8 @@ def _winners(
         counts = np.bincount(winner.ravel(), minlength=len(names))
         named = [i for i in np.argsort(-counts, kind="stable")[:MOST_NAMES] if counts[i]]
     patches = [Patch(color=colours[i], label=_clip(names[i])) for i in named]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(5, len(patches)))
+    columns = 5 if figure.get_figwidth() > 7 else 3
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(columns, len(patches)))
 
 
 def _extent(

@@ -107,9 +107,8 @@ def print_conversion(made: Converted) -> None:
 def print_class_map(report: dict) -> None:
     """What class_map.json says, in sentences."""
     model, side = report["model"], report["canvas"]
-    scores, window, stride = (
-        "x".join(map(str, report[name])) for name in ("scores", "window", "stride")
-    )
+    scores, window = ("x".join(map(str, report[name])) for name in ("scores", "window"))
+    stride = "x".join(map(str, dict.fromkeys(report["stride"])))
     compared, total = report["cut_out_compared"], report["cut_out"]
     sample = f" ({compared:,} of them compared and timed)" if compared < total else ""
     lines = [

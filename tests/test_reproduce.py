@@ -182,6 +182,17 @@ def test_a_record_from_before_a_field_was_added_still_counts(tmp_path):
     assert not records.is_of(saved["config"], experiments.load("cifar10/lenet", ["data.flip=true"]))
 
 
+def test_a_run_from_before_a_field_was_added_goes_on(tmp_path):
+    config = experiments.load("cifar10/lenet")
+    saved = {"experiment": "x", "class_names": [], "image_shape": [32, 32, 3]}
+    saved["config"] = configs.to_json(config)
+    del saved["config"]["init_examples"], saved["config"]["data"]["flip"]
+    workdirs.write_json(tmp_path / "config.json", saved)
+    workdirs.check_same_run(tmp_path, config, {})
+    with pytest.raises(ConfigError, match="data.flip: False -> True"):
+        workdirs.check_same_run(tmp_path, configs.override(config, ["data.flip=true"]), {})
+
+
 def test_a_damaged_record_is_named(tmp_path):
     put_record(tmp_path, "cifar10/lenet")
     path = records.folder(tmp_path, "cifar10/lenet", 0)

@@ -1,7 +1,7 @@
 """The convolution stack on Fashion-MNIST with a better recipe: the same architecture, fewer epochs.
 
 ./launch.sh train --experiment=fashion_mnist/conv_stack_tuned
-The lecture's architecture. Mirrored and cropped images, weight decay, and a learning rate that falls to 0.
+The lecture's architecture. Mirrored and cropped images, weight decay, a learning rate that falls to 0.
 """
 
 import optax

@@ -1,7 +1,7 @@
 """Strides on Fashion-MNIST with a better recipe: the same architecture in fewer epochs.
 
 ./launch.sh train --experiment=fashion_mnist/strided_tuned
-The lecture's architecture. Mirrored and cropped images, weight decay, and a learning rate that falls to 0.
+The lecture's architecture. Mirrored and cropped images, weight decay, a learning rate that falls to 0.
 """
 
 import optax
