@@ -60,6 +60,8 @@ BRANCHES = {
     "kernel covers the image": ((4, 3, 4, 3), (3, 4, 3, 5), (1, 1), "VALID"),
     "1x1": ((4, 3, 4, 3), (1, 1, 3, 5), (1, 1), "VALID"),
     "winograd": ((2, 7, 6, 128), (3, 3, 128, 128), (1, 1), "SAME"),
+    "winograd forward": ((2, 9, 11, 64), (3, 3, 64, 65), (1, 1), "VALID"),
+    "winograd in tiles": ((2, 4, 6, 128), (3, 3, 128, 128), (1, 1), "VALID"),
     "fourier": ((2, 9, 8, 32), (5, 5, 32, 33), (1, 1), "VALID"),
     "fourier, an odd width": ((2, 6, 9, 32), (5, 5, 32, 33), (1, 1), ((1, 0), (0, 2))),
     "one channel": ((4, 8, 7, 1), (3, 2, 1, 5), (1, 1), "SAME"),
@@ -106,7 +108,7 @@ def chosen(*problem):
     return conv.formulations_for(geometry(problem))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("problem", BRANCHES.values(), ids=BRANCHES)
 def test_each_branch_of_the_rule(problem, dtype, tolerance):
     image_shape, kernel_shape, strides, padding = problem
@@ -309,4 +311,4 @@ def test_the_batch_stays_split_over_two_devices(problem):
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in text
     found = compiled(jax.device_put(image, split), jax.device_put(kernel, whole))
-    assert_close(found, jax.jit(gradients)(image, kernel), 3e-6)
+    assert_close(found, jax.jit(gradients)(image, kernel), 1e-5)
