@@ -490,6 +490,8 @@ def reproduce(values: flags.FlagValues) -> int:
     from cnn_jax import experiment
     from cnn_jax.reproduce import plan, run, table
 
+    if values["only"].present and not values.only:
+        raise ConfigError("--only=: is empty; leave it out, or give it names")
     rows = plan.choose(plan.ROWS, values.only, values.seeds)
     output = _path(values.output) if values.output else experiment.FOLDER
     if values.rebuild:

@@ -191,7 +191,7 @@ def predict_step(
         return _apply(model, variables, image, compute_dtype)[0]
     views, weights = test_views(image, data.test_time_augmentation)
     logits = _apply(model, variables, views.reshape(-1, *image.shape[1:]), compute_dtype)[0]
-    logits = logits.reshape(len(weights), len(image), -1)
+    logits = logits.reshape(len(weights), -1, logits.shape[-1])  # N may be unknown, in an export
     return jnp.tensordot(jnp.array(weights), logits, 1)
 
 

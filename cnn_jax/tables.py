@@ -119,10 +119,10 @@ def print_class_map(report: dict) -> None:
         f"each alone, as in training: {report['recognised_alone']}",
         f"the network on {report['windows']:,} windows that scores see, their true neighbours in "
         f"place of padding: logits up to {report['largest_logit']:.1f}, the map's differ by at most "
-        f"{report['largest_difference']:.1e}",
+        f"{report['largest_difference']:.2g}",
         f"the network on {total:,} windows of the training size{sample}, padded as in training: the "
         f"same class in {report['cut_out_same_class']:.1%}, logits differ by at most "
-        f"{report['cut_out_largest_difference']:.1e}",
+        f"{report['cut_out_largest_difference']:.2g}",
         f"seconds: map {report['map_seconds']:.3f}, those windows {report['sliding_seconds']:.3f}: "
         f"{report['speed_ratio']:.1f} times as long (median of {report['rounds']}, in turn); "
         f"FLOPs: {report['flops_ratio']:.1f} times as many",

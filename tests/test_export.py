@@ -1,5 +1,6 @@
 """Exported networks, used by a process that knows of JAX and NumPy alone."""
 
+import dataclasses
 import json
 import os
 import runpy
@@ -77,9 +78,10 @@ def test_every_architecture_in_another_process(tmp_path):
         )
     ]
     colour = DataConfig("x", mean=(0.4, 0.5, 0.3), std=(0.3, 0.2, 0.1))
+    views = dataclasses.replace(colour, test_time_augmentation="mirror_shift")
     dense += [
-        make_run(tmp_path, model, COLOUR, data=colour)
-        for model in (models.CifarCNN(), models.SpeedrunCNN())
+        make_run(tmp_path, models.CifarCNN(), COLOUR, data=colour),
+        make_run(tmp_path, models.SpeedrunCNN(), COLOUR, data=views),
     ]
     runs = {type(run.model).__name__: run for run in dense}
     assert runs.keys() | {"Convolutional"} == {*models.__all__}

@@ -78,7 +78,7 @@ def test_the_rows_are_chosen_by_name_with_as_many_seeds_as_are_asked_for():
 
 
 def test_bad_flags_end_with_exit_code_2_and_one_line(tmp_path):
-    for flag in ("--only=fashion_mnist/lenets", "--seeds=0", "--seeds=two"):
+    for flag in ("--only=fashion_mnist/lenets", "--only=", "--seeds=0", "--seeds=two"):
         done = run_command("reproduce", flag, "--workdir", tmp_path / "w", CNN_JAX_CACHE="off")
         assert done.returncode == 2
         assert re.fullmatch(rf"error: {flag}: .*\n", done.stderr), done.stderr
@@ -189,7 +189,7 @@ def test_a_run_from_before_a_field_was_added_goes_on(tmp_path):
     del saved["config"]["init_examples"], saved["config"]["data"]["flip"]
     workdirs.write_json(tmp_path / "config.json", saved)
     workdirs.check_same_run(tmp_path, config, {})
-    with pytest.raises(ConfigError, match="data.flip: False -> True"):
+    with pytest.raises(ConfigError, match=r"data\.flip: False -> True"):
         workdirs.check_same_run(tmp_path, configs.override(config, ["data.flip=true"]), {})
 
 

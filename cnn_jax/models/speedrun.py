@@ -43,7 +43,7 @@ def whitening(
     )
     windows = [image[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
     patches = jnp.concatenate(windows, -1).reshape(-1, height * width * shape[2])
-    moments = patches.T @ patches / len(patches)
+    moments = patches.T @ patches / patches.shape[0]  # not len(): it is unknown in an export
     variances, vectors = jnp.linalg.eigh(moments)
     filters = vectors / jnp.sqrt(variances + 5e-4)
     return jnp.concatenate([filters, -filters], 1).reshape(shape).astype(dtype)
