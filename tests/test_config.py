@@ -308,7 +308,17 @@ def test_a_model_survives_its_json_form(name):
 
 def test_data_survives_its_json_form():
     data = DataConfig(
-        "mnist", "train[:1%]", "train[1%:]", 5, (8, 9), (0.5, 0.25), (2.0, 3.0), True, True, 2, "mirror"
+        "mnist",
+        "train[:1%]",
+        "train[1%:]",
+        5,
+        (8, 9),
+        (0.5, 0.25),
+        (2.0, 3.0),
+        True,
+        True,
+        2,
+        "mirror",
     )
     assert all(
         getattr(data, f.name) != f.default for f in dataclasses.fields(data)
