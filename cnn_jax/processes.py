@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from cnn_jax.errors import CnnJaxError, Preempted
+from cnn_jax.errors import Preempted
 from cnn_jax.signals import EXIT_CODES
 
 PACKAGE = Path(__file__).resolve().parent
@@ -21,7 +21,7 @@ ADVICE = "stopped by a signal; run the same command again to go on"
 STOPPED = {*EXIT_CODES.values(), *(-number for number in EXIT_CODES)}
 
 
-class CommandFailed(CnnJaxError):
+class CommandFailed(Exception):
     """A command ended with an error: its line, its exit code."""
 
     def __init__(self, message: str, exit_code: int):

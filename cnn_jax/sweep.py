@@ -21,8 +21,8 @@ from cnn_jax import experiment as experiments
 from cnn_jax import results, sweep_picture
 from cnn_jax import workdir as workdirs
 from cnn_jax.config import Config
-from cnn_jax.errors import CheckpointError, CnnJaxError, ConfigError, NotFiniteError, Preempted
-from cnn_jax.processes import Processes
+from cnn_jax.errors import CheckpointError, ConfigError, NotFiniteError
+from cnn_jax.processes import CommandFailed, Processes
 from cnn_jax.reproduce.records import is_of
 
 log = logging.getLogger(__name__)
@@ -202,9 +202,7 @@ def _run(processes: Processes, command: list[str], folder: Path, config: Config)
         return run, NotFiniteError.exit_code if run.problem else 0
     try:
         processes.run(*command)
-    except Preempted:
-        raise
-    except CnnJaxError as error:
+    except CommandFailed as error:
         if error.exit_code == NotFiniteError.exit_code and (run := _ended(folder, config)):
             return run, error.exit_code
         return Run(config.seed, workdirs.metrics(folder), str(error)), error.exit_code

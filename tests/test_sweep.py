@@ -106,9 +106,9 @@ def test_nothing_is_trained_before_every_value_is_checked(experiment, tmp_path):
 
 @pytest.fixture(scope="module")
 def swept(experiment, tfds_dir, tmp_path_factory):
-    """Three learning rates, of which one is hopeless, over two seeds: exit code and workdir."""
+    """Two learning rates, of which one is hopeless, over two seeds: exit code and workdir."""
     workdir = tmp_path_factory.mktemp("swept")
-    assignments = ["learning_rate=1e-6,1e-3,1e30"]
+    assignments = ["learning_rate=1e-3,1e30"]
     return sweep.sweep(experiment, assignments, 2, workdir, str(tfds_dir)), workdir
 
 
@@ -122,30 +122,27 @@ def test_the_table_has_means_over_the_seeds_after_the_last_epoch(swept):
     assert code == 0  # a loss that is not finite is a result
     head, _, *body = rows((workdir / "sweep.md").read_text())
     assert head == ["learning_rate", "n", "validation accuracy", "test accuracy", ""]
-    for value, row in zip(("1e-06", "0.001"), body, strict=False):
-        ends = [
-            workdirs.metrics(workdir / f"learning_rate={value}" / f"seed_{seed}")[-1]
-            for seed in (0, 1)
-        ]
-        assert [line["epoch"] for line in ends] == [2, 2]
-        shown = [
-            f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}"
-            for split in ("validation", "test")
-            for found in [[line[f"{split}_accuracy"] for line in ends]]
-        ]
-        assert row[:4] == [value, "2", *shown]
-    assert body[2] == ["1e+30", "0 of 2", "-", "-", body[2][4]]
-    assert re.fullmatch(r"loss=\S+ at step \d+: not finite \(seed 0, 1\)", body[2][4])
-    assert [row[4] == "best" for row in body] == [False, True, False]
+    folder = workdir / "learning_rate=0.001"
+    ends = [workdirs.metrics(folder / f"seed_{seed}")[-1] for seed in (0, 1)]
+    assert [line["epoch"] for line in ends] == [2, 2]
+    shown = [
+        f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}"
+        for split in ("validation", "test")
+        for found in [[line[f"{split}_accuracy"] for line in ends]]
+    ]
+    good, hopeless = body
+    assert good == ["0.001", "2", *shown, "best"]
+    assert hopeless[:4] == ["1e+30", "0 of 2", "-", "-"]
+    assert re.fullmatch(r"loss=\S+ at step \d+: not finite \(seed 0, 1\)", hopeless[4])
 
 
 def test_the_same_is_in_sweep_json(swept):
     _, workdir = swept
     report = json.loads((workdir / "sweep.json").read_text())
     assert (report["chosen_by"], report["best"]) == ("validation", {"learning_rate": "0.001"})
-    last = [run["last_epoch"] for run in report["settings"][1]["runs"]]
+    last = [run["last_epoch"] for run in report["settings"][0]["runs"]]
     assert last[1] == workdirs.metrics(workdir / "learning_rate=0.001" / "seed_1")[-1]
-    assert "not finite" in report["settings"][2]["runs"][0]["problem"]
+    assert "not finite" in report["settings"][1]["runs"][0]["problem"]
 
 
 def test_the_picture_is_one(swept):
@@ -157,7 +154,7 @@ def test_what_ended_is_not_trained_again(swept, experiment, tfds_dir, monkeypatc
     _, workdir = swept
     before = (workdir / "sweep.md").read_text()
     monkeypatch.setattr(Processes, "run", lambda *_, **__: pytest.fail("trains again"))
-    again = ["learning_rate=0.000001,0.001,1e30"]  # the same values
+    again = ["learning_rate=0.00100,1E30"]  # the same values
     assert sweep.sweep(experiment, again, 2, workdir, str(tfds_dir)) == 0
     assert rows((workdir / "sweep.md").read_text()) == rows(before)
 

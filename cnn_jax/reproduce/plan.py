@@ -47,7 +47,7 @@ BETTER = (
 )
 RECORDS = (
     Row("cifar10/speedrun", 5, target=0.94),
-    Row("fashion_mnist/record", 3),
+    Row("fashion_mnist/record", 3, target=0.95),
 )
 # Needs no dataset from anywhere: shows in a minute that all of this works.
 EMBEDDED = (Row("quickstart", 3),)

@@ -12,7 +12,7 @@ from cnn_jax import experiment as experiments
 from cnn_jax import workdir as workdirs
 from cnn_jax.config import Config
 from cnn_jax.errors import CnnJaxError, Preempted
-from cnn_jax.processes import Processes
+from cnn_jax.processes import CommandFailed, Processes
 from cnn_jax.reproduce import records, table
 from cnn_jax.reproduce.plan import ROWS, Row
 
@@ -67,7 +67,7 @@ def reproduce(
                 table.rebuild(output, shown)
             except Preempted:
                 raise
-            except CnnJaxError as error:
+            except (CnnJaxError, CommandFailed) as error:
                 log.error("error: %s: %s", name, " ".join(str(error).split()))
                 codes.append(error.exit_code)
     table.rebuild(output, shown)
