@@ -9,6 +9,13 @@ import jax.numpy as jnp
 from cnn_jax.models.layers import Conv, Dense, Flatten, MaxPool, one_image_size
 
 
+def uniform(bound: float) -> nn.initializers.Initializer:
+    """Uniform within `bound` of 0."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
 def dirac(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Kernels [h, w, in, out] whose first `in` filters pass their channel on; the others are random.
 
@@ -16,7 +23,7 @@ def dirac(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
     """
     height, width, channels, features = shape
     bound = (height * width * channels) ** -0.5
-    kernel = jax.random.uniform(key, shape, dtype, -bound, bound)
+    kernel = uniform(bound)(key, shape, dtype)
     same = min(channels, features)
     identity = jnp.zeros((height, width, channels, same), dtype)
     identity = identity.at[height // 2, width // 2, jnp.arange(same), jnp.arange(same)].set(1)
@@ -47,13 +54,6 @@ def whitening(
     variances, vectors = jnp.linalg.eigh(moments)
     filters = vectors / jnp.sqrt(variances + 5e-4)
     return jnp.concatenate([filters, -filters], 1).reshape(shape).astype(dtype)
-
-
-def uniform(bound: float) -> nn.initializers.Initializer:
-    """Uniform within `bound` of 0."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
 
 
 class ConvGroup(nn.Module):
