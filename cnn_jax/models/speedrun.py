@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cnn_jax.models.layers import Conv, Dense, Flatten, MaxPool, one_image_size
 
@@ -56,6 +57,15 @@ def whitening(
     return jnp.concatenate([filters, -filters], 1).reshape(shape).astype(dtype)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution's mass below x.
+
+    On CPU 2.5 times as fast as nn.gelu, which takes 1 - erf from erfc: exact far out in the tail, where
+    this is off by 1e-7, as PyTorch's is.
+    """
+    return x * (1 + lax.erf(x * 0.5**0.5)) / 2
+
+
 class ConvGroup(nn.Module):
     """Two 3x3 convolutions of `width` filters; the first one's map is halved by max pooling."""
 
@@ -74,7 +84,7 @@ class ConvGroup(nn.Module):
                 use_scale=False,
                 axis_name=self.axis_name,
             )(x)
-            x = nn.gelu(x, approximate=False)
+            x = gelu(x)
         return x
 
 
@@ -106,7 +116,7 @@ class SpeedrunCNN(nn.Module):
             bias_init=uniform(patch**-0.5),
             name="whitening",
         )(image)  # [N, 31, 31, 24]
-        x = nn.gelu(x, approximate=False)
+        x = gelu(x)
         x = ConvGroup(64, self.axis_name)(x, train)  # [N, 15, 15, 64]
         x = ConvGroup(256, self.axis_name)(x, train)  # [N, 7, 7, 256]
         x = ConvGroup(256, self.axis_name)(x, train)  # [N, 3, 3, 256]

@@ -45,6 +45,8 @@ class Formulations(NamedTuple):
     kernel_gradient: str
 
 
+# Of one matmul: Eigen multiplies 16 columns at a time on AVX-512, and best more than one such group.
+_FEWEST_OUTPUTS = 24
 # Writing one value to memory and reading it again takes as long as this many multiplications.
 _MOVE = 100
 
@@ -52,13 +54,19 @@ _MOVE = 100
 def formulations_for(g: Geometry) -> Formulations:
     """The rule: which formulation computes which pass on CPU.
 
-    1. A kernel of one pixel, or as large as the image, is a dense layer.
-    2. 5 pixels wide and more, stride 1, 32 channels and more on both sides: Fourier along the width.
+    1. A kernel of one pixel, or as large as the image, is a dense layer; in the latter case the
+       image's gradient has the batch in columns, as Eigen takes four times as long to multiply few
+       rows by a transposed matrix (GFLOP/s at 7x7 256->512: 37, in columns 149; but at 14x14 64->64
+       k1 170, in columns 62).
+    2. 5 pixels wide and more, stride 1, 32 channels and more on both sides: Fourier along the width,
+       and for the image's gradient patches along the height where the kernel is higher than the
+       output.
     3. 3x3, stride 1, 64 channels and more on both sides (for the image's gradient 128): Winograd along
        the width from 6x6 on, in tiles on an even smaller output; the kernel's gradient gains nothing.
-    4. Otherwise (and for the image's gradient where the kernel is higher than the output, in 2) XLA's
-       own convolution, but for
-       - the forward pass from one to four channels, where Eigen has too little to work on at a time;
+    4. Otherwise XLA's own convolution, but for
+       - the forward pass from one to four channels, where Eigen has too little to work on at a time:
+         patches, of several columns of the output where that has few channels as well (32x32 3->6 k5:
+         XLA 7, patches of one column 9, of four 35);
        - the image's gradient, where it multiplies the zeros between and around the cotangents and,
          where the kernel is larger than the output, is a scalar loop. "rows" multiplies fewer of
          them and "offsets" none, but writes more: the cheaper one by count.
@@ -68,7 +76,7 @@ def formulations_for(g: Geometry) -> Formulations:
 
     | layer                  | forward               | kernel | image: xla rows offsets winograd |
     |------------------------|-----------------------|--------|----------------------------------|
-    | 28x28   1->6    k5   p | xla   6, patches  16+ |    18+ |                                  |
+    | 28x28   1->6    k5   p | xla   6, patches  50+ |    18+ |                                  |
     | 28x28   1->32   k3     | xla  19, patches  71+ |    22+ |                                  |
     | 28x28   1->32   k7     | xla  52, patches  58+ |    72+ |                                  |
     | 32x32   3->32   k3   p | xla  40, patches  67+ |    50+ |                                  |
@@ -99,7 +107,7 @@ def formulations_for(g: Geometry) -> Formulations:
     |------------------------|-----------------------|---------------------|-------------------------|
     | 22x22  32->64   k7     | xla 178, fourier 275  | xla 142 fourier 258 | rows 113, fourier 241   |
     | 16x16  64->128  k7     | xla 192, fourier 355  | xla 180 fourier 258 | rows 113, fourier 252   |
-    | 10x10 128->256  k7     | xla 197, fourier 307  | xla 188 fourier 232 | fourier 13, offsets 102 |
+    | 10x10 128->256  k7     | xla 197, fourier 307  | xla 188 fourier 232 | offsets 103, fourier 161|
     | 26x26  32->64   k3     | fourier 62, xla 171   | fourier 55, xla 84  | fourier 55, rows 138    |
     |  4x4  256->512  k3     | xla 173, tiles 282    | tiles 74, xla 165   | offsets 129, tiles 178  |
 
@@ -116,7 +124,7 @@ def formulations_for(g: Geometry) -> Formulations:
     | 26x26  32->64   k3     | 140, xla 140 (65)     | 48, xla 63          | 137, rows 126           |
     """
     if applies("dense", g):
-        return Formulations("dense", "dense", "dense")
+        return Formulations("dense", "dense_columns" if g.out == (1, 1) else "dense", "dense")
     channels = min(g.in_channels, g.out_channels)
     # The cost of each multiplication of the direct algorithm.
     offsets = 1 + _MOVE / g.out_channels
@@ -125,9 +133,9 @@ def formulations_for(g: Geometry) -> Formulations:
     if math.prod(g.kernel) > 49:  # "offsets" would be hundreds of operations, slow to compile
         image_gradient = "rows"
     if applies("fourier", g) and g.kernel[1] >= 5 and channels >= 32:
-        if g.kernel[0] <= g.out[0]:
-            image_gradient = "fourier"
-        return Formulations("fourier", image_gradient, "fourier")
+        # Transposed, XLA's convolution is a scalar loop where the kernel is higher than the output.
+        higher = g.kernel[0] > g.out[0]
+        return Formulations("fourier", "fourier_patches" if higher else "fourier", "fourier")
     if applies("winograd", g) and channels >= 64:
         if min(g.out) >= 6:
             return Formulations(
@@ -141,12 +149,13 @@ def formulations_for(g: Geometry) -> Formulations:
 
 def applies(formulation: str, g: Geometry) -> bool:
     """Whether a formulation can compute a convolution of this geometry."""
-    if formulation == "dense":
+    if formulation in ("dense", "dense_columns"):
         covers = g.kernel == g.image or g.kernel == g.strides == (1, 1)
         return covers and g.pads == ((0, 0), (0, 0))
     if formulation in ("winograd", "winograd_tiles"):
         return g.kernel == (3, 3) and g.strides == (1, 1)
-    if formulation == "fourier":  # wider, its many small operations would be slow to compile
+    if formulation in ("fourier", "fourier_patches"):
+        # Wider, its many small operations would be slow to compile.
         return g.strides == (1, 1) and g.image[1] + sum(g.pads[1]) <= 32
     return True
 
@@ -168,6 +177,19 @@ def _dense(g: Geometry, image: Array, kernel: Array) -> Array:
     n = image.shape[0]
     image = image.reshape(n, *g.out, -1)
     return _matmul(g, image, kernel.reshape(-1, g.out_channels))
+
+
+def _dense_columns(g: Geometry, image: Array, kernel: Array) -> Array:
+    """`_dense` with the batch in columns: to multiply by a transposed kernel, as the image's gradient
+    does, Eigen takes four times as long as to have it on the left.
+    """
+    # Without the barriers XLA folds the small transpositions into the matmul, and is back at `_dense`.
+    columns = lax.optimization_barrier(image.reshape(-1, kernel[..., 0].size).T)
+    contract_first = (((0,), (0,)), ((), ()))
+    y = lax.dot_general(
+        kernel.reshape(len(columns), -1), columns, contract_first, precision=g.precision
+    )
+    return lax.optimization_barrier(y).T.reshape(image.shape[0], *g.out, -1)
 
 
 def _offsets(g: Geometry, image: Array, kernel: Array) -> Array:
@@ -196,11 +218,23 @@ def _rows(g: Geometry, image: Array, kernel: Array) -> Array:
 
 
 def _patches(g: Geometry, image: Array, kernel: Array) -> Array:
-    """im2col, along the height and then along the width, and one matmul."""
-    image = _im2col(_pad(g, image), 1, g.kernel[0], g.out[0], g.strides[0])
-    image = _im2col(image, 2, g.kernel[1], g.out[1], g.strides[1])  # [N, OH, OW, KW * KH * C]
-    kernel = kernel.swapaxes(0, 1).reshape(-1, g.out_channels)
-    return _matmul(g, image, kernel)
+    """im2col along the height and then along the width, and one matmul.
+
+    A kernel of few outputs is repeated beside itself, one step on, for as many columns of the output
+    as fill Eigen's registers: a patch then spans those columns, and meets zeros where it is too wide.
+    """
+    (kh, kw), stride, (oh, ow) = g.kernel, g.strides[1], g.out
+    columns = max(1, min(ow, _FEWEST_OUTPUTS // g.out_channels))
+    blocks, wide = -(-ow // columns), (columns - 1) * stride + kw
+    image = _im2col(_pad(g, image), 1, kh, oh, g.strides[0])
+    missing = (blocks - 1) * columns * stride + wide - image.shape[2]
+    image = jnp.pad(image, ((0, 0), (0, 0), (0, max(0, missing)), (0, 0)))
+    image = _im2col(image, 2, wide, blocks, columns * stride)  # [N, OH, blocks, wide * KH * C]
+    kernel = kernel.swapaxes(0, 1).reshape(kw, -1, g.out_channels)
+    shifts = [(i * stride, wide - kw - i * stride) for i in range(columns)]
+    kernel = jnp.stack([jnp.pad(kernel, (shift, (0, 0), (0, 0))) for shift in shifts], 2)
+    y = _matmul(g, image, kernel.reshape(-1, columns * g.out_channels))
+    return y.reshape(-1, oh, blocks * columns, g.out_channels)[:, :, :ow]
 
 
 # Winograd's F(4, 3), by the points 0, 1, -1, 2, -2 and infinity: six products for 4 x 3.
@@ -301,8 +335,10 @@ def _output_transform(m0: Array, m1: Array, m2: Array, m3: Array) -> tuple[Array
     return m0 + m1 + m2, m1 - m2 - m3
 
 
-def _fourier(g: Geometry, image: Array, kernel: Array) -> Array:
-    """Fourier's transform along the width, and for each frequency XLA's convolution along the height.
+def _fourier(
+    g: Geometry, image: Array, kernel: Array, convolution: Callable[..., Array] = _xla
+) -> Array:
+    """Fourier's transform along the width, and for each frequency a convolution along the height.
 
     The transform of W real columns has W / 2 + 1 complex ones, each of which needs three real
     products (Gauss): about 1.5 W convolutions along the height in place of KW * OW. As the image is
@@ -324,12 +360,12 @@ def _fourier(g: Geometry, image: Array, kernel: Array) -> Array:
     for f in range(frequencies):
         # The convolution of machine learning is a correlation: image times the kernel's conjugate.
         (a, b), (c, d) = image[f], kernel[f]
-        real = _xla(column, a, c)
+        real = convolution(column, a, c)
         if 2 * f in (0, width):  # these two are real
             parts += [real, jnp.zeros_like(real)]
         else:
-            imaginary = _xla(column, b, d)
-            mixed = _xla(column, a + b, c - d)
+            imaginary = convolution(column, b, d)
+            mixed = convolution(column, a + b, c - d)
             parts += [real + imaginary, mixed - real + imaginary]
     y = _matmul(g, back, jnp.stack(parts).reshape(2 * frequencies, -1))
     return y.reshape(g.out[1], n, g.out[0], -1).transpose(1, 2, 0, 3)
@@ -348,12 +384,14 @@ def _fourier_matrices(width: int, out: int) -> tuple[np.ndarray, np.ndarray]:
 FORMULATIONS: dict[str, Callable[[Geometry, Array, Array], Array]] = {
     "xla": _xla,
     "dense": _dense,
+    "dense_columns": _dense_columns,
     "offsets": _offsets,
     "rows": _rows,
     "patches": _patches,
     "winograd": _winograd,
     "winograd_tiles": _winograd_tiles,
     "fourier": _fourier,
+    "fourier_patches": functools.partial(_fourier, convolution=_patches),
 }
 
 
