@@ -1,4 +1,4 @@
-"""The contender cnn_jax: the product's own train step, and its forward pass. Arguments: NETWORK BATCH."""
+"""The contender cnn_jax: the product's own train step and forward pass. Arguments: NETWORK BATCH."""
 
 import functools
 import sys

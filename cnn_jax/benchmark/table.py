@@ -39,7 +39,10 @@ def render(
         f"{rounds} interleaved rounds of {seconds:g} s.",
         "",
     ]
-    for mode, title in (("train", "Training"), ("eval", "The forward pass alone, as in evaluation")):
+    for mode, title in (
+        ("train", "Training"),
+        ("eval", "The forward pass alone, as in evaluation"),
+    ):
         lines += [f"{title}, images/s:", ""]
         lines += _rates(results, names, mode)
     lines += ["cnn_jax in detail:", ""]
