@@ -139,12 +139,12 @@ def formulations_for(g: Geometry) -> Formulations:
     if applies("winograd", g) and channels >= 64:
         if min(g.out) >= 6:
             return Formulations(
-                "winograd", "winograd" if channels >= 128 else image_gradient, "xla"
+                "winograd", "winograd" if channels >= 128 else image_gradient, "xla_apart"
             )
         if channels >= 128 and not any(size % 2 for size in g.out):
-            return Formulations("winograd_tiles", "winograd_tiles", "xla")
+            return Formulations("winograd_tiles", "winograd_tiles", "xla_apart")
     few = g.in_channels < 5 and math.prod(g.kernel) <= 49
-    return Formulations("patches" if few else "xla", image_gradient, "xla")
+    return Formulations("patches" if few else "xla", image_gradient, "xla_apart")
 
 
 def applies(formulation: str, g: Geometry) -> bool:
@@ -170,6 +170,15 @@ def _xla(g: Geometry, image: Array, kernel: Array) -> Array:
         dimension_numbers=_DIMENSIONS,
         precision=g.precision,
     )
+
+
+def _xla_apart(g: Geometry, image: Array, kernel: Array) -> Array:
+    """`_xla` on arrays that stand in memory, for the kernel's gradient.
+
+    XLA makes that a convolution of transposed arrays. Its transposing loop would compute again, element
+    by element across memory, what made the array: a bias and a ReLU, a pooling, Winograd's sums.
+    """
+    return lax.optimization_barrier(_xla(g, lax.optimization_barrier(image), kernel))
 
 
 def _dense(g: Geometry, image: Array, kernel: Array) -> Array:
@@ -383,6 +392,7 @@ def _fourier_matrices(width: int, out: int) -> tuple[np.ndarray, np.ndarray]:
 
 FORMULATIONS: dict[str, Callable[[Geometry, Array, Array], Array]] = {
     "xla": _xla,
+    "xla_apart": _xla_apart,
     "dense": _dense,
     "dense_columns": _dense_columns,
     "offsets": _offsets,
