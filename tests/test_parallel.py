@@ -318,3 +318,17 @@ def test_a_jitted_network_computes_what_eager_execution_does():
         return jnp.sum(jax.nn.log_softmax(x.reshape(64, -1)) ** 2, axis=-1)
 
     np.testing.assert_allclose(jax.jit(network)(image, kernel), network(image, kernel), rtol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA:CPU alone drops them")
+def test_a_step_keeps_its_barriers():
+    """By the name of a pass of XLA, which it would not tell us if that changed."""
+
+    def apart(state, batch):
+        return jax.lax.optimization_barrier(jnp.maximum(state + batch.sum(), 0)).T * 2
+
+    mesh = parallel.make_mesh(1)
+    state, batch = jnp.ones((4, 3)), jnp.ones(2)
+    compiled = parallel.jit_step(apart, mesh, donate=False).lower(state, batch).compile()
+    assert "opt-barrier" in compiled.as_text()
+    np.testing.assert_array_equal(compiled(state, batch), jnp.full((3, 4), 6))
