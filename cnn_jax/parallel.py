@@ -147,7 +147,11 @@ _CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
-    """`step(state, batch)` compiled over the mesh; the state's buffers are reused for the result."""
+    """`step(state, batch)` compiled over the mesh; the state's buffers are reused for the result.
+
+    One step a call: in a scan over eight, XLA:CPU computes convolutions in scalar loops. It trained
+    LeNet at a fifth of the speed, though the MLP at 1.4 times.
+    """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(
         step,
