@@ -168,7 +168,7 @@ def test_a_run_stopped_in_its_first_epoch(strided: Path, tfds_dir: Path, tmp_pat
     (workdir / "metrics.jsonl").unlink()
     found = Page(page.report([workdir], data_dir=str(tfds_dir)))
     assert found.file == workdir / "report" / "index.html"
-    assert "0 of 1 epoch are finished" in found.text()
+    assert "Finished so far: 0 of 1 epoch." in found.text()
     assert "no curves" in found.text()
     assert "What it gets right" in found.sections()
 
