@@ -31,7 +31,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("no chromium on PATH: the reports were not opened in a browser")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _few_pixels() -> Iterator[None]:
     """Draws faster; only the command's own test draws as finely as people see it."""
     with pytest.MonkeyPatch.context() as patch:
