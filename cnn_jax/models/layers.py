@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Initializer, PaddingLike
 
-from cnn_jax.ops import conv, pool
+from cnn_jax.ops import conv, dense, pool
 
 glorot_uniform = nn.initializers.glorot_uniform()
 
@@ -32,6 +32,7 @@ class Dense(nn.Dense):
     """`nn.Dense` with Keras's default initialisation."""
 
     kernel_init: Initializer = glorot_uniform
+    dot_general: Callable | None = dense.dot_general
 
 
 class MaxPool(nn.Module):

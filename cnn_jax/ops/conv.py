@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from cnn_jax.ops import dense
+
 _DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # NHWC, HWIO
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -189,16 +191,10 @@ def _dense(g: Geometry, image: Array, kernel: Array) -> Array:
 
 
 def _dense_columns(g: Geometry, image: Array, kernel: Array) -> Array:
-    """`_dense` with the batch in columns: to multiply by a transposed kernel, as the image's gradient
-    does, Eigen takes four times as long as to have it on the left.
-    """
-    # Without the barriers XLA folds the small transpositions into the matmul, and is back at `_dense`.
-    columns = lax.optimization_barrier(image.reshape(-1, kernel[..., 0].size).T)
-    contract_first = (((0,), (0,)), ((), ()))
-    y = lax.dot_general(
-        kernel.reshape(len(columns), -1), columns, contract_first, precision=g.precision
-    )
-    return lax.optimization_barrier(y).T.reshape(image.shape[0], *g.out, -1)
+    """`_dense` with the batch in columns, for the image's gradient: see `dense.times_transposed`."""
+    kernel = kernel.reshape(-1, g.out_channels)
+    y = dense.times_transposed(image.reshape(-1, len(kernel)), kernel.T, g.precision)
+    return y.reshape(image.shape[0], *g.out, -1)
 
 
 def _offsets(g: Geometry, image: Array, kernel: Array) -> Array:
