@@ -141,8 +141,8 @@ def agree(value: int) -> bool:
     return largest(value) == -largest(-value)
 
 
-# XLA:CPU forgets barriers before it fuses loops. `ops.conv` puts them between those faster apart: this
-# keeps them there, for 2 to 15 % more images a second.
+# XLA:CPU forgets barriers before it fuses loops. `ops.formulations` puts them between those that are
+# faster apart: this keeps them there, for 2 to 15 % more images a second.
 _CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from cnn_jax.ops import conv
+from cnn_jax.ops.formulations import FORMULATIONS, applies
+from cnn_jax.ops.rule import Formulations, formulations_for
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 fast = functools.partial(conv.conv_general_dilated, dimension_numbers=NHWC)
@@ -89,14 +91,14 @@ def test_every_formulation_agrees_with_lax_in_float64(problem):
     with jax.enable_x64(True):
         image, kernel = normal(image_shape, 0, "float64"), normal(kernel_shape, 1, "float64")
         cotangent = normal((image_shape[0], *g.out, kernel_shape[3]), 2, "float64")
-        names = [name for name in conv.FORMULATIONS if conv.applies(name, g)]
+        names = [name for name in FORMULATIONS if applies(name, g)]
 
         @jax.jit
         def every(image, kernel, cotangent):
             # What the rule chooses, and each formulation that can serve this shape.
             found = [passes(lambda x, w: fast(x, w, strides, padding), image, kernel, cotangent)]
             for name in names:
-                formulation = functools.partial(conv.FORMULATIONS[name], g)
+                formulation = functools.partial(FORMULATIONS[name], g)
                 found.append(passes(formulation, image, kernel, cotangent))
             expected = passes(lambda x, w: plain(x, w, strides, padding), image, kernel, cotangent)
             return found, expected
@@ -107,7 +109,7 @@ def test_every_formulation_agrees_with_lax_in_float64(problem):
 
 
 def chosen(*problem):
-    return conv.formulations_for(geometry(problem))
+    return formulations_for(geometry(problem))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -131,17 +133,17 @@ def test_each_branch_of_the_rule(problem, dtype, tolerance):
 
 def test_the_branches_are_all_reached():
     used = {name for problem in BRANCHES.values() for name in chosen(*problem)}
-    assert used == set(conv.FORMULATIONS)
+    assert used == set(FORMULATIONS)
 
 
-@pytest.mark.parametrize("name", conv.FORMULATIONS)
+@pytest.mark.parametrize("name", FORMULATIONS)
 def test_grad_of_grad_and_vmap(name, monkeypatch):
     """With one formulation for every pass, of an image that is small whatever the rule."""
     kernel_size = (5, 4) if name.startswith("dense") else (3, 3)
     problem = (2, 5, 4, 2), (*kernel_size, 2, 3), (1, 1), "VALID"
     image_shape, kernel_shape, strides, padding = problem
-    assert conv.applies(name, geometry(problem))
-    monkeypatch.setattr(conv, "formulations_for", lambda g: conv.Formulations(name, name, name))
+    assert applies(name, geometry(problem))
+    monkeypatch.setattr(conv, "formulations_for", lambda g: Formulations(name, name, name))
     jax.clear_caches()
     with jax.enable_x64(True):
         image, kernel = normal(image_shape, 0, "float64"), normal(kernel_shape, 1, "float64")
