@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import checkpoint, output, summary
-from cnn_jax import config as configs
 from cnn_jax import workdir as workdirs
+from cnn_jax.config_json import to_json
 from cnn_jax.data.batches import normalise
 from cnn_jax.errors import ConfigError
 from cnn_jax.evaluate import Run
@@ -66,7 +66,7 @@ def convert(run: Run, folder: Path) -> Converted:
             "layers must treat each place of a map by itself"
         )
     saved = copy.deepcopy(run.saved)
-    saved["config"]["model"] = configs.to_json(made.model)
+    saved["config"]["model"] = to_json(made.model)
     saved["converted_from"] = {"workdir": str(run.workdir), "checkpoint": run.step}
     with output.writing(folder):
         checkpoints = checkpoint.Checkpoints(folder)

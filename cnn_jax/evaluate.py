@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import checkpoint, parallel, step
-from cnn_jax import config as configs
 from cnn_jax import workdir as workdirs
-from cnn_jax.config import DataConfig
+from cnn_jax.checks import validate
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.config_json import data_from_json, model_from_json
 from cnn_jax.data import batches, sources
 from cnn_jax.errors import CheckpointError, DataError
 from cnn_jax.models.layers import takes_one_image_size
@@ -133,17 +134,15 @@ def load_run(
     saved = workdirs.read_config(workdir)
     try:
         config = saved["config"]
-        model = configs.model_from_json(config["model"], model)
-        data = configs.data_from_json(config["data"])
+        model = model_from_json(config["model"], model)
+        data = data_from_json(config["data"])
         image_shape, class_names = tuple(saved["image_shape"]), tuple(saved["class_names"])
         experiment, batch_size = saved["experiment"], config["eval_batch_size"]
         compute_dtype = config["compute_dtype"]
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{workdir / 'config.json'}: damaged ({reason})") from None
-    configs.validate(
-        configs.Config(model, data, eval_batch_size=batch_size, compute_dtype=compute_dtype)
-    )
+    validate(Config(model, data, eval_batch_size=batch_size, compute_dtype=compute_dtype))
     restored = checkpoint.Checkpoints(workdir).select(which, verify=verify)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnn_jax.config import Config, override, validate
+from cnn_jax.checks import validate
+from cnn_jax.config import Config
 from cnn_jax.errors import ConfigError
+from cnn_jax.overrides import override
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 

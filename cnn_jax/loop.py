@@ -22,42 +22,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import checkpoint, evaluate, optim, parallel, pictures
 from cnn_jax import workdir as workdirs
-from cnn_jax.config import Config, validate
+from cnn_jax.checks import check_images, check_model, validate
+from cnn_jax.config import Config
 from cnn_jax.curves import Curves
-from cnn_jax.data import batches, sources
+from cnn_jax.data import batches
+from cnn_jax.data.splits import Splits, load_splits
 from cnn_jax.errors import CheckpointError, ConfigError, DataError, NotFiniteError, Preempted
 from cnn_jax.progress import Progress
 from cnn_jax.signals import StopSignals
 from cnn_jax.step import TrainState, empty_sums, init_state, train_step
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """The examples of a run; `validation` is None where the configuration carves none."""
-
-    train: sources.Examples
-    validation: sources.Examples | None
-    test: sources.Examples
-
-
-def load_splits(config: Config, data_dir: str | None = None, download: bool = False) -> Splits:
-    """Loads the splits of `config.data`.
-
-    Raises:
-      DataError: as `sources.load_examples`.
-    """
-    load = functools.partial(sources.load_examples, data_dir=data_dir, download=download)
-    validation = load(config.data, "validation") if config.data.validation_examples else None
-    return Splits(load(config.data, "train"), validation, load(config.data, "test"))
 
 
 def train(
@@ -151,7 +131,7 @@ class _Run:
                 "examples"
             )
         shape = splits.train.image_shape
-        _check_data_fields(config, shape)
+        check_images(config.data, shape)
         if splits.test.image_shape != shape:
             raise DataError(f"data.test_split: images of {splits.test.image_shape}, not {shape}")
         names = splits.train.class_names
@@ -458,43 +438,3 @@ def _only_warns(kind: type[Exception]) -> Iterator[None]:
         yield
     except kind as error:
         log.warning("warning: %s", error)
-
-
-def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: int) -> int:
-    """The number of logits of `model` for such images.
-
-    Raises:
-      ConfigError: the model cannot take them, or has fewer logits than there are classes.
-    """
-    shown = "x".join(map(str, image_shape))
-    name = type(model).__name__
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    try:
-        logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
-    except Exception as error:  # the layers refuse what does not fit in many ways
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(f"model={name}: takes no images of {shown} ({reason})") from error
-    if any(0 in leaf.shape for leaf in jax.tree.leaves((logits, variables))):
-        raise ConfigError(f"model={name}: images of {shown} are too small for its layers")
-    if logits.shape[-1] < classes:
-        raise ConfigError(
-            f"model.num_classes={logits.shape[-1]}: must be at least {classes}, the number of "
-            "classes of the dataset"
-        )
-    return logits.shape[-1]
-
-
-def _check_data_fields(config: Config, image_shape: tuple[int, int, int]) -> None:
-    height, width, channels = image_shape
-    for field in ("mean", "std"):
-        values = getattr(config.data, field)
-        if len(values) not in (1, channels):
-            raise ConfigError(
-                f"data.{field}={list(values)}: must be one value, or one for each of the "
-                f"{channels} channels"
-            )
-    if config.data.crop_padding >= min(height, width):
-        raise ConfigError(
-            f"data.crop_padding={config.data.crop_padding}: must be less than the image's "
-            f"{min(height, width)} pixels"
-        )

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import config as configs
 from cnn_jax import experiment as experiments
 from cnn_jax import results, sweep_picture
 from cnn_jax import workdir as workdirs
+from cnn_jax.checks import validate
 from cnn_jax.config import Config
+from cnn_jax.config_json import to_json
 from cnn_jax.errors import CheckpointError, ConfigError, NotFiniteError
+from cnn_jax.overrides import override
 from cnn_jax.processes import CommandFailed, Processes
 from cnn_jax.reproduce.records import is_of
 
@@ -104,7 +106,7 @@ def settings(experiment: str, assignments: Sequence[str]) -> list[Setting]:
     found = []
     for texts in itertools.product(*axes.values()):
         pairs = [f"{path}={text}" for path, text in zip(axes, texts, strict=True)]
-        changed = configs.validate(configs.override(config, pairs))
+        changed = validate(override(config, pairs))
         values = {path: _shown(_at(changed, path)) for path in axes}
         if any(values == other.values for other in found):
             raise ConfigError(f"--set {' --set '.join(pairs)}: is given twice")
@@ -115,7 +117,7 @@ def settings(experiment: str, assignments: Sequence[str]) -> list[Setting]:
 def _values(config: Config, path: str, text: str) -> list[str]:
     """The values in `text`, as texts."""
     try:
-        if isinstance(_at(configs.override(config, [f"{path}={text}"]), path), tuple):
+        if isinstance(_at(override(config, [f"{path}={text}"]), path), tuple):
             return [text]
     except ConfigError:  # there are several, or one that is wrong, which is told later
         pass
@@ -133,7 +135,7 @@ def _at(config: Config, path: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(configs.to_json(value))
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(to_json(value))
 
 
 def sweep(

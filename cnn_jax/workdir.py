@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
-from cnn_jax import config as configs
 from cnn_jax import parallel
+from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
+from cnn_jax.config_json import differences, to_json, with_defaults
 from cnn_jax.errors import CheckpointError, ConfigError
 
 NEEDED = {"experiment", "config", "class_names", "image_shape"}
@@ -86,7 +87,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         yield check
 
 
-def write_config(workdir: Path, config: configs.Config, experiment: str, about: dict) -> None:
+def write_config(workdir: Path, config: Config, experiment: str, about: dict) -> None:
     """Writes config.json: what was asked for, the data, versions, device.
 
     Each call of `train` that goes on with a run writes it anew, so it tells of the last one. What
@@ -99,7 +100,7 @@ def write_config(workdir: Path, config: configs.Config, experiment: str, about: 
     device = jax.devices()[0]
     saved = {
         "experiment": experiment,
-        "config": configs.to_json(config),
+        "config": to_json(config),
         **about,
         "versions": {"python": platform.python_version(), **versions},
         "device": {
@@ -139,7 +140,7 @@ def read_config(workdir: Path) -> dict:
         raise CheckpointError(f"{path}: damaged ({error})") from None
 
 
-def check_same_run(workdir: Path, config: configs.Config, about: dict) -> None:
+def check_same_run(workdir: Path, config: Config, about: dict) -> None:
     """Refuses a workdir that holds another run than an earlier part of this one.
 
     Args:
@@ -154,16 +155,12 @@ def check_same_run(workdir: Path, config: configs.Config, about: dict) -> None:
     if not (workdir / "config.json").exists():
         return
     saved = read_config(workdir)
-    before = configs.with_defaults(saved["config"], config) | {
-        name: saved.get(name) for name in about
-    }
-    wanted = json.loads(json.dumps(configs.to_json(config) | about))
-    free = set(configs.CHANGEABLE_ON_RESUME)
+    before = with_defaults(saved["config"], config) | {name: saved.get(name) for name in about}
+    wanted = json.loads(json.dumps(to_json(config) | about))
+    free = set(CHANGEABLE_ON_RESUME)
     if config.schedule == "constant":
         free.add("epochs")
-    lines = [
-        line for line in configs.differences(before, wanted) if line.partition(":")[0] not in free
-    ]
+    lines = [line for line in differences(before, wanted) if line.partition(":")[0] not in free]
     if lines:
         raise ConfigError(
             f"workdir={workdir}: holds another run; {'; '.join(lines)} (choose another --workdir)"

@@ -12,7 +12,7 @@ os.environ["CNN_JAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="cnn_jax_tests_")
 
 import pytest
 
-from cnn_jax.loop import Splits
+from cnn_jax.data.splits import Splits
 from tests.tiny import make_examples, prepare_tiny_squares
 
 

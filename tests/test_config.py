@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from cnn_jax import config as configs
 from cnn_jax import models
-from cnn_jax.config import Config, DataConfig, override, validate
+from cnn_jax.checks import validate
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.config_json import data_from_json, differences, model_from_json, to_json
 from cnn_jax.errors import ConfigError
+from cnn_jax.overrides import override
 
 BASE = Config(model=models.LeNet(), data=DataConfig("tiny"))
 
@@ -64,7 +66,7 @@ def test_an_override_is_typed_by_its_field(assignment, expected):
     assert value == expected
     assert type(value) is type(expected)
     # ... and nothing else changed
-    left = configs.differences(configs.to_json(BASE), configs.to_json(changed))
+    left = differences(to_json(BASE), to_json(changed))
     assert len(left) <= 1
     assert all(line.startswith(f"{path}: ") for line in left)
 
@@ -214,7 +216,7 @@ def test_a_value_in_range(field, value):
 def test_a_value_out_of_range(field, value):
     with pytest.raises(ConfigError, match=rf"^{field}=.*: must be \S") as caught:
         validate(with_field(BASE, field, value))
-    assert str(configs.to_json(value)) in str(caught.value)
+    assert str(to_json(value)) in str(caught.value)
 
 
 def test_two_kinds_of_flips_at_once():
@@ -301,9 +303,9 @@ def test_a_model_survives_its_json_form(name):
         model = models.Convolutional(models.LeNet(num_classes=7), (5, 4))
     else:
         model = getattr(models, name)(num_classes=7)
-    saved = json.loads(json.dumps(configs.to_json(model)))
+    saved = json.loads(json.dumps(to_json(model)))
     assert saved["class"] == name
-    assert configs.model_from_json(saved) == model
+    assert model_from_json(saved) == model
 
 
 def test_data_survives_its_json_form():
@@ -323,15 +325,15 @@ def test_data_survives_its_json_form():
     assert all(
         getattr(data, f.name) != f.default for f in dataclasses.fields(data)
     )  # or the test would miss a field
-    assert configs.data_from_json(json.loads(json.dumps(configs.to_json(data)))) == data
+    assert data_from_json(json.loads(json.dumps(to_json(data)))) == data
 
 
 def test_the_json_form_names_modules_and_functions():
     factory = functools.partial(optax.sgd, momentum=0.9)
-    saved = configs.to_json(dataclasses.replace(BASE, optimizer=factory))
+    saved = to_json(dataclasses.replace(BASE, optimizer=factory))
     assert saved["model"] == {"class": "LeNet", "num_classes": 10}
     assert saved["optimizer"] == {"function": "optax.sgd", "momentum": 0.9}
-    assert configs.to_json(BASE)["optimizer"] == "optax.adam"
+    assert to_json(BASE)["optimizer"] == "optax.adam"
     assert saved["data"]["std"] == [1.0]
     assert saved["clip_norm"] is None
     assert json.loads(json.dumps(saved)) == saved
@@ -342,7 +344,7 @@ def test_the_json_form_names_modules_and_functions():
 )
 def test_another_class_than_the_projects_is_refused(saved):
     with pytest.raises(ConfigError, match=r"^model.class: .* --experiment$"):
-        configs.model_from_json(saved)
+        model_from_json(saved)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_another_class_than_the_projects_is_refused(saved):
 )
 def test_a_damaged_model_is_refused(saved):
     with pytest.raises(ConfigError, match=r"^model"):
-        configs.model_from_json(saved)
+        model_from_json(saved)
 
 
 @pytest.mark.parametrize(
@@ -366,16 +368,16 @@ def test_a_damaged_model_is_refused(saved):
 )
 def test_damaged_data_is_refused(saved):
     with pytest.raises(ConfigError, match=r"^data"):
-        configs.data_from_json(saved)
+        data_from_json(saved)
 
 
 def test_differences():
     other = override(BASE, ["epochs=3", "data.mean=0.5", "model.num_classes=7"])
     other = dataclasses.replace(other, optimizer=functools.partial(optax.sgd, momentum=0.9))
-    assert configs.differences(configs.to_json(BASE), configs.to_json(other)) == [
+    assert differences(to_json(BASE), to_json(other)) == [
         "data.mean: [0.0] -> [0.5]",
         "epochs: 10 -> 3",
         "model.num_classes: 10 -> 7",
         "optimizer: optax.adam -> {'function': 'optax.sgd', 'momentum': 0.9}",
     ]
-    assert configs.differences(configs.to_json(BASE), configs.to_json(BASE)) == []
+    assert differences(to_json(BASE), to_json(BASE)) == []

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_jax import commands, config, experiment, models, optim, step
+from cnn_jax import checks, commands, config, config_json, experiment, models, optim, step
 from cnn_jax.errors import ConfigError
 from tests.quick import noisy_state, quick_jit
 from tests.tiny import make_examples
@@ -63,13 +63,13 @@ def done():
 @pytest.mark.parametrize("name", experiment.names())
 def test_an_experiment_trains_and_evaluates(name, done):
     loaded = experiment.load(name)
-    assert config.validate(loaded) is loaded
+    assert checks.validate(loaded) is loaded
     shape = SHAPES[loaded.data.name]
     if loaded.data.image_size:
         shape = (*loaded.data.image_size, shape[2])
     run = dataclasses.replace(loaded, epochs=10, batch_size=4, eval_batch_size=4)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, name="any"))
-    key = (shape, str(config.to_json(run)))
+    key = (shape, str(config_json.to_json(run)))
     if key not in done:
         done[key] = train_and_evaluate(run, shape)
     result = done[key]

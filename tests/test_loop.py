@@ -17,6 +17,7 @@ from cnn_jax import cache, evaluate, loop
 from cnn_jax import workdir as workdirs
 from cnn_jax.checkpoint import Checkpoints
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config, DataConfig
+from cnn_jax.data.splits import Splits
 from cnn_jax.errors import CheckpointError, ConfigError, NotFiniteError, Preempted
 from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten, MaxPool
 from tests.tiny import make_examples
@@ -371,7 +372,7 @@ def test_the_best_by_validation_is_kept_besides(tmp_path, monkeypatch):
         return dataclasses.replace(intact(*arguments, **options), accuracy=next(accuracies))
 
     monkeypatch.setattr(evaluate, "evaluate_examples", scripted)
-    three = loop.Splits(make_examples(160), make_examples(20, seed=2), make_examples(48, seed=1))
+    three = Splits(make_examples(160), make_examples(20, seed=2), make_examples(48, seed=1))
     data = DataConfig("tiny", validation_examples=20)
     loop.train(simple(epochs=4, keep_checkpoints=1, data=data), tmp_path, splits=three)
     assert [line["validation_accuracy"] for line in lines_of(tmp_path)] == [0.5, 0.75, 0.25, 0.125]

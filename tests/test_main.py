@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cnn_jax import commands, experiment, main
+from cnn_jax.command_line import Command
 from cnn_jax.errors import CnnJaxError
 from tests.quick import unoptimised
 from tests.tiny import REPOSITORY, run_command
@@ -242,7 +243,7 @@ def fail_with(monkeypatch, error):
     def run(values):
         raise error
 
-    command = commands.Command("list", run, {"debug": False})
+    command = Command("list", run, {"debug": False})
     monkeypatch.setitem(commands.COMMANDS, "list", command)
 
 

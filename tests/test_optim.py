@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from cnn_jax import models, optim
-from cnn_jax.config import Config, DataConfig, validate
+from cnn_jax.checks import validate
+from cnn_jax.config import Config, DataConfig
 from cnn_jax.errors import ConfigError
 from cnn_jax.optim import kernels, make_optimizer, make_schedule
 from tests.quick import quick_jit

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from cnn_jax import loop, pictures
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.loop import Splits
+from cnn_jax.data.splits import Splits
 from cnn_jax.models import MLP, LeNet, SpeedrunCNN
 
 

@@ -10,11 +10,12 @@ import sys
 
 import pytest
 
-from cnn_jax import config as configs
 from cnn_jax import experiment as experiments
 from cnn_jax import results
 from cnn_jax import workdir as workdirs
+from cnn_jax.config_json import to_json
 from cnn_jax.errors import CheckpointError, ConfigError, Preempted
+from cnn_jax.overrides import override
 from cnn_jax.processes import CommandFailed, Processes
 from cnn_jax.reproduce import plan, records, run, table
 from cnn_jax.reproduce.plan import Row
@@ -24,7 +25,6 @@ from tests.tiny import REPOSITORY, run_command
 HERE = "A processor, 2 cores"
 EXPERIMENT = '''"""An MLP on tiny squares."""
 
-from cnn_jax.config import Config, DataConfig
 from cnn_jax.models import MLP
 
 
@@ -37,7 +37,7 @@ def put_record(folder, experiment, seed=0, test=0.9, device=HERE, parameters=100
     """A record as `records.write` leaves it, of two epochs; `changes` are of its config."""
     path = records.folder(folder, experiment, seed)
     path.mkdir(parents=True)
-    config = configs.to_json(experiments.load(experiment, [f"seed={seed}"])) | changes
+    config = to_json(experiments.load(experiment, [f"seed={seed}"])) | changes
     lines = [
         {"step": 1, "epoch": 1, "train_accuracy": 0.1, "epoch_seconds": 99.0},
         {"step": 2, "epoch": 2, "train_accuracy": 0.95, "epoch_seconds": 101.0},
@@ -185,12 +185,12 @@ def test_a_record_from_before_a_field_was_added_still_counts(tmp_path):
 def test_a_run_from_before_a_field_was_added_goes_on(tmp_path):
     config = experiments.load("cifar10/lenet")
     saved = {"experiment": "x", "class_names": [], "image_shape": [32, 32, 3]}
-    saved["config"] = configs.to_json(config)
+    saved["config"] = to_json(config)
     del saved["config"]["init_examples"], saved["config"]["data"]["flip"]
     workdirs.write_json(tmp_path / "config.json", saved)
     workdirs.check_same_run(tmp_path, config, {})
     with pytest.raises(ConfigError, match=r"data\.flip: False -> True"):
-        workdirs.check_same_run(tmp_path, configs.override(config, ["data.flip=true"]), {})
+        workdirs.check_same_run(tmp_path, override(config, ["data.flip=true"]), {})
 
 
 def test_a_damaged_record_is_named(tmp_path):

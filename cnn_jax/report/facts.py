@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from cnn_jax import config as configs
 from cnn_jax import evaluate, experiment, models, parallel, step, summary
 from cnn_jax import workdir as workdirs
+from cnn_jax.config_json import to_json
 from cnn_jax.data import sources
 from cnn_jax.errors import ConfigError
+from cnn_jax.overrides import override
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +174,9 @@ def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str,
             "config.json has every field."
         )
     hidden = []
-    for field, value in _changes(configs.to_json(default), saved["config"]):
+    for field, value in _changes(to_json(default), saved["config"]):
         try:
-            changed = configs.to_json(configs.override(default, [f"{field}={_text(value)}"]))
+            changed = to_json(override(default, [f"{field}={_text(value)}"]))
         except ConfigError:  # a function or a module, which only the experiment's file can choose
             hidden.append(field)
             continue

@@ -12,11 +12,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import config as configs
 from cnn_jax import summary
 from cnn_jax import workdir as workdirs
 from cnn_jax.benchmark.table import processor
-from cnn_jax.config import Config
+from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
+from cnn_jax.config_json import differences, to_json, with_defaults
 from cnn_jax.errors import CheckpointError
 from cnn_jax.experiment import FOLDER
 
@@ -74,10 +74,10 @@ def read(path: Path) -> Record | None:
 
 def is_of(saved: dict, config: Config) -> bool:
     """Whether `saved`, of a config.json, is `config`, but for fields that change no number."""
-    wanted = json.loads(json.dumps(configs.to_json(config)))
-    saved = configs.with_defaults(saved, config)
-    fields = (line.partition(":")[0] for line in configs.differences(saved, wanted))
-    return all(field in configs.CHANGEABLE_ON_RESUME for field in fields)
+    wanted = json.loads(json.dumps(to_json(config)))
+    saved = with_defaults(saved, config)
+    fields = (line.partition(":")[0] for line in differences(saved, wanted))
+    return all(field in CHANGEABLE_ON_RESUME for field in fields)
 
 
 def commit() -> dict[str, Any]:

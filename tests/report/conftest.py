@@ -10,7 +10,7 @@ import pytest
 
 from cnn_jax import loop
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.loop import Splits
+from cnn_jax.data.splits import Splits
 from cnn_jax.models import LeNet, StridedCNN
 from cnn_jax.report import canvas, facts, page
 from tests.report.browser import CHROMIUM

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from cnn_jax import commands, evaluate, experiment, loop
-from cnn_jax import config as configs
 from cnn_jax.config import DataConfig
+from cnn_jax.config_json import to_json
 from cnn_jax.data import sources
+from cnn_jax.data.splits import Splits
 from cnn_jax.errors import CnnJaxError
-from cnn_jax.loop import Splits
 from cnn_jax.models import LeNet
 from cnn_jax.report import facts, page
 from tests.report.conftest import HOSTILE
@@ -130,7 +130,7 @@ def test_its_command_gives_the_same_run(lenet: Path, lenet_page: Path, tfds_dir:
     values = commands.find("train").parse([word for word in words[2:] if word != "\n"])
     again = experiment.load(values.experiment, values.set)
     saved = json.loads((lenet / "config.json").read_text())["config"]
-    assert json.loads(json.dumps(configs.to_json(again))) == saved
+    assert json.loads(json.dumps(to_json(again))) == saved
     assert values.workdir == str(lenet)
 
 

@@ -1,0 +1,103 @@
+"""The JSON form of a configuration: modules and functions by name, with their fields."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import flax.linen as nn
+
+from cnn_jax import models
+from cnn_jax.config import DataConfig
+from cnn_jax.errors import ConfigError
+from cnn_jax.field_types import check_types, fields_of, is_record
+
+
+def to_json(value: Any) -> Any:
+    """`value` as plain JSON: modules and functions by name, with their fields."""
+    if isinstance(value, functools.partial):
+        return {"function": _name(value.func)} | {k: to_json(v) for k, v in value.keywords.items()}
+    if is_record(value):
+        head = {"class": type(value).__name__} if isinstance(value, nn.Module) else {}
+        return head | {name: to_json(getattr(value, name)) for name in fields_of(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return _name(value)
+
+
+def data_from_json(saved: dict) -> DataConfig:
+    """The `data` part of a config.json.
+
+    Raises:
+      ConfigError: it is not one.
+    """
+    return _from_json(DataConfig, saved, "data")
+
+
+def model_from_json(saved: dict, own: nn.Module | None = None) -> nn.Module:
+    """The `model` part of a config.json, for the classes of `cnn_jax.models`.
+
+    Args:
+      saved: it.
+      own: the model where it is another one, from its experiment file; also inside `Convolutional`.
+
+    Raises:
+      ConfigError: another class, which only its experiment file can give.
+    """
+    name = saved.get("class")
+    if own is not None and (name != "Convolutional" or isinstance(own, models.Convolutional)):
+        return own
+    if name not in models.__all__:
+        raise ConfigError(
+            f"model.class: {name!r} is not one of cnn_jax.models ({', '.join(models.__all__)}); "
+            "name the experiment file that defines it with --experiment"
+        )
+    fields = {key: value for key, value in saved.items() if key != "class"}
+    if hidden := fields.keys() & {"parent", "name"}:  # flax's own
+        raise ConfigError(f"model.{min(hidden)}: {name} has no such field")
+    return _from_json(vars(models)[name], fields, "model", own)
+
+
+def _from_json(kind: type, saved: dict, path: str, own: nn.Module | None = None) -> Any:
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict) and "class" in value:
+            return model_from_json(value, own)
+        return tuple(map(restored, value)) if isinstance(value, list) else value
+
+    try:
+        value = kind(**{key: restored(value) for key, value in saved.items()})
+    except TypeError as error:
+        raise ConfigError(f"{path}: {saved}: {error}") from None
+    check_types(value, f"{path}.")
+    return value
+
+
+def with_defaults(saved: dict, value: Any) -> dict:
+    """`saved`, the JSON form of a `value` of earlier code, with later fields at their defaults."""
+    filled = dict(saved)
+    defaults = {f.name: f.default for f in dataclasses.fields(value)} if is_record(value) else {}
+    for name in fields_of(value):
+        if isinstance(saved.get(name), dict):
+            filled[name] = with_defaults(saved[name], getattr(value, name))
+        elif defaults.get(name, dataclasses.MISSING) is not dataclasses.MISSING:
+            filled.setdefault(name, json.loads(json.dumps(to_json(defaults[name]))))
+    return filled
+
+
+def differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """One "field: saved -> wanted" for each field in which two JSON forms differ."""
+    lines = []
+    for key in sorted(saved.keys() | wanted.keys()):
+        before, after = saved.get(key), wanted.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def _name(function: Any) -> str:
+    package = getattr(function, "__module__", "").split(".")[0]
+    return f"{package}.{getattr(function, '__qualname__', type(function).__qualname__)}"
