@@ -6,8 +6,8 @@ import statistics
 from pathlib import Path
 
 from cnn_jax import results as files
-from cnn_jax.benchmark import run
-from cnn_jax.benchmark.run import OURS, Measured
+from cnn_jax.benchmark import figures
+from cnn_jax.benchmark.figures import OURS, Measured
 
 
 def processor() -> str:
@@ -57,12 +57,12 @@ def render(
     rows = []
     for network, measured in results.items():
         ours = measured[OURS]
-        gflops, share = run.peak_share(network, ours)
+        gflops, share = figures.peak_share(network, ours)
         torch = [m.peak_memory for name, m in measured.items() if name == "torch default"]
         memory = f"{ours.peak_memory / 2**20:,.0f}"
         if torch:
             memory += f" ({ours.peak_memory / torch[0]:.2f} x torch)"
-        flops = f"{run.training_flops(network) / 1e6:,.1f}"
+        flops = f"{figures.training_flops(network) / 1e6:,.1f}"
         seconds_to_compile = f"{ours.compile_seconds['train']:.1f}"
         rows.append([network, flops, f"{gflops:,.0f}", f"{share:.0%}", seconds_to_compile, memory])
     return "\n".join([*lines, *_markdown(head, rows)])
@@ -84,8 +84,8 @@ def _rates(results: dict, names: list[str], mode: str) -> list[str]:
             there = name in measured
             cells.append(f"{statistics.median(measured[name].rates[mode]):,.0f}" if there else "-")
         if peers:
-            peer = run.fastest_peer(measured, mode)
-            cells.append(f"**{run.ratio(measured, peer, mode):.2f}** ({peer})")
+            peer = figures.fastest_peer(measured, mode)
+            cells.append(f"**{figures.ratio(measured, peer, mode):.2f}** ({peer})")
         rows.append(cells)
     return [*_markdown(head, rows), ""]
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from cnn_jax import main, models
-from cnn_jax.benchmark import run, table
+from cnn_jax.benchmark import contenders, figures, run, table
+from cnn_jax.benchmark.figures import Measured
 from cnn_jax.benchmark.networks import NETWORKS
-from cnn_jax.benchmark.run import Measured
 
 
 def parameters_of(layers, shape):
@@ -42,7 +42,7 @@ def test_training_flops_by_hand():
     # 28x28: conv 6 5x5 same, conv 16 5x5 valid on 14x14, dense 400-120-84-10; two FLOPs a product.
     first = 2 * 28 * 28 * 6 * 25
     rest = 2 * (10 * 10 * 16 * 25 * 6 + 400 * 120 + 120 * 84 + 84 * 10)
-    assert run.training_flops("lenet") == 2 * first + 3 * rest
+    assert figures.training_flops("lenet") == 2 * first + 3 * rest
 
 
 def measured(train, evaluation):
@@ -52,15 +52,15 @@ def measured(train, evaluation):
 
 def test_the_ratio_is_taken_round_by_round_against_the_fastest_float32_peer():
     results = {
-        run.OURS: measured([10.0, 40.0, 20.0], [1.0, 1.0, 1.0]),
+        figures.OURS: measured([10.0, 40.0, 20.0], [1.0, 1.0, 1.0]),
         "torch default": measured([5.0, 20.0, 20.0], [2.0, 2.0, 2.0]),
         "torch compile": measured([1.0, 1.0, 1.0], [4.0, 4.0, 4.0]),
         "torch bf16": measured([99.0, 99.0, 99.0], [99.0, 99.0, 99.0]),
     }
-    assert run.fastest_peer(results, "train") == "torch default"
-    assert run.ratio(results, "torch default", "train") == 2.0  # of 2, 2 and 1
-    assert run.fastest_peer(results, "eval") == "torch compile"
-    assert run.ratio(results, "torch compile", "eval") == 0.25
+    assert figures.fastest_peer(results, "train") == "torch default"
+    assert figures.ratio(results, "torch default", "train") == 2.0  # of 2, 2 and 1
+    assert figures.fastest_peer(results, "eval") == "torch compile"
+    assert figures.ratio(results, "torch compile", "eval") == 0.25
 
 
 def test_a_table_replaces_its_own_and_leaves_the_others(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_table_replaces_its_own_and_leaves_the_others(tmp_path, monkeypatch):
 def test_the_rendered_table_names_rates_and_ratio():
     results = {
         "lenet": {
-            run.OURS: measured([300.0] * 3, [600.0] * 3),
+            figures.OURS: measured([300.0] * 3, [600.0] * 3),
             "torch default": measured([200.0] * 3, [300.0] * 3),
         }
     }
@@ -89,8 +89,8 @@ def test_the_rendered_table_names_rates_and_ratio():
 
 
 def test_one_round_for_real():
-    results = run.measure("mlp", 8, run.contenders(peers=False), rounds=1, seconds=0.1)
-    ours = results[run.OURS]
+    results = run.measure("mlp", 8, contenders.contenders(peers=False), rounds=1, seconds=0.1)
+    ours = results[figures.OURS]
     assert ours.parameters == 101_770
     assert all(len(ours.rates[mode]) == 1 for mode in ("train", "eval", "peak"))
     assert all(rates[0] > 0 for rates in ours.rates.values())
