@@ -1,7 +1,8 @@
 """Max pooling on Fashion-MNIST with a better recipe: the same architecture in fewer epochs.
 
 ./launch.sh train --experiment=fashion_mnist/max_pool_tuned
-The lecture's architecture. Mirrored and cropped images, weight decay, a learning rate that falls to 0.
+The lecture's architecture and batches of 32. Mirrored images, weight decay, a learning rate that falls
+to 0. Chosen as in strided_tuned.
 """
 
 import optax
@@ -13,9 +14,8 @@ from cnn_jax.models import MaxPoolCNN
 def config() -> Config:
     return Config(
         model=MaxPoolCNN(),
-        data=DataConfig("fashion_mnist", flip=True, crop_padding=2),
+        data=DataConfig("fashion_mnist", flip=True),
         epochs=5,
-        batch_size=128,
         optimizer=optax.adamw,
         learning_rate=1e-3,
         schedule="cosine",
