@@ -224,9 +224,9 @@ def test_a_section_replaces_its_own_and_leaves_the_others(tmp_path):
 def test_a_table_can_be_read_as_text():
     text = results.markdown_table(["a", "value"], [["long cell", "1"], ["x", "23456789"]])
     assert text.splitlines() == [
-        "| a         | value    |",
-        "| --------- | -------- |",
-        "| long cell | 1        |",
+        "| a         |    value |",
+        "| --------- | -------: |",
+        "| long cell |        1 |",
         "| x         | 23456789 |",
     ]
 

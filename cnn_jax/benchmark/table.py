@@ -65,7 +65,7 @@ def render(
         flops = f"{figures.training_flops(network) / 1e6:,.1f}"
         seconds_to_compile = f"{ours.compile_seconds['train']:.1f}"
         rows.append([network, flops, f"{gflops:,.0f}", f"{share:.0%}", seconds_to_compile, memory])
-    return "\n".join([*lines, *_markdown(head, rows)])
+    return "\n".join([*lines, files.markdown_table(head, rows)])
 
 
 def put_into(path: Path, text: str, batch_size: int) -> None:
@@ -87,9 +87,4 @@ def _rates(results: dict, names: list[str], mode: str) -> list[str]:
             peer = figures.fastest_peer(measured, mode)
             cells.append(f"**{figures.ratio(measured, peer, mode):.2f}** ({peer})")
         rows.append(cells)
-    return [*_markdown(head, rows), ""]
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
+    return [files.markdown_table(head, rows), ""]
