@@ -25,6 +25,7 @@ from tests.tiny import REPOSITORY, run_command
 HERE = "A processor, 2 cores"
 EXPERIMENT = '''"""An MLP on tiny squares."""
 
+from cnn_jax.config import Config, DataConfig
 from cnn_jax.models import MLP
 
 
