@@ -6,11 +6,12 @@ CNN_JAX_CACHE=off writes and reads nothing but the embedded dataset.
 
 import hashlib
 import os
-import platform
 from pathlib import Path
 
 import jax
 import jaxlib
+
+from cnn_jax import processor
 
 
 def cache_dir() -> Path:
@@ -31,18 +32,9 @@ def enable_compilation_cache() -> None:
     """
     if not cache_enabled() or jax.config.jax_compilation_cache_dir:
         return
-    machine = hashlib.sha256(_processor().encode()).hexdigest()[:12]
+    machine = hashlib.sha256(processor.identity().encode()).hexdigest()[:12]
     folder = cache_dir() / "compiled" / f"jaxlib-{jaxlib.__version__}-{machine}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small networks compile in less than the default of one second, several times a run.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    keys = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(keys)}))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cnn_jax import processor
 from cnn_jax.benchmark.figures import OURS, Measured
 from cnn_jax.errors import ConfigError
 
@@ -74,7 +75,7 @@ def contenders(peers: bool) -> dict[str, list[str]]:
     if peers:
         python = str(_PEERS_ENVIRONMENT / "bin" / "python")
         variants = ["default", "channels_last", "compile"]
-        if "avx512f" in _cpu_flags():
+        if "avx512f" in processor.features():
             variants.append("bf16")
         for variant in variants:
             commands[f"torch {variant}"] = [python, str(_HERE / "peer_torch.py"), *job, variant]
@@ -102,13 +103,3 @@ def install_peers() -> None:
         last = done.stderr.strip().splitlines()[-1:]
         raise ConfigError(f"--peers: pip could not install them: {' '.join(last)}")
     stamp.write_text(wanted)
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {
-        flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()
-    }

@@ -1,27 +1,13 @@
 """The benchmark's tables in Markdown, and their place in RESULTS.md beside other processors'."""
 
 import datetime
-import os
 import statistics
 from pathlib import Path
 
+from cnn_jax import processor
 from cnn_jax import results as files
 from cnn_jax.benchmark import figures
 from cnn_jax.benchmark.figures import OURS, Measured
-
-
-def processor() -> str:
-    """Its name, family and instruction sets, and how many cores there are."""
-    facts = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        facts.setdefault(key.strip(), value.strip())
-    flags = facts.get("flags", "").split()
-    sets = [name for flag, name in (("avx2", "AVX2"), ("avx512f", "AVX-512")) if flag in flags]
-    kind = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
-    return (
-        f"{facts.get('model name', 'unknown')} ({kind}; {', '.join(sets)}), {os.cpu_count()} cores"
-    )
 
 
 def render(
@@ -31,7 +17,7 @@ def render(
     names = list(dict.fromkeys(name for measured in results.values() for name in measured))
     versions = dict.fromkeys(m.version for measured in results.values() for m in measured.values())
     lines = [
-        f"## Speed on {processor()}, batch {batch_size}",
+        f"## Speed on {processor.description()}, batch {batch_size}",
         "",
         f"`./launch.sh benchmark --batch_size={batch_size}{' --peers' if len(names) > 1 else ''} "
         f"--rounds={rounds} --seconds={seconds:g} --write` on {datetime.date.today()}; "
@@ -70,7 +56,7 @@ def render(
 
 def put_into(path: Path, text: str, batch_size: int) -> None:
     """Replaces this processor's section of the file for this batch, or adds it at the end."""
-    mark = f"benchmark {processor()} batch {batch_size}"
+    mark = f"benchmark {processor.description()} batch {batch_size}"
     files.put_section(path, mark, text)
 
 

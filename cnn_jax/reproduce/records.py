@@ -12,9 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import summary
+from cnn_jax import processor, summary
 from cnn_jax import workdir as workdirs
-from cnn_jax.benchmark.table import processor
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
 from cnn_jax.config_json import differences, to_json, with_defaults
 from cnn_jax.errors import CheckpointError
@@ -149,5 +148,5 @@ def write(
 def device(saved: dict) -> str:
     """What config.json says of the device, as words; of a processor, its name and cores."""
     if saved["platform"] == "cpu":
-        return processor()
+        return processor.description()
     return f"{saved['count']} x {saved['kind']}"

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cnn_jax import main, models
+from cnn_jax import main, models, processor
 from cnn_jax.benchmark import contenders, figures, run, table
 from cnn_jax.benchmark.figures import Measured
 from cnn_jax.benchmark.networks import NETWORKS
@@ -65,9 +65,9 @@ def test_the_ratio_is_taken_round_by_round_against_the_fastest_float32_peer():
 
 def test_a_table_replaces_its_own_and_leaves_the_others(tmp_path, monkeypatch):
     path = tmp_path / "RESULTS.md"
-    monkeypatch.setattr(table, "processor", lambda: "Old (AVX2), 2 cores")
+    monkeypatch.setattr(processor, "description", lambda: "Old (AVX2), 2 cores")
     table.put_into(path, "old figures", 128)
-    monkeypatch.setattr(table, "processor", lambda: "New (AVX-512), 2 cores")
+    monkeypatch.setattr(processor, "description", lambda: "New (AVX-512), 2 cores")
     table.put_into(path, "figures at 32", 32)
     table.put_into(path, "first figures", 128)
     table.put_into(path, "second figures", 128)

@@ -1,0 +1,53 @@
+"""The processor: its name for tables and records, its instruction sets, the cores we may use."""
+
+import os
+import platform
+from pathlib import Path
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def cores() -> int:
+    """How many cores this process may use, which taskset and batch systems make fewer than all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def features() -> set[str]:
+    """Its instruction sets, in the kernel's names; empty where the kernel does not tell."""
+    lines = _cpuinfo()
+    return {
+        word for line in lines if line.startswith(("flags", "Features")) for word in line.split()
+    }
+
+
+def identity() -> str:
+    """What must be equal for a compiled program to run: name and instruction sets."""
+    keys = ("model name", "flags", "Features", "CPU part")
+    lines = sorted({line for line in _cpuinfo() if line.startswith(keys)})
+    return "\n".join(lines) or f"{platform.machine()} {platform.processor()}"
+
+
+def description() -> str:
+    """Its name, family and instruction sets, and how many cores there are to use."""
+    facts = {}
+    for line in _cpuinfo():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    about = []
+    if "cpu family" in facts:
+        about.append(f"family {facts['cpu family']} model {facts.get('model', '?')}")
+    known = {"avx2": "AVX2", "avx512f": "AVX-512"}
+    sets = [name for feature, name in known.items() if feature in features()]
+    about += [", ".join(sets)] if sets else []
+    name = facts.get("model name") or platform.processor() or platform.machine() or "unknown"
+    number = f"{cores()} core" if cores() == 1 else f"{cores()} cores"
+    return f"{name} ({'; '.join(about)}), {number}" if about else f"{name}, {number}"
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return _CPUINFO.read_text().splitlines()
+    except OSError:  # not Linux
+        return []
