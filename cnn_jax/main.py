@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     debug = bool({"--debug", "-debug", "--debug=true"} & set(argv))
     code = 128 + signal.SIGPIPE  # if the reader of our output leaves before the end
     try:
-        from cnn_jax import cache, commands  # JAX, a second: Ctrl-C must find us ready
+        from cnn_jax import cache, commands, memory  # JAX, a second: Ctrl-C must find us ready
 
         name, *rest = argv or ["help"]
         if name in ("help", "--help", "-h"):
@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         values = command.parse(rest)
         cache.enable_compilation_cache()
+        memory.keep_freed()
         code = command.run(values) or 0
         sys.stdout.flush()
         return code

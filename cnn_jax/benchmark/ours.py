@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax import models, optim, parallel
+from cnn_jax import memory, models, optim, parallel
 from cnn_jax.benchmark.networks import NETWORKS
 from cnn_jax.benchmark.worker import serve
 from cnn_jax.config import Config, DataConfig
@@ -19,6 +19,7 @@ PEAK_SIZE = 2048
 
 def main(network: str, batch_size: int) -> None:
     """Serves the modes train, eval and peak."""
+    memory.keep_freed()
     shape = NETWORKS[network].image_shape
     model = getattr(models, NETWORKS[network].model)()
     config = Config(model=model, data=DataConfig("none"), batch_size=batch_size)
