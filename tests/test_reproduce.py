@@ -34,7 +34,9 @@ def config() -> Config:
 '''
 
 
-def put_record(folder, experiment, seed=0, test=0.9, device=HERE, parameters=1000, **changes):
+def put_record(
+    folder, experiment, seed=0, test=0.9, device=HERE, parameters=1000, speed=1, **changes
+):
     """A record as `records.write` leaves it, of two epochs; `changes` are of its config."""
     path = records.folder(folder, experiment, seed)
     path.mkdir(parents=True)
@@ -44,7 +46,8 @@ def put_record(folder, experiment, seed=0, test=0.9, device=HERE, parameters=100
         {"step": 2, "epoch": 2, "train_accuracy": 0.95, "epoch_seconds": 101.0},
     ]
     for line in lines:
-        line["images_per_second"] = 1000 * line["epoch"]
+        line["epoch_seconds"] /= speed
+        line["images_per_second"] = 1000 * line["epoch"] * speed
     about = {"device": device, "parameters": parameters, "training_flops": 25e11}
     about["training_seconds"] = 200.0
     about["versions"] = dict.fromkeys(("python", "jax", "flax", "optax"), "1.2.3")
@@ -110,13 +113,15 @@ def test_a_row_has_mean_and_standard_deviation_of_its_runs(tmp_path):
     assert cells(text, "fashion_mnist/lenet")[0][4] == "**0.8000**"
 
 
-def test_each_device_has_a_row_of_its_own(tmp_path):
+def test_runs_of_several_devices_share_their_accuracy_but_no_time(tmp_path):
     put_record(tmp_path, "cifar10/lenet", 0, 0.61)
-    put_record(tmp_path, "cifar10/lenet", 1, 0.63)
-    put_record(tmp_path, "cifar10/lenet", 3, 0.5, device="1 x An accelerator")
-    here, there = cells(table.render(tmp_path), "cifar10/lenet")
-    assert (here[2], here[4], here[11]) == ("0-1 (n = 2)", "**0.6200 ± 0.0141**", "A")
-    assert (there[2], there[4], there[11]) == ("3 (n = 1)", "**0.5000**", "B")
+    put_record(tmp_path, "cifar10/lenet", 1, 0.62)
+    put_record(tmp_path, "cifar10/lenet", 3, 0.63, device="1 x An accelerator", speed=10)
+    text = table.render(tmp_path)
+    (row,) = cells(text, "cifar10/lenet")
+    assert row[2:5] == ["0-1, 3 (n = 3)", "0.9500", "**0.6200 ± 0.0100**"]
+    assert row[8:12] == ["100 / 10.0", "1,500 / 15,000", "0.00250", "A / B"]
+    assert f"- A: {HERE}\n- B: 1 x An accelerator\n" in text
 
 
 @pytest.mark.parametrize(

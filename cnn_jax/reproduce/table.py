@@ -43,6 +43,15 @@ class Figures:
         return self.runs[0].run["device"]
 
     @property
+    def by_device(self) -> list["Figures"]:
+        """Those of each device alone, whose times can be compared."""
+        devices = dict.fromkeys(run.run["device"] for run in self.runs)
+        return [
+            Figures(tuple(run for run in self.runs if run.run["device"] == device))
+            for device in devices
+        ]
+
+    @property
     def parameters(self) -> int:
         return self.runs[0].run["parameters"]
 
@@ -112,14 +121,6 @@ def render(folder: Path, rows: Sequence[plan.Row] = plan.ROWS) -> str:
     runs = {row.experiment: read_all(folder, row.experiment) for row in rows}
     every = [record for found in runs.values() for record in found]
     devices = list(dict.fromkeys(record.run["device"] for record in every))
-    by_device = {
-        name: [
-            Figures(tuple(record for record in found if record.run["device"] == device))
-            for device in devices
-            if any(record.run["device"] == device for record in found)
-        ]
-        for name, found in runs.items()
-    }
     versions = {
         name: sorted({record.run["versions"][name] for record in every})
         for name in ("python", "jax", "flax", "optax")
@@ -130,7 +131,6 @@ def render(folder: Path, rows: Sequence[plan.Row] = plan.ROWS) -> str:
         better=[row for row in rows if row in plan.BETTER],
         records=[row for row in rows if row in plan.RECORDS],
         others=[row for row in rows if row not in (*plan.LECTURE, *plan.BETTER, *plan.RECORDS)],
-        by_device=by_device,
         of={name: Figures(tuple(found)) for name, found in runs.items() if found},
         rows={row.experiment: row for row in rows},
         devices=devices,
