@@ -90,7 +90,7 @@ def train(values: flags.FlagValues) -> None:
     if values.dry_run:
         loop.dry_run(config, values.data_dir, values.download)
         return
-    name = Path(values.experiment).stem if values.experiment.endswith(".py") else values.experiment
+    name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
     lines = loop.train(
         config, workdir, name, values.data_dir, values.download, verify=values.verify
@@ -313,6 +313,7 @@ def export(values: flags.FlagValues) -> None:
     "seeds",
     "workdir",
     "data_dir",
+    "download",
     "output",
     "rebuild",
     workdir="runs/reproduce",
@@ -327,19 +328,25 @@ def reproduce(values: flags.FlagValues) -> int:
     rows = plan.choose(plan.ROWS, values.only, values.seeds)
     output = _path(values.output) if values.output else experiment.FOLDER
     if values.rebuild:
+        for name in ("only", "seeds", "download"):
+            if values[name].present:
+                raise ConfigError(f"--{name}: has no use with --rebuild, which trains nothing")
         table.rebuild(output)
         print(f"written to {output / 'RESULTS.md'}")
         return 0
-    code = run.reproduce(rows, _path(values.workdir), output, values.data_dir)
+    workdir = _path(values.workdir)
+    code = run.reproduce(rows, workdir, output, values.data_dir, download=values.download)
     print(f"written to {output / 'RESULTS.md'}")
     return code
 
 
-@command("experiment", "set", "seeds", "workdir", "data_dir", seeds=3, workdir=None)
+@command("experiment", "set", "seeds", "workdir", "data_dir", "download", seeds=3, workdir=None)
 def sweep(values: flags.FlagValues) -> int:
     """Trains every combination of --set field=value,value over several seeds, and compares them."""
+    from cnn_jax import experiment
     from cnn_jax import sweep as sweeps
 
-    name = Path(values.experiment).stem if values.experiment.endswith(".py") else values.experiment
-    workdir = _path(values.workdir or f"runs/sweep/{name}")
-    return sweeps.sweep(values.experiment, values.set, values.seeds, workdir, values.data_dir)
+    workdir = _path(values.workdir or f"runs/sweep/{experiment.short_name(values.experiment)}")
+    return sweeps.sweep(
+        values.experiment, values.set, values.seeds, workdir, values.data_dir, values.download
+    )

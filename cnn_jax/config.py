@@ -77,7 +77,7 @@ class Config:
       checkpoint_every_minutes: minutes between further checkpoints within an epoch.
       keep_checkpoints: how many of the latest are kept, besides the best one by validation accuracy.
       log_every_steps: steps between two points of the TensorBoard curves and the progress bar.
-      grace_seconds: time to save after SIGTERM or SIGUSR1; then the process ends without.
+      grace_seconds: time to save after a signal that asks to end; then the process ends without.
       heartbeat_seconds: with several processes, silence after which one is taken for dead.
     """
 

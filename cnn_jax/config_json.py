@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -84,6 +85,16 @@ def with_defaults(saved: dict, value: Any) -> dict:
         elif defaults.get(name, dataclasses.MISSING) is not dataclasses.MISSING:
             filled.setdefault(name, json.loads(json.dumps(to_json(defaults[name]))))
     return filled
+
+
+def changes(saved: dict, config: Any, free: Collection[str] = ()) -> list[str]:
+    """`differences` of the `config` part of a config.json from `config`, but for the fields in `free`.
+
+    Fields that were added after it was written count as saved with their defaults.
+    """
+    wanted = json.loads(json.dumps(to_json(config)))
+    lines = differences(with_defaults(saved, config), wanted)
+    return [line for line in lines if line.partition(":")[0] not in free]
 
 
 def differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:

@@ -28,6 +28,11 @@ def title(name: str) -> str:
     return (docstring or "").partition("\n")[0]
 
 
+def short_name(experiment: str) -> str:
+    """What its runs are called: a name under experiments/ as it is, of a file its name."""
+    return Path(experiment).stem if experiment.endswith(".py") else experiment
+
+
 def find(experiment: str) -> Path:
     """The file of an experiment.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from absl import logging as absl_logging
 
 from cnn_jax.errors import CnnJaxError
+from cnn_jax.signals import EXIT_CODES
 
 log = logging.getLogger("cnn_jax")
 
@@ -76,7 +77,7 @@ def _end(code: int) -> None:
     """
     from cnn_jax import parallel
 
-    if code not in (0, 130, 143) and parallel.is_one_of_several():
+    if code not in (0, *EXIT_CODES.values()) and parallel.is_one_of_several():
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -81,12 +81,20 @@ def muon_and_sgd(
         before momentum. The filters keep their norm anyway.
       muon_momentum: of the filters.
       momentum: of biases and head.
-      whitening_share: of the run, during which the bias of a layer named "whitening" is trained; its
-        kernel never is.
+      whitening_share: of a run whose rate falls linearly to 0, during which the bias of a layer named
+        "whitening" is trained; its kernel never is.
+
+    Raises:
+      ConfigError: the schedule begins at 0, which the other rates would be divided by.
     """
+    first = float(learning_rate(0))
+    if not first:
+        raise ConfigError(
+            "warmup_epochs: must be 0, as muon_and_sgd follows the rate from its first"
+        )
 
     def course(step: jax.Array) -> jax.Array:
-        return learning_rate(step) / learning_rate(0)
+        return learning_rate(step) / first
 
     def whitening_course(step: jax.Array) -> jax.Array:
         return jnp.maximum(0, 1 - (1 - course(step)) / whitening_share)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from cnn_jax.errors import Preempted
-from cnn_jax.signals import EXIT_CODES
+from cnn_jax.signals import EXIT_CODES, handle
 
 PACKAGE = Path(__file__).resolve().parent
 ADVICE = "stopped by a signal; run the same command again to go on"
@@ -42,7 +42,7 @@ class Processes:
 
     def __enter__(self) -> "Processes":
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._stop) for number in EXIT_CODES}
+            self._handlers = handle(self._stop)
         return self
 
     def __exit__(
@@ -51,6 +51,9 @@ class Processes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._running is not None:  # an error of our own, as when nobody reads what we print
+            self._running.terminate()
+            self._running.wait()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -33,7 +33,7 @@ def put_section(path: Path, mark: str, text: str, first: bool = False) -> None:
 
 def _with_section(old: str, mark: str, section: str, first: bool) -> str:
     pattern = re.compile(
-        f"<!-- {re.escape(mark)} -->.*?<!-- end of {re.escape(mark)} -->\n", re.DOTALL
+        f"<!-- {re.escape(mark)} -->.*?<!-- end of {re.escape(mark)} -->\n?", re.DOTALL
     )
     new, count = pattern.subn(lambda _: section, old)
     if count:

@@ -1,4 +1,7 @@
-"""Signals that ask a run to save and end: SIGTERM and SIGUSR1 (preemption), SIGINT (Ctrl-C)."""
+"""Signals that ask a run to save and end.
+
+SIGTERM and SIGUSR1 (preemption), SIGINT (Ctrl-C), SIGHUP (the terminal is gone, unless nohup says so).
+"""
 
 import logging
 import os
@@ -6,10 +9,28 @@ import select
 import signal
 import threading
 import time
-from types import TracebackType
+from collections.abc import Callable
+from types import FrameType, TracebackType
 
 log = logging.getLogger(__name__)
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+EXIT_CODES = {
+    signal.SIGTERM: 143,
+    signal.SIGUSR1: 143,
+    signal.SIGINT: 130,
+    signal.SIGHUP: 129,
+}
+
+
+def handle(handler: Callable[[int, FrameType | None], None]) -> dict:
+    """Has `handler` called for these signals, and returns what was, to be put back by signal.signal.
+
+    What is ignored, as nohup does with SIGHUP, stays ignored.
+    """
+    found = {number: signal.getsignal(number) for number in EXIT_CODES}
+    found = {number: old for number, old in found.items() if old != signal.SIG_IGN}
+    for number in found:
+        signal.signal(number, handler)
+    return found
 
 
 class StopSignals:
@@ -39,7 +60,7 @@ class StopSignals:
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, _ignore) for number in EXIT_CODES}
+        self._handlers = handle(_ignore)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         return self

@@ -6,6 +6,7 @@ was chosen by test accuracy would make that accuracy a training result.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -20,14 +21,15 @@ from cnn_jax import experiment as experiments
 from cnn_jax import results, sweep_picture
 from cnn_jax import workdir as workdirs
 from cnn_jax.checks import validate
-from cnn_jax.config import Config
-from cnn_jax.config_json import to_json
+from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
+from cnn_jax.config_json import changes, to_json
 from cnn_jax.errors import CheckpointError, ConfigError, NotFiniteError
 from cnn_jax.overrides import override
 from cnn_jax.processes import CommandFailed, Processes
-from cnn_jax.reproduce.records import is_of
 
 log = logging.getLogger(__name__)
+
+_LONGEST_NAME = 200  # of a folder; file systems take 255 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,12 @@ class Setting:
 
     @property
     def folder(self) -> str:
-        pairs = (f"{k}={v}" for k, v in self.values.items())
-        return re.sub(r"[^\w=.+,-]", "-", "_".join(pairs)) or "as_it_is"
+        pairs = "_".join(f"{k}={v}" for k, v in self.values.items())
+        name = re.sub(r"[^\w=.+,-]", "-", pairs) or "as_it_is"
+        if len(name) <= _LONGEST_NAME:
+            return name
+        digest = hashlib.sha256(pairs.encode()).hexdigest()[:8]
+        return f"{name[: _LONGEST_NAME - 9]}_{digest}"
 
     @property
     def finished(self) -> list[Run]:
@@ -144,6 +150,7 @@ def sweep(
     seeds: int,
     workdir: Path,
     data_dir: str | None = None,
+    download: bool = False,
 ) -> int:
     """Trains what is not trained yet, prints the table, writes it and a picture into `workdir`.
 
@@ -153,6 +160,7 @@ def sweep(
       seeds: how many runs each setting has, with the seeds 0, 1, ...
       workdir: each run has WORKDIR/SETTING/seed_S; beside them sweep.json, sweep.md, curves.png.
       data_dir: where the dataset lies.
+      download: fetches it if it is not prepared.
 
     Returns:
       The exit code of the first run that failed; 0 if none did but by a loss that is not finite,
@@ -184,6 +192,7 @@ def sweep(
                 folder = workdir / setting.folder / f"seed_{seed}"
                 command = ["train", f"--experiment={experiment}", f"--workdir={folder}"]
                 command += [f"--data_dir={data_dir}"] if data_dir else []
+                command += ["--download"] if download else []
                 changes = [*setting.assignments, f"seed={seed}"]
                 command += [part for change in changes for part in ("--set", change)]
                 config = dataclasses.replace(setting.config, seed=seed)
@@ -214,7 +223,7 @@ def _run(processes: Processes, command: list[str], folder: Path, config: Config)
 def _ended(folder: Path, config: Config) -> Run | None:
     """The run in `folder` if it is this one, and there is nothing left to do."""
     try:
-        if not is_of(workdirs.read_config(folder)["config"], config):
+        if changes(workdirs.read_config(folder)["config"], config, CHANGEABLE_ON_RESUME):
             return None
     except CheckpointError:
         return None

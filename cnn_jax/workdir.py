@@ -18,7 +18,7 @@ import jax
 
 from cnn_jax import parallel
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
-from cnn_jax.config_json import differences, to_json, with_defaults
+from cnn_jax.config_json import changes, differences, to_json
 from cnn_jax.errors import CheckpointError, ConfigError
 
 NEEDED = {"experiment", "config", "class_names", "image_shape"}
@@ -150,20 +150,25 @@ def check_same_run(workdir: Path, config: Config, about: dict) -> None:
       about: what config.json is to say of the data; all of it must be the same.
 
     Raises:
-      ConfigError: it holds another run; lists the fields that differ.
+      ConfigError: it holds another run, with the fields that differ; or more epochs than asked for.
     """
     if not (workdir / "config.json").exists():
         return
     saved = read_config(workdir)
-    before = with_defaults(saved["config"], config) | {name: saved.get(name) for name in about}
-    wanted = json.loads(json.dumps(to_json(config) | about))
-    free = set(CHANGEABLE_ON_RESUME)
-    if config.schedule == "constant":
-        free.add("epochs")
-    lines = [line for line in differences(before, wanted) if line.partition(":")[0] not in free]
+    free = {*CHANGEABLE_ON_RESUME, *(["epochs"] if config.schedule == "constant" else [])}
+    lines = changes(saved["config"], config, free)
+    lines += differences(
+        {name: saved.get(name) for name in about}, json.loads(json.dumps(dict(about)))
+    )
     if lines:
         raise ConfigError(
             f"workdir={workdir}: holds another run; {'; '.join(lines)} (choose another --workdir)"
+        )
+    done = max((line.get("epoch", 0) for line in metrics(workdir)), default=0)
+    if done > config.epochs:
+        raise ConfigError(
+            f"epochs={config.epochs}: must be at least the {done} that workdir={workdir} has done "
+            "(or choose another --workdir)"
         )
 
 

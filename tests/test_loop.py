@@ -442,6 +442,14 @@ def test_epochs_may_be_added_where_the_learning_rate_does_not_depend_on_them(spl
         loop.train(simple(epochs=2, schedule="cosine"), cosine, splits=splits)
 
 
+def test_fewer_epochs_than_were_done_are_refused(splits, tmp_path):
+    loop.train(simple(epochs=2), tmp_path, splits=splits)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"epochs=1: must be at least the 2 that workdir=.* has"):
+        loop.train(simple(epochs=1), tmp_path, splits=splits)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
 def test_a_checkpoint_that_does_not_fit_the_model_is_refused(splits, tmp_path):
     loop.train(simple(epochs=1), tmp_path, splits=splits)
     saved = json.loads((tmp_path / "config.json").read_text())

@@ -205,6 +205,13 @@ def newton_schulz(matrix):
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
+def test_muon_and_sgd_refuses_a_schedule_that_begins_at_0():
+    factory = functools.partial(optim.muon_and_sgd, **RATES)
+    config = dataclasses.replace(BASE, optimizer=factory, warmup_epochs=1.0)
+    with pytest.raises(ConfigError, match="warmup_epochs: must be 0"):
+        make_optimizer(validate(config), STEPS)
+
+
 def test_muon_and_sgd_is_airbenchs_optimizer():
     """Against a transcription of its formulas in float64 NumPy; losses here are means."""
     params = Little().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]

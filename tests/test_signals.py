@@ -11,7 +11,12 @@ import pytest
 from cnn_jax.signals import StopSignals
 from tests.tiny import REPOSITORY
 
-STOPS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
+STOPS = [
+    (signal.SIGTERM, 143),
+    (signal.SIGUSR1, 143),
+    (signal.SIGINT, 130),
+    (signal.SIGHUP, 129),
+]
 
 # A run, from which the test reads what it waits for, and which ends when its input does.
 HEAD = """
@@ -60,7 +65,7 @@ with StopSignals() as signals:
     signals.let_finish(600)
     os.kill(os.getpid(), {int(number)})
     noted(signals)
-    for other in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for other in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         os.kill(os.getpid(), other)
     print("saved", flush=True)
     sys.exit(signals.exit_code)
@@ -116,6 +121,24 @@ def test_afterwards_all_is_as_before():
     assert [signal.getsignal(number) for number, _ in STOPS] == handlers
     assert signal.set_wakeup_fd(-1) == -1
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (count, threads)
+
+
+def test_what_is_ignored_stays_ignored():
+    """nohup ignores SIGHUP."""
+    process = run(
+        """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with StopSignals() as signals:
+    signals.let_finish(600)
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
+    noted(signals)
+print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, flush=True)
+sys.exit(signals.exit_code)
+"""
+    )
+    assert process.stdout.readline() == "True\n"
+    assert ends(process, 143) == ""
 
 
 def test_other_threads_leave_signals_alone():

@@ -52,6 +52,15 @@ def test_every_combination_in_the_order_given(experiment):
     assert [setting.name for setting in sweep.settings(experiment, [])] == ["as it is"]
 
 
+def test_many_fields_still_make_the_name_of_a_folder(experiment):
+    fixed = [f"data.{name}=(0.123456,0.234567,0.345678)" for name in ("mean", "std")]
+    fixed += ["data.test_time_augmentation=mirror_shift", "data.crop_padding=2", "data.flip=true"]
+    fixed += ["label_smoothing=0.2", "weight_decay=0.05", "schedule=cosine"]
+    one, two = sweep.settings(experiment, [*fixed, "learning_rate=0.1,0.2"])
+    assert one.folder != two.folder
+    assert len(one.folder) == len(two.folder) == 200
+
+
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [

@@ -12,14 +12,17 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import processor, summary
+from cnn_jax import summary
 from cnn_jax import workdir as workdirs
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
-from cnn_jax.config_json import differences, to_json, with_defaults
+from cnn_jax.config_json import changes
 from cnn_jax.errors import CheckpointError
-from cnn_jax.experiment import FOLDER
+from cnn_jax.experiment import FOLDER, short_name
 
 FILES = ("config.json", "metrics.jsonl", "evaluation.json", "run.json")
+# What the tables need of run.json, and of each line of metrics.jsonl.
+NEEDED = ("device", "versions", "parameters", "training_flops", "training_seconds")
+NEEDED_OF_EPOCH = ("epoch", "train_accuracy", "epoch_seconds", "images_per_second")
 REPOSITORY = FOLDER.parent
 
 
@@ -44,8 +47,7 @@ class Record:
 
 def folder(records: Path, experiment: str, seed: int) -> Path:
     """Where the record of a run lies; below a workdir, the run itself."""
-    name = Path(experiment).stem if experiment.endswith(".py") else experiment
-    return records / name / f"seed_{seed}"
+    return records / short_name(experiment) / f"seed_{seed}"
 
 
 def read(path: Path) -> Record | None:
@@ -62,8 +64,9 @@ def read(path: Path) -> Record | None:
             for name in ("config.json", "evaluation.json", "run.json")
         )
         record = Record(config["config"]["seed"], config, workdirs.metrics(path), evaluation, run)
-        needed = (evaluation["accuracy"], record.metrics[-1]["train_accuracy"], run["device"])
-        if None in needed:
+        needed = [evaluation["accuracy"], *(run[name] for name in NEEDED)]
+        needed += [line[name] for line in record.metrics for name in NEEDED_OF_EPOCH]
+        if None in needed or not record.metrics:
             raise ValueError("incomplete")
         return record
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -73,10 +76,7 @@ def read(path: Path) -> Record | None:
 
 def is_of(saved: dict, config: Config) -> bool:
     """Whether `saved`, of a config.json, is `config`, but for fields that change no number."""
-    wanted = json.loads(json.dumps(to_json(config)))
-    saved = with_defaults(saved, config)
-    fields = (line.partition(":")[0] for line in differences(saved, wanted))
-    return all(field in CHANGEABLE_ON_RESUME for field in fields)
+    return not changes(saved, config, CHANGEABLE_ON_RESUME)
 
 
 def commit() -> dict[str, Any]:
@@ -97,9 +97,7 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def write(
-    path: Path, workdir: Path, config: Config, command: str, source: dict, wall_seconds: float
-) -> None:
+def write(path: Path, workdir: Path, config: Config, command: str, origin: dict) -> None:
     """Makes the record of a finished and evaluated run.
 
     Args:
@@ -107,8 +105,8 @@ def write(
       workdir: of the run.
       config: of the run.
       command: that trains it.
-      source: from `commit`, of the time the run began.
-      wall_seconds: of its processes, with start, compilation and evaluation.
+      origin: commit and dirty, as `commit` gave them when the run began; processor, its description;
+        wall_seconds of its processes, with start, compilation and evaluation.
 
     Raises:
       CheckpointError: the evaluation is not that of the last epoch, or the disk does not take it.
@@ -123,17 +121,20 @@ def write(
         )
     counted = summary.summarise(config.model, tuple(saved["image_shape"]))
     images = lines[-1]["step"] * config.batch_size
+    device = saved["device"]
+    on_cpu = device["platform"] == "cpu"
     run = {
-        **source,
+        "commit": origin["commit"],
+        "dirty": origin["dirty"],
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": device(saved["device"]),
+        "device": origin["processor"] if on_cpu else f"{device['count']} x {device['kind']}",
         "versions": {name: saved["versions"][name] for name in ("python", *workdirs.PACKAGES)},
         "parameters": counted.parameters,
         "training_flops": counted.training_flops * images,
         "training_images": images,
         "training_seconds": sum(line["epoch_seconds"] for line in lines),
-        "wall_seconds": wall_seconds,
+        "wall_seconds": origin["wall_seconds"],
     }
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -143,10 +144,3 @@ def write(
         workdirs.write_json(path / "run.json", run)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def device(saved: dict) -> str:
-    """What config.json says of the device, as words; of a processor, its name and cores."""
-    if saved["platform"] == "cpu":
-        return processor.description()
-    return f"{saved['count']} x {saved['kind']}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from cnn_jax import experiment as experiments
+from cnn_jax import processor
 from cnn_jax import workdir as workdirs
 from cnn_jax.config import Config
 from cnn_jax.errors import CnnJaxError, Preempted
@@ -25,6 +26,7 @@ def reproduce(
     output: Path,
     data_dir: str | None = None,
     shown: Sequence[Row] = ROWS,
+    download: bool = False,
 ) -> int:
     """Trains, evaluates and records every run of `rows` that has no record yet.
 
@@ -36,6 +38,7 @@ def reproduce(
       output: where RESULTS.md and records/ lie.
       data_dir: where the datasets lie.
       shown: the rows of RESULTS.md.
+      download: fetches datasets that are not prepared.
 
     Returns:
       The exit code of the first run that failed, or 0.
@@ -63,7 +66,7 @@ def reproduce(
                     continue
                 log.info("%s", name)
                 own = records.folder(workdir, experiment, seed)
-                _run(processes, experiment, config, own, path, data_dir)
+                _run(processes, experiment, config, own, path, data_dir, download)
                 table.rebuild(output, shown)
             except Preempted:
                 raise
@@ -82,36 +85,44 @@ def _run(
     workdir: Path,
     path: Path,
     data_dir: str | None,
+    download: bool,
 ) -> None:
     """Trains and evaluates one run in `workdir` and records it in `path`."""
-    source = records.commit()
     command = ["train", f"--experiment={experiment}", "--set", f"seed={config.seed}"]
     folders = [f"--workdir={workdir}", *([f"--data_dir={data_dir}"] if data_dir else [])]
-    with _Clock(workdir) as clock:
-        processes.run(*command, *folders)
+    with _Origin(workdir, config) as origin:
+        processes.run(*command, *folders, *(["--download"] if download else []))
         processes.run("evaluate", f"--experiment={experiment}", *folders, quiet=True)
-    shown = f"./launch.sh {' '.join(command)}"
-    records.write(path, workdir, config, shown, source, clock.seconds())
+    records.write(path, workdir, config, f"./launch.sh {' '.join(command)}", origin.saved)
 
 
-class _Clock:
-    """The seconds of a run over all the calls that worked on it, kept in its workdir."""
+class _Origin:
+    """Where a run comes from, over all the calls that worked on it; kept in its workdir.
 
-    def __init__(self, workdir: Path):
-        self._path = workdir / "wall_seconds.json"
+    Its commit and processor are those of the call that began it. If a call at another commit trained
+    on, the run is "dirty", as one of changed files is: its commit alone does not give it.
+
+    Attributes:
+      saved: commit, dirty, processor, and wall_seconds of the calls that ended, whatever their end.
+    """
+
+    def __init__(self, workdir: Path, config: Config):
+        self._path = workdir / "origin.json"
         self._began = time.perf_counter()
+        now = records.commit() | {"processor": processor.description(), "wall_seconds": 0.0}
+        try:
+            self.saved = now | json.loads(self._path.read_text())
+        except (OSError, ValueError, TypeError):
+            self.saved = now
+        lines = workdirs.metrics(workdir)
+        ended = lines and lines[-1].get("epoch") == config.epochs
+        if not ended and self.saved["commit"] != now["commit"]:
+            self.saved["dirty"] = True
 
-    def __enter__(self) -> "_Clock":
+    def __enter__(self) -> "_Origin":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._path.parent.is_dir():  # there is a run
-            seconds = self.seconds() + time.perf_counter() - self._began
-            workdirs.write_json(self._path, seconds)
-
-    def seconds(self) -> float:
-        """Of the calls that ended, whatever their end."""
-        try:
-            return float(json.loads(self._path.read_text()))
-        except (OSError, ValueError, TypeError):
-            return 0.0
+            self.saved["wall_seconds"] += time.perf_counter() - self._began
+            workdirs.write_json(self._path, self.saved)

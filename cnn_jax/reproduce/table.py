@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
+import scipy.stats
 
 from cnn_jax import experiment as experiments
 from cnn_jax import results
@@ -72,7 +73,7 @@ class Figures:
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation of the test accuracy of one run; None for a single one."""
+        """Standard deviation of the test accuracy; None for a single run."""
         return statistics.stdev(self.tests) if self.n > 1 else None
 
     @property
@@ -138,7 +139,7 @@ def render(folder: Path, rows: Sequence[plan.Row] = plan.ROWS) -> str:
         against=against,
         difference=difference,
         certainty=certainty,
-        same_device=same_device,
+        order=order,
         not_run=NOT_RUN,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -183,6 +184,8 @@ def read_all(folder: Path, experiment: str) -> list[Record]:
             continue
         if records.is_of(record.config["config"], config):
             current.append(record)
+            if record.run.get("dirty"):
+                log.warning("warning: the record of %s is of code that no commit holds", where)
         else:
             log.warning(
                 "warning: the record of %s is left out: the experiment was changed since", where
@@ -229,16 +232,29 @@ def difference(figures: Figures, other: Figures) -> str:
     return against(figures.test, other.test)
 
 
+def chance(figures: Figures, other: Figures) -> float | None:
+    """The probability of so large a difference of two means if there were none: Welch's t-test.
+
+    None: a single run tells nothing of how much runs differ.
+    """
+    if figures.n < 2 or other.n < 2:
+        return None
+    if not (figures.deviation or other.deviation):
+        return float(figures.test == other.test)
+    return float(scipy.stats.ttest_ind(figures.tests, other.tests, equal_var=False).pvalue)
+
+
 def certainty(figures: Figures, other: Figures) -> str:
     """Whether the difference of two means could be chance."""
-    if figures.n < 2 or other.n < 2:
+    probability = chance(figures, other)
+    if probability is None:
         return "single runs differ by chance, so this is no proof"
-    error = math.sqrt(figures.deviation**2 / figures.n + other.deviation**2 / other.n)
-    far = abs(figures.test - other.test) > 2 * error
-    return f"{'more' if far else 'less'} than two standard errors of the difference"
+    return f"Welch's t-test: p {'= ' + short(probability) if probability >= 0.001 else '< 0.001'}"
 
 
-def same_device(figures: Sequence[Figures], others: Sequence[Figures]) -> tuple | None:
-    """The first pair that was measured on one device; None: there is none."""
-    pairs = ((a, b) for a in figures for b in others if a.device == b.device)
-    return next(pairs, None)
+def order(below: Figures, above: Figures) -> str:
+    """Whether the first is below the second, as the lecture has it."""
+    probability = chance(below, above)
+    if probability is None or probability >= 0.05:
+        return "which decides no order"
+    return f"{'the' if below.test < above.test else 'not the'} lecture's order"
