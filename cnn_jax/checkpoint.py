@@ -284,6 +284,8 @@ class Checkpoints:
 
 def verify(workdir: Path) -> int:
     """Checks every checkpoint of a workdir, prints what each is worth; 0, or 4 if one is damaged."""
+    if not workdir.is_dir():
+        raise CheckpointError(f"workdir={workdir}: no such folder")
     checkpoints = Checkpoints(workdir)
     steps = checkpoints.steps()
     if not steps:

@@ -89,22 +89,42 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: in
     Raises:
       ConfigError: the model cannot take them, or has fewer logits than there are classes.
     """
-    shown = "x".join(map(str, image_shape))
-    name = type(model).__name__
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
-        logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+        call = functools.partial(model.init_with_output, train=False)
+        logits, variables = jax.eval_shape(call, jax.random.key(0), image)
     except Exception as error:  # the layers refuse what does not fit in many ways
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(f"model={name}: takes no images of {shown} ({reason})") from error
+        raise takes_no(image_shape, model, error) from error
     if any(0 in leaf.shape for leaf in jax.tree.leaves((logits, variables))):
-        raise ConfigError(f"model={name}: images of {shown} are too small for its layers")
+        raise too_small(image_shape, model)
     if logits.shape[-1] < classes:
         raise ConfigError(
             f"model.num_classes={logits.shape[-1]}: must be at least {classes}, the number of "
             "classes of the dataset"
         )
     return logits.shape[-1]
+
+
+def takes_no(image_shape: tuple[int, ...], model: nn.Module, error: Exception) -> ConfigError:
+    """What to raise where `model` fails on such images; one of its own mistakes is called by name."""
+    reason = " ".join(str(error).splitlines()[:1])[:200]
+    if not isinstance(error, ValueError):
+        reason = f"{type(error).__name__}: {reason}; --debug shows where"
+    return ConfigError(
+        f"model={type(model).__name__}: takes no images of {_shown(image_shape)} ({reason})"
+    )
+
+
+def too_small(image_shape: tuple[int, ...], model: nn.Module) -> ConfigError:
+    """What to raise where the layers of `model` leave nothing of such images."""
+    name = type(model).__name__
+    return ConfigError(
+        f"model={name}: images of {_shown(image_shape)} are too small for its layers"
+    )
+
+
+def _shown(image_shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, image_shape))
 
 
 def check_images(data: DataConfig, image_shape: tuple[int, int, int]) -> None:

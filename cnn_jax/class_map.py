@@ -16,9 +16,9 @@ from cnn_jax import workdir as workdirs
 from cnn_jax.convert import as_convolutions
 from cnn_jax.data import sources
 from cnn_jax.errors import ConfigError
-from cnn_jax.evaluate import Run
 from cnn_jax.models.convolutional import gives_class_map
 from cnn_jax.receptive_field import Field
+from cnn_jax.restored import RestoredRun
 
 LARGEST = 2048  # pixels; the first layer's map of it takes half a gigabyte
 
@@ -62,7 +62,7 @@ def compose(
 
 
 def demonstrate(
-    run: Run, folder: Path, side: int = 512, rounds: int = 3, data_dir: str | None = None
+    run: RestoredRun, folder: Path, side: int = 512, rounds: int = 3, data_dir: str | None = None
 ) -> dict[str, Any]:
     """Maps a canvas of test images and compares the map with sliding windows.
 
@@ -130,7 +130,7 @@ def demonstrate(
     return report
 
 
-def _check_side(run: Run, field: Field | None, side: int) -> None:
+def _check_side(run: RestoredRun, field: Field | None, side: int) -> None:
     if field is None:
         raise ConfigError(
             f"workdir={run.workdir}: its layers are no chain; what they see is not known"
@@ -141,7 +141,9 @@ def _check_side(run: Run, field: Field | None, side: int) -> None:
         raise ConfigError(f"--canvas={side}: must be from {least} to {LARGEST} pixels")
 
 
-def _compare(run: Run, image: np.ndarray, logits: np.ndarray, field: Field) -> dict[str, Any]:
+def _compare(
+    run: RestoredRun, image: np.ndarray, logits: np.ndarray, field: Field
+) -> dict[str, Any]:
     """The map beside the dense network on the windows that its scores see."""
     places = sliding_windows.spread(field.inside(image.shape[:2]))
     windows = sliding_windows.on_windows(run, padding=False)

@@ -130,7 +130,14 @@ class Command:
         try:
             rest = values([self.name, *arguments])[1:]
         except flags.UnrecognizedFlagError as error:
-            near = difflib.get_close_matches(error.flagname, self.flags, n=3, cutoff=0.4)
+            from cnn_jax.config import Config  # Flax and Optax, half a second
+
+            if "set" in self.flags and error.flagname in Config.__dataclass_fields__:
+                raise ConfigError(
+                    f"--{error.flagname}: is a field of the configuration; write "
+                    f"--set {error.flagname}=VALUE"
+                ) from None
+            near = difflib.get_close_matches(error.flagname, self.flags, n=3, cutoff=0.5)
             raise ConfigError(
                 f"--{error.flagname}: {self.name} has no such flag; "
                 f"{'nearest' if near else 'it has'}: "

@@ -139,10 +139,10 @@ def predict(values: flags.FlagValues) -> int:
 @command("experiment", "workdir", "set", "input_size", "data_dir", experiment=None, workdir=None)
 def summary(values: flags.FlagValues) -> None:
     """Shows an architecture: layers, output shapes, parameters, FLOPs, receptive fields."""
-    from cnn_jax import evaluate as evaluation
     from cnn_jax import experiment, tables
     from cnn_jax import summary as summaries
     from cnn_jax.config import Config
+    from cnn_jax.restored import load_run
 
     if not (values.experiment or values.workdir):
         raise ConfigError("--experiment: summary needs it, or --workdir, the folder of a run")
@@ -151,7 +151,7 @@ def summary(values: flags.FlagValues) -> None:
     if values.workdir:
         if values.set:
             raise ConfigError(f"--set {values.set[0]}: a run in a workdir is what it is")
-        run = evaluation.load_run(_path(values.workdir), model=config and config.model)
+        run = load_run(_path(values.workdir), model=config and config.model)
         config, shape = Config(run.model, run.data), run.image_shape
     if shape is None or values.input_size:
         shape = summaries.input_shape(config, values.input_size, values.data_dir)
@@ -182,17 +182,19 @@ def benchmark(values: flags.FlagValues) -> None:
 
 
 def _path(text: str) -> Path:
+    if "://" in text:
+        raise ConfigError(f"{text}: must be a local or a mounted folder")
     # The shell leaves the ~ of --workdir=~/runs as it is.
     return Path(text).expanduser()
 
 
 def _load_run(values: flags.FlagValues):
     """The run of --workdir; --experiment is needed only for a model of the user's own."""
-    from cnn_jax import evaluate as evaluation
     from cnn_jax import experiment
+    from cnn_jax.restored import load_run
 
     model = experiment.load(values.experiment).model if values.experiment else None
-    return evaluation.load_run(_path(values.workdir), values.checkpoint, model, values.verify)
+    return load_run(_path(values.workdir), values.checkpoint, model, values.verify)
 
 
 @command(

@@ -51,14 +51,17 @@ class Config:
     """A training run. The defaults are the lecture's (that is, Keras's).
 
     Attributes:
-      model: a linen module that maps float32 images [N, H, W, C] to logits.
+      model: a linen module, called as model(image, train=False), that maps float32 images
+        [N, H, W, C] to logits.
       data: the dataset.
       seed: of the initialisation, the order of the examples, augmentation and dropout.
       epochs: passes over the training examples.
       batch_size: examples a step, over all devices; a last incomplete batch is left out.
-      eval_batch_size: examples a step of evaluation, which counts every example.
+      eval_batch_size: examples a step of evaluation, raised to a multiple of the devices; every
+        example counts.
       optimizer: an Optax factory that takes `learning_rate`, as in optax.adam or
-        functools.partial(optax.sgd, momentum=0.9).
+        functools.partial(optax.sgd, momentum=0.9). Its name and these keywords are what is recorded,
+        and compared when a run goes on; what stands inside a function of your own is not.
       learning_rate: the highest one of the schedule.
       schedule: its course after the warm-up.
       warmup_epochs: epochs of linear rise from 0.
@@ -76,7 +79,9 @@ class Config:
       checkpoint_every_steps: steps between further checkpoints within an epoch.
       checkpoint_every_minutes: minutes between further checkpoints within an epoch.
       keep_checkpoints: how many of the latest are kept, besides the best one by validation accuracy.
-      log_every_steps: steps between two points of the TensorBoard curves and the progress bar.
+      log_every_steps: steps between two points of the TensorBoard curves and the progress bar, and
+        between two looks at whether the loss is finite; of several processes also at signals and
+        checkpoint_every_minutes.
       grace_seconds: time to save after a signal that asks to end; then the process ends without.
       heartbeat_seconds: with several processes, silence after which one is taken for dead.
     """

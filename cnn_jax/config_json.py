@@ -42,14 +42,16 @@ def model_from_json(saved: dict, own: nn.Module | None = None) -> nn.Module:
 
     Args:
       saved: it.
-      own: the model where it is another one, from its experiment file; also inside `Convolutional`.
+      own: the model of the experiment file, where it is another one; also inside `Convolutional`. Its
+        fields become the saved ones.
 
     Raises:
-      ConfigError: another class, which only its experiment file can give.
+      ConfigError: another class, which only its experiment file can give; or that file's is not the
+        saved one, or differs in what JSON cannot hold.
     """
     name = saved.get("class")
     if own is not None and (name != "Convolutional" or isinstance(own, models.Convolutional)):
-        return own
+        return _with_fields(own, saved)
     if name not in models.__all__:
         raise ConfigError(
             f"model.class: {name!r} is not one of cnn_jax.models ({', '.join(models.__all__)}); "
@@ -59,6 +61,26 @@ def model_from_json(saved: dict, own: nn.Module | None = None) -> nn.Module:
     if hidden := fields.keys() & {"parent", "name"}:  # flax's own
         raise ConfigError(f"model.{min(hidden)}: {name} has no such field")
     return _from_json(vars(models)[name], fields, "model", own)
+
+
+def _with_fields(own: nn.Module, saved: dict) -> nn.Module:
+    name, current = type(own).__name__, to_json(own)
+    if name != saved.get("class"):
+        raise ConfigError(
+            f"--experiment: its model is {name}, that of the run {saved.get('class')}"
+        )
+    changed = {
+        key: saved[key] for key in saved.keys() & current.keys() if saved[key] != current[key]
+    }
+    for key, value in changed.items():
+        if isinstance(value, dict) or callable(getattr(own, key)):
+            raise ConfigError(
+                f"model.{key}: is {current[key]} in the file of --experiment, was {value} in the run"
+            )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()}
+    own = own.clone(**values)
+    check_types(own, "model.")
+    return own
 
 
 def _from_json(kind: type, saved: dict, path: str, own: nn.Module | None = None) -> Any:

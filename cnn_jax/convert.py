@@ -14,9 +14,9 @@ from cnn_jax import workdir as workdirs
 from cnn_jax.config_json import to_json
 from cnn_jax.data.batches import normalise
 from cnn_jax.errors import ConfigError
-from cnn_jax.evaluate import Run
 from cnn_jax.models.convolutional import convolutional
 from cnn_jax.receptive_field import Field
+from cnn_jax.restored import RestoredRun
 
 IMAGES = 64
 # Of the largest logit: the sums are the same, but added in another order.
@@ -35,21 +35,21 @@ class Converted:
       largest: the largest of these logits.
     """
 
-    run: Run
+    run: RestoredRun
     kernels: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     field: Field | None
     difference: float
     largest: float
 
 
-def convert(run: Run, folder: Path) -> Converted:
+def convert(run: RestoredRun, folder: Path) -> Converted:
     """Writes a workdir that holds `run` as a network of convolutions alone.
 
     It has the run's config.json with another model, its metrics.jsonl, and one checkpoint without
     an optimizer's state: it cannot be trained further.
 
     Args:
-      run: from `evaluate.load_run`.
+      run: from `restored.load_run`.
       folder: of the new workdir; must be new or empty.
 
     Raises:
@@ -89,7 +89,7 @@ def convert(run: Run, folder: Path) -> Converted:
     return Converted(made, kernels, field, difference, largest)
 
 
-def as_convolutions(run: Run) -> Run:
+def as_convolutions(run: RestoredRun) -> RestoredRun:
     """The run with its network turned into one of convolutions alone, in memory.
 
     Raises:
@@ -107,14 +107,14 @@ def as_convolutions(run: Run) -> Run:
     return dataclasses.replace(run, model=model, variables={**run.variables, "params": params})
 
 
-def _compare(dense: Run, made: Run) -> tuple[float, float]:
+def _compare(dense: RestoredRun, made: RestoredRun) -> tuple[float, float]:
     """The largest difference between the logits of the two on noise, and the largest logit.
 
     At full precision: accelerators round the factors of a sum, and of these two in different ways.
     """
     noise = np.random.default_rng(0).integers(0, 256, (IMAGES, *dense.image_shape), np.uint8)
 
-    def logits(run: Run) -> np.ndarray:
+    def logits(run: RestoredRun) -> np.ndarray:
         model = jax.jit(
             lambda variables, image: run.model.apply(variables, normalise(image, run.data))
         )

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax import checkpoint, parallel, step
+from cnn_jax import parallel, step
 from cnn_jax import workdir as workdirs
-from cnn_jax.checks import validate
-from cnn_jax.config import Config, DataConfig
-from cnn_jax.config_json import data_from_json, model_from_json
+from cnn_jax.config import DataConfig
 from cnn_jax.data import batches, sources
 from cnn_jax.errors import CheckpointError, DataError
 from cnn_jax.models.layers import takes_one_image_size
+from cnn_jax.restored import RestoredRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +62,12 @@ def evaluate_examples(
       eval_step: from `make_eval_step`.
       variables: "params" and "batch_stats", on the mesh.
       examples: a split.
-      batch_size: divisible by the devices; part of the result's last digits.
+      batch_size: raised to a multiple of the devices; decides the last digits of the loss.
       mesh: the devices.
       before_each: called before each batch; what it raises ends the evaluation.
     """
     # A batch larger than the split would be padding only.
-    batch_size = min(batch_size, -(-len(examples) // mesh.size) * mesh.size)
+    batch_size = -(-min(batch_size, len(examples)) // mesh.size) * mesh.size
     sums: list[Any] = []
     for batch in batches.evaluation_batches(examples, batch_size):
         if before_each is not None:
@@ -84,86 +82,8 @@ def evaluate_examples(
     return Result(total, loss / total, int(confusion.trace()) / total, confusion)
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A trained model as its workdir holds it.
-
-    Attributes:
-      workdir: its folder.
-      experiment: the name it was started under.
-      model: the module.
-      data: the dataset it was trained on, with its scaling.
-      class_names: of the logits, in order.
-      image_shape: (H, W, C) of the training images.
-      batch_size: examples a step of evaluation.
-      compute_dtype: of the activations.
-      step: of the checkpoint.
-      variables: "params" and "batch_stats" as NumPy arrays.
-      saved: the whole of config.json.
-    """
-
-    workdir: Path
-    experiment: str
-    model: nn.Module
-    data: DataConfig
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    batch_size: int
-    compute_dtype: str
-    step: int
-    variables: Any
-    saved: dict
-
-
-def load_run(
-    workdir: Path, which: str = "latest", model: nn.Module | None = None, verify: bool = True
-) -> Run:
-    """Restores the model of `workdir`.
-
-    Args:
-      workdir: a training run's folder.
-      which: "latest", "best" or a step.
-      model: the module where it is not one of cnn_jax.models.
-      verify: compares the arrays with their checksums.
-
-    Raises:
-      CheckpointError: there is no run, no such checkpoint, or it is damaged.
-      ConfigError: config.json names a model that is not one of cnn_jax.models, and none was given, or
-        a field in it is out of range.
-    """
-    saved = workdirs.read_config(workdir)
-    try:
-        config = saved["config"]
-        model = model_from_json(config["model"], model)
-        data = data_from_json(config["data"])
-        image_shape, class_names = tuple(saved["image_shape"]), tuple(saved["class_names"])
-        experiment, batch_size = saved["experiment"], config["eval_batch_size"]
-        compute_dtype = config["compute_dtype"]
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{workdir / 'config.json'}: damaged ({reason})") from None
-    validate(Config(model, data, eval_batch_size=batch_size, compute_dtype=compute_dtype))
-    restored = checkpoint.Checkpoints(workdir).select(which, verify=verify)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    template = {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
-    return Run(
-        workdir=workdir,
-        experiment=experiment,
-        model=model,
-        data=data,
-        class_names=class_names,
-        image_shape=image_shape,
-        batch_size=batch_size,
-        compute_dtype=compute_dtype,
-        step=restored.step,
-        variables=checkpoint.fill(template, restored),
-        saved=saved,
-    )
-
-
 def evaluate(
-    run: Run,
+    run: RestoredRun,
     split: str = "test",
     dataset: str | None = None,
     data_dir: str | None = None,
@@ -172,11 +92,11 @@ def evaluate(
     """Evaluates a restored run and writes evaluation.json into its workdir.
 
     Args:
-      run: from `load_run`.
+      run: from `restored.load_run`.
       split: "train", "validation", "test", or any split of the dataset.
       dataset: another dataset than the one of the training; its classes must be as many.
       data_dir: where the dataset lies.
-      devices: how many to use; None: as many as divide the run's batch.
+      devices: how many to use; None: all.
 
     Returns:
       The content of evaluation.json.
@@ -188,8 +108,7 @@ def evaluate(
     data = dataclasses.replace(run.data, name=dataset) if dataset else run.data
     examples = sources.load_examples(data, split, data_dir)
     check_fits(run, examples, data.name)
-    mesh = parallel.make_mesh(devices or parallel.devices_for(run.batch_size))
-    parallel.check_divides(mesh, eval_batch_size=run.batch_size)
+    mesh = parallel.make_mesh(devices)
     eval_step = make_eval_step(run.model, run.data, run.compute_dtype, mesh)
     variables = parallel.replicate(run.variables, mesh)
     result = evaluate_examples(eval_step, variables, examples, run.batch_size, mesh)
@@ -211,7 +130,7 @@ def evaluate(
     return report
 
 
-def check_fits(run: Run, examples: sources.Examples, name: str) -> None:
+def check_fits(run: RestoredRun, examples: sources.Examples, name: str) -> None:
     """Refuses a dataset of another image shape or with more classes than the run's.
 
     Raises:

@@ -1,11 +1,12 @@
 """Finds and loads experiment files: experiments/NAME.py, or a file of the user's own."""
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cnn_jax.checks import validate
@@ -49,9 +50,10 @@ def find(experiment: str) -> Path:
         return path
     known = names()
     if not re.fullmatch(r"\w+(/\w+)*", experiment) or experiment not in known:
-        near = difflib.get_close_matches(experiment, known, n=3, cutoff=0.4) or known
+        near = difflib.get_close_matches(experiment, known, n=3, cutoff=0.4)
         raise ConfigError(
-            f"--experiment={experiment}: no such experiment; nearest: {', '.join(near)} "
+            f"--experiment={experiment}: no such experiment; "
+            f"{'nearest' if near else 'there are'}: {', '.join(near or known)} "
             "(./launch.sh list shows all; a file of your own ends in .py)"
         )
     return FOLDER / f"{experiment}.py"
@@ -69,8 +71,9 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up annotations that are text
     try:
-        spec.loader.exec_module(module)
-        config = module.config()
+        with _neighbours_importable(path):
+            spec.loader.exec_module(module)
+            config = module.config()
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"--experiment={experiment}: {path.name} fails: {reason}") from error
@@ -78,3 +81,14 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
         kind = type(config).__name__
         raise ConfigError(f"--experiment={experiment}: config() returns {kind}, not a Config")
     return validate(override(config, assignments))
+
+
+@contextlib.contextmanager
+def _neighbours_importable(path: Path) -> Iterator[None]:
+    """Lets the file import what lies beside it; last, as there may be a jax.py among that."""
+    before = list(sys.path)
+    sys.path.append(str(path.parent))
+    try:
+        yield
+    finally:
+        sys.path[:] = before

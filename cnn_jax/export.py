@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from cnn_jax import output, step
 from cnn_jax.errors import ConfigError
-from cnn_jax.evaluate import Run
+from cnn_jax.restored import RestoredRun
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SCRIPT = '''"""Classifies images with model.zip: python classify.py images.npy (uint8 [N, {shape}])."""
@@ -41,14 +41,14 @@ for number, row in enumerate(np.asarray(probabilities)):
 '''
 
 
-def export(run: Run, folder: Path) -> tuple[Path, Path]:
+def export(run: RestoredRun, folder: Path) -> tuple[Path, Path]:
     """Writes model.zip and classify.py.
 
     The program takes uint8 [N, H, W, C] for any N and returns logits float32 [N, classes], those of
     `step.predict_step` (of a class map, their mean), on CPU, CUDA and TPU.
 
     Args:
-      run: from `evaluate.load_run`.
+      run: from `restored.load_run`.
       folder: made if missing.
 
     Returns:
@@ -84,7 +84,7 @@ def export(run: Run, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def to_stablehlo(run: Run) -> bytes:
+def to_stablehlo(run: RestoredRun) -> bytes:
     """The network with its variables, for any number of images, as `jax.export` serialises it.
 
     Raises:

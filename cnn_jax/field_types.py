@@ -1,5 +1,6 @@
 """What the fields inside a configuration are, by their type hints: listed, parsed, checked."""
 
+import collections.abc
 import contextlib
 import dataclasses
 import functools
@@ -13,6 +14,7 @@ from cnn_jax.config import Config, DataConfig
 from cnn_jax.errors import ConfigError
 
 _UNIONS = (typing.Union, types.UnionType)
+_LISTS = (tuple, collections.abc.Sequence)
 
 
 def fields_of(value: Any) -> dict[str, Any]:
@@ -46,9 +48,9 @@ def parse(text: str, hint: Any, old: Any) -> Any:
         if text not in by_text:
             raise ValueError(f"{text!r} is not one of {', '.join(by_text)}")
         return by_text[text]
-    if origin is tuple:
+    if origin in _LISTS:
         items = [item.strip() for item in text.strip("()[]").rstrip(", ").split(",")]
-        kinds = arguments if Ellipsis not in arguments else (arguments[0],) * len(items)
+        kinds = _kinds(hint, len(items))
         if len(items) != len(kinds):
             raise ValueError(f"{text!r} is not a list of {len(kinds)} values")
         return tuple(parse(item, kind, None) for item, kind in zip(items, kinds, strict=True))
@@ -85,10 +87,10 @@ def _matches(item: Any, hint: Any) -> bool:
         return any(_matches(item, kind) for kind in arguments)
     if origin is Literal:
         return item in arguments
-    if origin is tuple:
-        if not isinstance(item, tuple):
+    if origin in _LISTS:
+        if not isinstance(item, tuple if origin is tuple else (tuple, list)):
             return False
-        kinds = arguments if Ellipsis not in arguments else (arguments[0],) * len(item)
+        kinds = _kinds(hint, len(item))
         return len(item) == len(kinds) and all(map(_matches, item, kinds))
     if hint is float:
         return isinstance(item, (int, float)) and not isinstance(item, bool)
@@ -98,13 +100,20 @@ def _matches(item: Any, hint: Any) -> bool:
     return hint not in (bool, str, types.NoneType, nn.Module, DataConfig) or isinstance(item, hint)
 
 
+def _kinds(hint: Any, count: int) -> tuple:
+    """The type of each of `count` items of a tuple or sequence."""
+    arguments = typing.get_args(hint)
+    several = typing.get_origin(hint) is not tuple or Ellipsis in arguments
+    return arguments[:1] * count if several else arguments
+
+
 def _described(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         return " or ".join(map(_described, arguments))
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
-    if origin is tuple:
+    if origin in _LISTS:
         return str(hint)
     if hint is types.NoneType:
         return "None"

@@ -70,9 +70,7 @@ def train(
     """
     validate(config)
     mesh = parallel.make_mesh(config.devices)
-    parallel.check_divides(
-        mesh, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size
-    )
+    parallel.check_divides(mesh, config.batch_size)
     workdir = Path(workdir).absolute()
     if parallel.is_main_process():
         workdirs.prepare(workdir)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     log.setLevel(logging.INFO)
     # What fails in Orbax's threads is raised here too, and told in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    debug = bool({"--debug", "-debug", "--debug=true"} & set(argv))
+    debug = any(re.fullmatch(r"--?debug(=(true|t|1))?", text, re.IGNORECASE) for text in argv)
     code = 128 + signal.SIGPIPE  # if the reader of our output leaves before the end
     try:
         from cnn_jax import cache, commands, memory  # JAX, a second: Ctrl-C must find us ready

@@ -30,11 +30,11 @@ def _replace(value: Any, names: list[str], path: str, text: str) -> Any:
     fields = fields_of(value)
     name, *rest = names
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5) or sorted(fields)
+        near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
         where = path.removesuffix(".".join(names)).rstrip(".")
         raise ConfigError(
             f"--set {path}={text}: {where or 'the configuration'} has no field {name!r}; "
-            f"nearest: {', '.join(near)}"
+            f"{'nearest' if near else 'there are'}: {', '.join(near or sorted(fields))}"
         )
     old = value.keywords[name] if isinstance(value, functools.partial) else getattr(value, name)
     if rest:

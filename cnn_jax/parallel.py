@@ -75,20 +75,14 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return jax.make_mesh((count,), (AXIS,), (AxisType.Auto,), devices=visible[:count])
 
 
-def devices_for(batch_size: int) -> int:
-    """The most of the visible devices over which such a batch can be split evenly."""
-    return next(n for n in range(jax.device_count(), 0, -1) if batch_size % n == 0)
-
-
-def check_divides(mesh: Mesh, **sizes: int) -> None:
-    """Refuses batches that cannot be split evenly, before anything is compiled.
+def check_divides(mesh: Mesh, batch_size: int) -> None:
+    """Refuses a batch that cannot be split evenly, before anything is compiled.
 
     Raises:
-      ConfigError: the field, its size and the number of devices.
+      ConfigError: its size and the number of devices.
     """
-    for field, size in sizes.items():
-        if size % mesh.size:
-            raise ConfigError(f"{field}={size}: must be divisible by the {mesh.size} devices")
+    if batch_size % mesh.size:
+        raise ConfigError(f"batch_size={batch_size}: must be divisible by the {mesh.size} devices")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -18,8 +18,8 @@ from cnn_jax import output as outputs
 from cnn_jax import step, summary
 from cnn_jax.data.batches import normalise
 from cnn_jax.errors import ConfigError, DataError
-from cnn_jax.evaluate import Run
 from cnn_jax.models.convolutional import gives_class_map
+from cnn_jax.restored import RestoredRun
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +52,12 @@ class Prediction:
 
 
 def predict(
-    run: Run, patterns: Sequence[str], output: Path, top_k: int | None = None
+    run: RestoredRun, patterns: Sequence[str], output: Path, top_k: int | None = None
 ) -> tuple[list[Prediction], list[str]]:
     """Classifies image files; writes predictions.csv, and a picture for each class map.
 
     Args:
-      run: from `evaluate.load_run`.
+      run: from `restored.load_run`.
       patterns: files, folders or glob patterns, also several in one text, separated by commas.
       output: the folder for what is written; made if missing.
       top_k: how many classes to name; None: 3, or all if there are fewer.
@@ -190,14 +190,16 @@ def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = Fa
         raise DataError(f"{file}: cannot be read ({reason})") from None
 
 
-def _picture(run: Run, image: np.ndarray, class_map: np.ndarray) -> Image.Image:
+def _picture(run: RestoredRun, image: np.ndarray, class_map: np.ndarray) -> Image.Image:
     from cnn_jax import class_map_picture  # matplotlib takes its time to import
 
     field = summary.summarise(run.model, image.shape).field
     return class_map_picture.draw(image, class_map, field, run.class_names)
 
 
-def _scores(variables: dict, image: jax.Array, *, run: Run) -> tuple[jax.Array, jax.Array | None]:
+def _scores(
+    variables: dict, image: jax.Array, *, run: RestoredRun
+) -> tuple[jax.Array, jax.Array | None]:
     """uint8 [1, H, W, C] -> probabilities [classes], and those of the class map [h, w, classes]."""
     options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
     logits = step.predict_step(variables, image, **options)

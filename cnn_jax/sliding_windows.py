@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from cnn_jax.data.batches import normalise
-from cnn_jax.evaluate import Run
 from cnn_jax.receptive_field import Field
+from cnn_jax.restored import RestoredRun
 
 # More windows than this are sampled: networks without strides have a score for each pixel.
 MOST_WINDOWS = 4096
@@ -32,7 +32,7 @@ BATCH = 64
 Windows = Callable[[np.ndarray, np.ndarray, tuple[int, int]], np.ndarray]
 
 
-def on_whole_images(run: Run) -> Callable[[np.ndarray], np.ndarray]:
+def on_whole_images(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
     """The network as a compiled function: uint8 [N, H, W, C] -> its logits as float32."""
 
     @jax.jit
@@ -43,7 +43,7 @@ def on_whole_images(run: Run) -> Callable[[np.ndarray], np.ndarray]:
     return lambda image: np.asarray(logits(variables, image))
 
 
-def on_windows(run: Run, padding: bool = True) -> Windows:
+def on_windows(run: RestoredRun, padding: bool = True) -> Windows:
     """The network as a compiled function of windows.
 
     Args:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnn_jax.checks import takes_no, too_small
 from cnn_jax.config import Config
 from cnn_jax.data import sources
 from cnn_jax.errors import ConfigError
@@ -122,13 +123,9 @@ def summarise(model: nn.Module, image_shape: tuple[int, int, int]) -> Summary:
     try:
         jax.eval_shape(run, image)
     except Exception as error:
-        shown, reason = "x".join(map(str, image_shape)), str(error).splitlines()[0][:200]
-        raise ConfigError(
-            f"model={type(model).__name__}: takes no images of {shown} ({reason})"
-        ) from error
+        raise takes_no(image_shape, model, error) from error
     if any(0 in layer.shape for layer in layers):
-        shown = "x".join(map(str, image_shape))
-        raise ConfigError(f"model={type(model).__name__}: images of {shown} are too small for it")
+        raise too_small(image_shape, model)
     return Summary(type(model).__name__, image_shape, tuple(layers))
 
 

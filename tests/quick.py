@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cnn_jax import evaluate, step
+from cnn_jax import restored, step
 from cnn_jax.config import DataConfig
 from tests.tiny import CLASS_NAMES
 
@@ -62,8 +62,10 @@ def noisy_state(model, optimizer, shape: tuple[int, ...], seed: int = 0) -> step
     )
 
 
-def make_run(workdir: Path, model, shape: tuple[int, ...] = (28, 28, 1), **fields) -> evaluate.Run:
-    """A run as `evaluate.load_run` gives it, without a training."""
+def make_run(
+    workdir: Path, model, shape: tuple[int, ...] = (28, 28, 1), **fields
+) -> restored.RestoredRun:
+    """A run as `restored.load_run` gives it, without a training."""
     about = {
         "workdir": workdir,
         "experiment": "mine",
@@ -77,4 +79,4 @@ def make_run(workdir: Path, model, shape: tuple[int, ...] = (28, 28, 1), **field
         "variables": {"batch_stats": {}, **noisy_variables(model, shape)},
         "saved": {},
     }
-    return evaluate.Run(**{**about, **fields})
+    return restored.RestoredRun(**{**about, **fields})

@@ -190,7 +190,7 @@ def test_the_command(workdir, tfds_dir, capsys):
 def test_what_is_found_is_what_the_map_says(workdir, tfds_dir, tmp_path):
     """Counted again from the network, with the map's scores at the nearest places."""
     from cnn_jax.data import sources
-    from cnn_jax.evaluate import load_run
+    from cnn_jax.restored import load_run
 
     run = load_run(workdir)
     report = class_map.demonstrate(run, tmp_path, 230, 1, str(tfds_dir))

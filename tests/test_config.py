@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import numpy as np
@@ -22,6 +23,7 @@ class Widths(nn.Module):
     """A module of a user's own, with the kinds of fields that the project's have not."""
 
     widths: tuple[int, ...] = (8, 16)
+    depths: Sequence[int] = (1, 2)
     rate: int | float | None = 0.5
     act: object = nn.relu
 
@@ -93,8 +95,8 @@ def test_a_partials_keywords_are_fields():
 
 def test_fields_of_a_users_own_module():
     config = dataclasses.replace(BASE, model=Widths())
-    changed = override(config, ["model.widths=4,8,16", "model.rate=0.25"]).model
-    assert (changed.widths, changed.rate) == ((4, 8, 16), 0.25)
+    changed = override(config, ["model.widths=4,8,16", "model.depths=3", "model.rate=0.25"]).model
+    assert (changed.widths, changed.depths, changed.rate) == ((4, 8, 16), (3,), 0.25)
     assert override(config, ["model.rate=2"]).model.rate == 2
     assert override(config, ["model.rate=none"]).model.rate is None
     for assignment in ("model.rate=x", "model.widths=a", "model.act=tanh", "model.name=a"):
@@ -114,7 +116,7 @@ def test_fields_of_a_users_own_module():
         ("data.name.x=3", "name = tiny has no fields"),
         ("epochs.x=3", "epochs = 10 has no fields"),
         ("optimizer.momentum=0.9", "optimizer = optax.adam has no fields"),
-        ("xyzzy=3", "nearest: batch_size, checkpoint_every_epochs, "),
+        ("xyzzy=3", "there are: batch_size, checkpoint_every_epochs, "),
         ("=3", "no field ''"),
         ("data.=3", "data has no field ''"),
         (".=3", "no field ''"),
@@ -337,6 +339,26 @@ def test_the_json_form_names_modules_and_functions():
     assert saved["data"]["std"] == [1.0]
     assert saved["clip_norm"] is None
     assert json.loads(json.dumps(saved)) == saved
+
+
+def test_a_module_of_ones_own_gets_the_fields_it_was_trained_with():
+    trained = Widths(widths=(4,), depths=(3, 4, 5), rate=None)
+    saved = json.loads(json.dumps(to_json(trained)))
+    assert model_from_json(saved, Widths()) == trained
+    inside = json.loads(json.dumps(to_json(models.Convolutional(trained, (5, 5)))))
+    assert model_from_json(inside, Widths()) == models.Convolutional(trained, (5, 5))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (models.LeNet(), "--experiment: its model is LeNet, that of the run Widths"),
+        (Widths(act=nn.gelu), r"model.act: is jax.gelu in the file of --experiment, was jax.relu"),
+    ],
+)
+def test_a_module_that_is_not_the_trained_one_is_refused(own, message):
+    with pytest.raises(ConfigError, match=message):
+        model_from_json(to_json(Widths()), own)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax import convert, evaluate, loop, main, models
+from cnn_jax import convert, evaluate, loop, main, models, restored
 from cnn_jax.checkpoint import Checkpoints
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models.layers import Dense, Flatten
@@ -180,14 +180,14 @@ def saved():
 def test_an_earlier_checkpoint(trained, tmp_path):
     """Its metrics end where it was saved, so that they are those of what is converted."""
     first, last = Checkpoints(trained).steps()
-    run = evaluate.load_run(trained, str(first))
+    run = restored.load_run(trained, str(first))
     made = convert.convert(run, tmp_path / "new")
     lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert (steps, made.run.step) == ([first], first)
     assert last > first
     assert made.run.saved["converted_from"] == {"workdir": str(trained), "checkpoint": first}
-    again = evaluate.load_run(tmp_path / "new")
+    again = restored.load_run(tmp_path / "new")
     assert again.model == made.run.model == models.Convolutional(models.LeNet(), (5, 5))
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from cnn_jax import evaluate, loop, main, models, parallel, tables
+from cnn_jax import evaluate, loop, main, models, parallel, restored, tables
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.data import sources
 from cnn_jax.data.sources import InMemory
-from cnn_jax.errors import ConfigError, DataError
+from cnn_jax.errors import DataError
 from cnn_jax.models.layers import Dense, Flatten
 from tests.quick import make_run, noisy_variables, unoptimised
 from tests.tiny import CLASS_NAMES, make_examples, run_command
@@ -143,7 +143,7 @@ def test_the_command_repeats_the_log_to_the_digit(tmp_path, tfds_dir):
 
 def test_the_report(trained):
     workdir, lines, data_dir = trained
-    run = evaluate.load_run(workdir)
+    run = restored.load_run(workdir)
     report = evaluate.evaluate(run, data_dir=str(data_dir))
     assert report == json.loads((workdir / "evaluation.json").read_text())
     assert [*report] == [
@@ -281,7 +281,7 @@ def test_another_dataset(monkeypatch, workdir, trained):
     assert asked == [("other", "test")]
     report = evaluation(workdir)
     assert (report["dataset"], report["examples"]) == ("other", 30)
-    params = evaluate.load_run(workdir).variables["params"]
+    params = restored.load_run(workdir).variables["params"]
     assert report["accuracy"] == in_numpy(params, make_examples(30, seed=9))[0]
 
 
@@ -340,17 +340,14 @@ def test_fully_conv_refuses_smaller_images(fully_conv):
 # ------------------------------------------------------------------------------------ devices
 
 
-@pytest.mark.parametrize(("batch_size", "devices"), [(500, 4), (30, 3), (14, 2), (7, 1)])
-def test_a_run_is_evaluated_on_as_many_devices_as_divide_its_batch(batch_size, devices):
-    assert parallel.devices_for(batch_size) == devices
-
-
-def test_devices_that_do_not_divide_the_batch(monkeypatch, tmp_path):
+@pytest.mark.parametrize("batch_size", [30, 7, 1, 500])
+def test_devices_need_not_divide_the_batch(monkeypatch, tmp_path, batch_size):
     others(monkeypatch, make_examples(30))
-    run = make_run(tmp_path, models.MLP(), batch_size=30)
-    with pytest.raises(ConfigError, match=r"^eval_batch_size=30: must be divisible by the 4 dev"):
-        evaluate.evaluate(run, devices=4)
-    assert evaluate.evaluate(run)["examples"] == 30
+    run = make_run(tmp_path, models.MLP(), batch_size=batch_size)
+    one, three, all_four = (evaluate.evaluate(run, devices=count) for count in (1, 3, None))
+    assert one["examples"] == three["examples"] == all_four["examples"] == 30
+    assert one["confusion_matrix"] == three["confusion_matrix"] == all_four["confusion_matrix"]
+    np.testing.assert_allclose([three["loss"], all_four["loss"]], one["loss"], rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------- what is damaged
@@ -408,8 +405,8 @@ def test_a_model_of_ones_own(tmp_path, tfds_dir, caplog):
     assert command(*given) == 0
     assert evaluation(workdir)["accuracy"] == lines[-1]["test_accuracy"]
     # ... and a model that is not the saved one
-    assert command("--experiment=quickstart", f"--workdir={workdir}") == 4
-    assert "does not fit the model: params/Conv_0/bias: nothing saved" in said(caplog)
+    assert command("--experiment=quickstart", f"--workdir={workdir}") == 2
+    assert "--experiment: its model is LeNet, that of the run Mine" in said(caplog)
 
 
 # --------------------------------------------------------------------------------- the table
@@ -449,7 +446,7 @@ def test_a_wide_matrix_is_left_to_the_file(capsys):
 
 
 def test_a_run_is_what_its_workdir_says(trained):
-    run = evaluate.load_run(trained[0], "4")
+    run = restored.load_run(trained[0], "4")
     assert (run.step, run.experiment, run.image_shape) == (4, "mine", SHAPE)
     assert (run.batch_size, run.compute_dtype) == (20, "float32")
     assert run.class_names == CLASS_NAMES

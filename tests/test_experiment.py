@@ -239,7 +239,7 @@ def test_a_file_that_is_not_text(tmp_path):
         ("lenet", "nearest: cifar10/lenet, fashion_mnist/lenet"),
         ("fashion_mnist/lenett", "nearest: fashion_mnist/lenet"),
         ("quick_start", "nearest: quickstart"),
-        ("xyzzy", "nearest: cifar10/cifar, "),
+        ("xyzzy", "there are: cifar10/cifar, "),
         ("../experiments/quickstart", "no such experiment"),
         ("fashion_mnist/../quickstart", "no such experiment"),
         ("/etc/hostname", "no such experiment"),
@@ -267,6 +267,17 @@ def test_a_path_is_relative_to_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir("/")
     assert experiment.load("~/mine.py").epochs == 3
+
+
+def test_a_file_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "beside_it.py").write_text("EPOCHS = 7")
+    (tmp_path / "jax.py").write_text("raise RuntimeError('not this one')")
+    text = """
+from beside_it import EPOCHS
+import jax.numpy
+def config(): return Config(LeNet(), DataConfig('mnist'), epochs=EPOCHS)
+"""
+    assert experiment.load(write(tmp_path, text)).epochs == 7
 
 
 def test_loading_leaves_the_search_path_alone(tmp_path):

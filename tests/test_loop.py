@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from cnn_jax import cache, evaluate, loop
+from cnn_jax import cache, evaluate, loop, restored
 from cnn_jax import workdir as workdirs
 from cnn_jax.checkpoint import Checkpoints
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config, DataConfig
@@ -475,7 +475,7 @@ def test_evaluation_skips_a_damaged_checkpoint_and_changes_none(splits, tmp_path
         if path.is_file():
             path.write_bytes(b"")
     before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
-    assert evaluate.load_run(tmp_path, model=Linear()).step == STEPS
+    assert restored.load_run(tmp_path, model=Linear()).step == STEPS
     assert before == {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
 
 

@@ -124,7 +124,12 @@ MISTAKES = [  # command line, exit code, what is said
     ("predict --workdir=x --images=", 2, "--images=: is empty"),
     ("train --expriment=own.py", 2, "--expriment: train has no such flag; nearest: --experiment"),
     ("train --experiment=own.py --work-dir=x", 2, "--work-dir: train has no such flag; nearest: "),
-    ("train --experiment=own.py --batch_size=3", 2, "--batch_size: train has no such flag"),
+    (
+        "train --experiment=own.py --batch_size=3",
+        2,
+        "--batch_size: is a field of the configuration; write --set batch_size=VALUE",
+    ),
+    ("train --experiment=own.py --workdir=gs://a/b", 2, "gs://a/b: must be a local or a mounted"),
     ("list --xyzzy", 2, "--xyzzy: list has no such flag; it has: --debug"),
     ("evaluate --workdir=x --set epochs=3", 2, "--set: evaluate has no such flag; "),
     ("train own.py", 2, "own.py: unexpected; flags are written --name=value"),
@@ -195,7 +200,7 @@ MISTAKES = [  # command line, exit code, what is said
     ("evaluate --workdir=empty", 4, "workdir=empty: holds no config.json, so no run to read"),
     ("evaluate --workdir=file", 4, "file/config.json: "),
     ("predict --workdir=empty --images=x", 4, "workdir=empty: holds no config.json"),
-    ("verify --workdir=missing", 4, "{}/missing/checkpoints: holds no checkpoint"),
+    ("verify --workdir=missing", 4, "workdir=missing: no such folder"),
     ("evaluate --workdir=empty --experiment=xyzzy", 2, "--experiment=xyzzy: no such experiment"),
 ]
 

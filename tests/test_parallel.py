@@ -160,18 +160,17 @@ def test_equal_evaluation_on_any_number_of_devices(devices):
 def test_a_batch_that_does_not_divide(monkeypatch, splits, tmp_path):
     mesh = parallel.make_mesh(4)
     with pytest.raises(ConfigError, match=r"^batch_size=30: must be divisible by the 4 devices$"):
-        parallel.check_divides(mesh, eval_batch_size=32, batch_size=30)
-    parallel.check_divides(mesh, batch_size=32)
-    parallel.check_divides(parallel.make_mesh(1), batch_size=31)
+        parallel.check_divides(mesh, 30)
+    parallel.check_divides(mesh, 32)
+    parallel.check_divides(parallel.make_mesh(1), 31)
 
     def compile_nothing(*arguments, **options):
         raise AssertionError("compiled")
 
     monkeypatch.setattr(jax, "jit", compile_nothing)
-    for field in ("batch_size", "eval_batch_size"):
-        config = dataclasses.replace(make_config(eval_batch_size=16), **{field: 30}, devices=4)
-        with pytest.raises(ConfigError, match=rf"^{field}=30: must be divisible by the 4 devices$"):
-            loop.train(config, tmp_path / "run", splits=splits)
+    config = dataclasses.replace(make_config(), batch_size=30, devices=4)
+    with pytest.raises(ConfigError, match=r"^batch_size=30: must be divisible by the 4 devices$"):
+        loop.train(config, tmp_path / "run", splits=splits)
     assert not (tmp_path / "run").exists()
 
 

@@ -516,9 +516,9 @@ def test_predictions_are_the_evaluations(workdir, tmp_path):
     out = tmp_path / "out"
     flags = (f"--images={tmp_path}/images/*.png", f"--output={out}", "--top_k=1")
     assert command(f"--workdir={workdir}", *flags) == 0
-    from cnn_jax import evaluate
+    from cnn_jax import restored
 
-    params = evaluate.load_run(workdir).variables["params"]
+    params = restored.load_run(workdir).variables["params"]
     expected = [CLASS_NAMES[mlp_in_numpy(params, image).argmax()] for image in pixels]
     assert [row[1] for row in read_csv(out)[1:]] == expected
 

@@ -115,9 +115,9 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
         there = "://" in data_dir or Path(data_dir).is_dir()
         advice = (
             f"data.name={name}: not prepared in data_dir={data_dir}"
-            f"{'' if there else ' (no such folder)'}; fetch and prepare it with --download, or name "
-            "another folder with --data_dir or TFDS_DATA_DIR; without a network the embedded dataset "
-            "works: --experiment=quickstart"
+            f"{'' if there else ' (no such folder)'}; fetch and prepare it with train --download, "
+            "or name another folder with --data_dir or TFDS_DATA_DIR; without a network the embedded "
+            "dataset works: --experiment=quickstart"
         )
         if not download:
             raise DataError(advice)

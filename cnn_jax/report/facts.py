@@ -17,6 +17,7 @@ from cnn_jax.config_json import to_json
 from cnn_jax.data import sources
 from cnn_jax.errors import ConfigError
 from cnn_jax.overrides import override
+from cnn_jax.restored import RestoredRun, load_run
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Facts:
       note: what the command leaves out; empty if nothing.
     """
 
-    run: evaluate.Run
+    run: RestoredRun
     lines: list[dict]
     summary: summary.Summary
     test: sources.Examples
@@ -105,7 +106,7 @@ def gather(
     """
     saved = workdirs.read_config(workdir)
     model = _own_model(saved, own)
-    run = evaluate.load_run(workdir, which, model, verify)
+    run = load_run(workdir, which, model, verify)
     layers = summary.summarise(run.model, run.image_shape)
     test = sources.load_examples(run.data, "test", data_dir)
     evaluate.check_fits(run, test, run.data.name)
@@ -124,10 +125,9 @@ def _own_model(saved: dict, own: str | None) -> nn.Module | None:
     return experiment.load(own).model if own and not known else None
 
 
-def _evaluate(run: evaluate.Run, test: sources.Examples) -> tuple[evaluate.Result, Predictions]:
+def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluate.Result, Predictions]:
     """`evaluate.evaluate_examples`, which also keeps what was said to each example."""
     mesh = parallel.make_mesh()
-    parallel.check_divides(mesh, eval_batch_size=run.batch_size)
     options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
 
     def both(variables: Any, batch: dict) -> tuple[dict, dict]:

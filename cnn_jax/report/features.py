@@ -10,8 +10,8 @@ import numpy as np
 
 from cnn_jax import pictures
 from cnn_jax.data.batches import normalise
-from cnn_jax.evaluate import Run
 from cnn_jax.models.convolutional import replaces
+from cnn_jax.restored import RestoredRun
 from cnn_jax.summary import Summary
 
 MAPS = 8
@@ -52,7 +52,7 @@ class Stage:
     output: np.ndarray
 
 
-def follow(run: Run, layers: Summary, image: np.ndarray) -> list[Stage]:
+def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
     """Sends images through the network and keeps what each layer of `layers` makes of them.
 
     Args:

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_jax import evaluate, summary
-from cnn_jax.evaluate import Run
+from cnn_jax import restored, summary
 from cnn_jax.report import features
+from cnn_jax.restored import RestoredRun
 from tests.tiny import make_examples
 
 
 @pytest.fixture(scope="module")
-def run(lenet: Path) -> Run:
-    return evaluate.load_run(lenet)
+def run(lenet: Path) -> RestoredRun:
+    return restored.load_run(lenet)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def image() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def stages(run: Run, image: np.ndarray) -> list[features.Stage]:
+def stages(run: RestoredRun, image: np.ndarray) -> list[features.Stage]:
     return features.follow(run, summary.summarise(run.model, run.image_shape), image)
 
 
@@ -41,7 +41,9 @@ def test_there_is_one_for_each_layer(stages: list[features.Stage]):
     assert all(stage.output.shape == (3, *stage.shape) for stage in stages)
 
 
-def test_convolution_relu_and_pooling(run: Run, image: np.ndarray, stages: list[features.Stage]):
+def test_convolution_relu_and_pooling(
+    run: RestoredRun, image: np.ndarray, stages: list[features.Stage]
+):
     layer = run.variables["params"]["Conv_0"]
     window = image[1, 8:13, 10:15] / 255  # 'same' padding: seen by the output at (10, 12)
     sums = (window[..., None] * layer["kernel"]).sum((0, 1, 2)) + layer["bias"]
@@ -52,7 +54,9 @@ def test_convolution_relu_and_pooling(run: Run, image: np.ndarray, stages: list[
     assert stages[1].activation == ""
 
 
-def test_the_last_one_is_the_logits(run: Run, image: np.ndarray, stages: list[features.Stage]):
+def test_the_last_one_is_the_logits(
+    run: RestoredRun, image: np.ndarray, stages: list[features.Stage]
+):
     logits = run.model.apply(run.variables, image / np.float32(255))
     np.testing.assert_allclose(stages[-1].output, logits, rtol=1e-4, atol=1e-5)
     assert stages[-1].activation == ""
@@ -77,7 +81,7 @@ class Group(nn.Module):
         return x
 
 
-def test_groups_of_layers_with_gelu(run: Run):
+def test_groups_of_layers_with_gelu(run: RestoredRun):
     images = make_examples(2, (28, 28, 3)).image
     model = Groups()
     variables = jax.jit(model.init)(jax.random.key(0), images / np.float32(255))

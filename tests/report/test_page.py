@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax import commands, evaluate, experiment, loop
+from cnn_jax import commands, evaluate, experiment, loop, restored
 from cnn_jax.config import DataConfig
 from cnn_jax.config_json import to_json
 from cnn_jax.data import sources
@@ -31,7 +31,7 @@ def by(*sizes: int) -> str:
 
 
 def test_its_result_is_that_of_evaluate(lenet: Path, lenet_page: Path, tfds_dir: Path):
-    expected = evaluate.evaluate(evaluate.load_run(lenet), data_dir=str(tfds_dir))
+    expected = evaluate.evaluate(restored.load_run(lenet), data_dir=str(tfds_dir))
     found = facts.gather(lenet, data_dir=str(tfds_dir))
     assert found.result.confusion.tolist() == expected["confusion_matrix"]
     assert found.result.loss == pytest.approx(expected["loss"], rel=1e-6)
@@ -45,7 +45,7 @@ def test_its_result_is_that_of_evaluate(lenet: Path, lenet_page: Path, tfds_dir:
 
 def test_its_mistakes_are_the_most_confident_ones(lenet: Path, lenet_page: Path, tfds_dir: Path):
     test = sources.load_examples(DataConfig("tiny_squares"), "test", str(tfds_dir))
-    run = evaluate.load_run(lenet)
+    run = restored.load_run(lenet)
     logits = np.asarray(LeNet().apply(run.variables, test.image / np.float32(255)), np.float64)
     odds = np.exp(logits - logits.max(1, keepdims=True))
     chances = odds / odds.sum(1, keepdims=True)
@@ -155,7 +155,7 @@ def test_a_workdir_names_no_file_to_run(lenet: Path, tmp_path: Path):
 
 
 def test_an_earlier_checkpoint(lenet: Path, tfds_dir: Path):
-    expected = evaluate.evaluate(evaluate.load_run(lenet, "10"), data_dir=str(tfds_dir))
+    expected = evaluate.evaluate(restored.load_run(lenet, "10"), data_dir=str(tfds_dir))
     found = facts.gather(lenet, "10", data_dir=str(tfds_dir))
     assert found.result.confusion.tolist() == expected["confusion_matrix"]
     first, _ = (json.loads(line) for line in (lenet / "metrics.jsonl").read_text().splitlines())
