@@ -94,6 +94,17 @@ def test_bad_flags_end_with_exit_code_2_and_one_line(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", experiments.names())
+def test_the_head_of_an_experiment_gives_what_its_records_give(name):
+    """If it gives any figure: mean and standard deviation of the first n seeds."""
+    found = {run.seed: run for run in table.read_all(experiments.FOLDER / "records", name)}
+    head = (experiments.FOLDER / f"{name}.py").read_text().split('"""')[1]
+    quoted = re.search(r"Test accuracy (\S+(?: ± \S+)?) \(n = (\d+)\)", head)
+    if quoted:
+        tests = [found[seed].evaluation["accuracy"] for seed in range(int(quoted[2]))]
+        assert quoted[1] == results.spread(tests)
+
+
 # ---------------------------------------------------------------------------------- the tables
 
 

@@ -1,7 +1,7 @@
 """A stack of 7x7 convolutions on Fashion-MNIST (lecture, From MLP to CNN).
 
 ./launch.sh train --experiment=fashion_mnist/conv_stack
-The lecture: test accuracy 0.8858.
+Test accuracy 0.8955 (n = 1), the lecture's 0.8858; about 330 s an epoch on one Zen 4 core.
 """
 
 from cnn_jax.config import Config, DataConfig

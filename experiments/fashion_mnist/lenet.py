@@ -1,7 +1,7 @@
 """LeNet on Fashion-MNIST (lecture, Padding, LeNet and exercise 1).
 
 ./launch.sh train --experiment=fashion_mnist/lenet
-Test accuracy 0.900 (standard deviation 0.004, n = 3), about 10 s an epoch on two Zen 4 cores.
+Test accuracy 0.8997 ± 0.0032 (n = 5), about 6 s an epoch on two Zen 4 cores.
 """
 
 from cnn_jax.config import Config, DataConfig
