@@ -1,5 +1,6 @@
 """The optimizer of a run: schedules and masks on top of Optax."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -127,6 +128,16 @@ def muon_and_sgd(
             "whitening": optax.set_to_zero(),
         },
         _speedrun_groups,
+    )
+
+
+def airbench(batch_size: int) -> functools.partial:
+    """`muon_and_sgd` with airbench94_muon's rates for such batches, to be a Config's optimizer."""
+    return functools.partial(
+        muon_and_sgd,
+        bias_learning_rate=0.053 * batch_size,
+        head_learning_rate=0.67 * batch_size,
+        decay=2e-6 * batch_size,
     )
 
 

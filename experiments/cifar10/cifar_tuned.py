@@ -1,7 +1,8 @@
 """The lecture's CIFAR-10 network with a better recipe: the same architecture in fewer epochs.
 
 ./launch.sh train --experiment=cifar10/cifar_tuned
-Mirrored and cropped images, weight decay, label smoothing, and a learning rate that falls to 0.
+The recipe of fashion_mnist/strided_tuned, in batches of 64, with crops and label smoothing added, as
+this network has fifteen million parameters to fit the training images with. No sweep chose it.
 """
 
 import optax
@@ -21,10 +22,10 @@ def config() -> Config:
     return Config(
         model=CifarCNN(),
         data=data,
-        epochs=8,
-        batch_size=128,
+        epochs=6,
+        batch_size=64,
         optimizer=optax.adamw,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         schedule="cosine",
         weight_decay=0.05,
         label_smoothing=0.1,

@@ -7,13 +7,9 @@ Test accuracy 0.9519 (n = 1), 49 minutes on two Zen 4 cores that had other work 
 more epochs.
 """
 
-import functools
-
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models import SpeedrunCNN
-from cnn_jax.optim import muon_and_sgd
-
-BATCH = 2000
+from cnn_jax.optim import airbench
 
 
 def config() -> Config:
@@ -25,18 +21,12 @@ def config() -> Config:
         crop_padding=2,
         test_time_augmentation="mirror_shift",
     )
-    optimizer = functools.partial(
-        muon_and_sgd,
-        bias_learning_rate=0.053 * BATCH,
-        head_learning_rate=0.67 * BATCH,
-        decay=2e-6 * BATCH,
-    )
     return Config(
         model=SpeedrunCNN(),
         data=data,
         epochs=13,
-        batch_size=BATCH,
-        optimizer=optimizer,
+        batch_size=2000,
+        optimizer=airbench(2000),
         learning_rate=0.24,
         schedule="linear",
         label_smoothing=0.2,
