@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 
 from cnn_jax import output as outputs
 from cnn_jax import step, summary
-from cnn_jax.data.batches import normalise
 from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.models.convolutional import gives_class_map
 from cnn_jax.restored import RestoredRun
@@ -203,11 +202,9 @@ def _scores(
     """uint8 [1, H, W, C] -> probabilities [classes], and those of the class map [h, w, classes]."""
     options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
     logits = step.predict_step(variables, image, **options)
-    class_map = None
-    raw = run.model.apply(variables, normalise(image, run.data))
-    if raw.ndim == 4:
-        class_map = jax.nn.softmax(raw[0])
-    return jax.nn.softmax(logits[0]), class_map
+    class_map = step.class_map_step(variables, image, **options)
+    maps = class_map.ndim == 4
+    return jax.nn.softmax(logits[0]), jax.nn.softmax(class_map[0]) if maps else None
 
 
 def _write_csv(path: Path, predictions: list[Prediction]) -> None:

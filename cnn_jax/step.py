@@ -126,6 +126,7 @@ def train_step(
             rngs={"dropout": dropout_key},
             mutable=["batch_stats"],
         )
+        logits = _one_score_each(logits)
         loss = cross_entropy(logits, batch["label"], config.label_smoothing).mean()
         return loss, (updated.get("batch_stats", {}), logits)
 
@@ -188,11 +189,22 @@ def predict_step(
     """uint8 [N, H, W, C] -> logits float32 [N, classes]; of a class map, its mean."""
     image = normalise(image, data)
     if data.test_time_augmentation == "none":
-        return _apply(model, variables, image, compute_dtype)[0]
+        return _one_score_each(_apply(model, variables, image, compute_dtype)[0])
     views, weights = test_views(image, data.test_time_augmentation)
     logits = _apply(model, variables, views.reshape(-1, *image.shape[1:]), compute_dtype)[0]
+    logits = _one_score_each(logits)
     logits = logits.reshape(len(weights), -1, logits.shape[-1])  # N may be unknown, in an export
     return jnp.tensordot(jnp.array(weights), logits, 1)
+
+
+def class_map_step(
+    variables: Any, image: jax.Array, *, model: nn.Module, data: DataConfig, compute_dtype: str
+) -> jax.Array:
+    """uint8 [N, H, W, C] -> logits float32 [N, h, w, classes] of a model that gives a class map.
+
+    Of the image as it is: test-time augmentation moves it, and with it the places of the scores.
+    """
+    return _apply(model, variables, normalise(image, data), compute_dtype)[0]
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -212,12 +224,15 @@ def _apply(
     mutable: Any = False,
     **options: Any,
 ) -> tuple[jax.Array, Any]:
-    """Logits [N, classes] in float32, and the collections named by `mutable`."""
+    """Logits in float32 as the model gives them, and the collections named by `mutable`."""
     if compute_dtype != "float32":
         cast = jax.tree.map(lambda p: p.astype(compute_dtype), variables["params"])
         variables, image = {**variables, "params": cast}, image.astype(compute_dtype)
     output = model.apply(variables, image, train=train, mutable=mutable, **options)
     logits, updated = output if mutable else (output, {})
-    if logits.ndim == 4:
-        logits = logits.mean((1, 2))
     return logits.astype(jnp.float32), updated
+
+
+def _one_score_each(logits: jax.Array) -> jax.Array:
+    """[N, classes] as they are; of a class map [N, h, w, classes], its mean."""
+    return logits.mean((1, 2)) if logits.ndim == 4 else logits

@@ -438,11 +438,13 @@ def test_fully_conv_predicts_at_the_files_own_size(tmp_path):
         assert min(picture.size) > 400
 
 
-def test_a_map_of_one_score_is_no_picture(tmp_path):
-    run = make_run(tmp_path, models.FullyConvCNN())
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_a_map_of_one_score_is_no_picture(tmp_path, compute_dtype):
+    run = make_run(tmp_path, models.FullyConvCNN(), compute_dtype=compute_dtype)
     path = save(tmp_path, Image.fromarray(noise(channels=0)))
-    (found,), _ = predict.predict(run, [path], tmp_path / "out")
+    (found,), _ = predict.predict(run, [path], tmp_path / "out", top_k=10)
     assert found.class_map.shape == (1, 1, 10)
+    np.testing.assert_allclose(np.sort(found.class_map[0, 0])[::-1], found.probabilities, rtol=1e-6)
     assert found.map_file is None
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.csv"]
 
