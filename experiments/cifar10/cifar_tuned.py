@@ -22,7 +22,7 @@ def config() -> Config:
     return Config(
         model=CifarCNN(),
         data=data,
-        epochs=6,
+        epochs=5,
         batch_size=64,
         optimizer=optax.adamw,
         learning_rate=1e-3,
