@@ -24,13 +24,11 @@ EXIT_CODES = {
 def handle(handler: Callable[[int, FrameType | None], None]) -> dict:
     """Has `handler` called for these signals, and returns what was, to be put back by signal.signal.
 
-    What is ignored, as nohup does with SIGHUP, stays ignored.
+    SIGHUP stays ignored where nohup had it ignored.
     """
-    found = {number: signal.getsignal(number) for number in EXIT_CODES}
-    found = {number: old for number, old in found.items() if old != signal.SIG_IGN}
-    for number in found:
-        signal.signal(number, handler)
-    return found
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = EXIT_CODES.keys() - ({signal.SIGHUP} if nohup else set())
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 class StopSignals:

@@ -463,6 +463,15 @@ def test_a_command_that_is_killed_is_named_so(instead):
     assert failed.value.exit_code == 1
 
 
+@pytest.fixture
+def no_nohup():
+    """The tests themselves may run under nohup, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 129)],

@@ -23,6 +23,8 @@ HEAD = """
 import os, signal, sys, threading
 from cnn_jax.signals import StopSignals
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
 def noted(signals):
     while not signals.exit_code:
         threading.Event().wait(0.001)
@@ -123,8 +125,7 @@ def test_afterwards_all_is_as_before():
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (count, threads)
 
 
-def test_what_is_ignored_stays_ignored():
-    """nohup ignores SIGHUP."""
+def test_what_nohup_ignores_stays_ignored():
     process = run(
         """
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
