@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from cnn_jax import models
-from cnn_jax.config import DataConfig
+from cnn_jax.config import CHANGEABLE_ON_RESUME, Config, DataConfig
 from cnn_jax.errors import ConfigError
 from cnn_jax.field_types import check_types, fields_of, is_record
 
@@ -109,7 +109,7 @@ def with_defaults(saved: dict, value: Any) -> dict:
     return filled
 
 
-def changes(saved: dict, config: Any, free: Collection[str] = ()) -> list[str]:
+def changes(saved: dict, config: Config, free: Collection[str] = ()) -> list[str]:
     """`differences` of the `config` part of a config.json from `config`, but for the fields in `free`.
 
     Fields that were added after it was written count as saved with their defaults.
@@ -117,6 +117,11 @@ def changes(saved: dict, config: Any, free: Collection[str] = ()) -> list[str]:
     wanted = json.loads(json.dumps(to_json(config)))
     lines = differences(with_defaults(saved, config), wanted)
     return [line for line in lines if line.partition(":")[0] not in free]
+
+
+def is_of(saved: dict, config: Config) -> bool:
+    """Whether `saved`, of a config.json, is `config`, but for fields that change no number."""
+    return not changes(saved, config, CHANGEABLE_ON_RESUME)
 
 
 def differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:

@@ -21,8 +21,8 @@ from cnn_jax import experiment as experiments
 from cnn_jax import results, sweep_picture
 from cnn_jax import workdir as workdirs
 from cnn_jax.checks import validate
-from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
-from cnn_jax.config_json import changes, to_json
+from cnn_jax.config import Config
+from cnn_jax.config_json import is_of, to_json
 from cnn_jax.errors import CheckpointError, ConfigError, NotFiniteError
 from cnn_jax.overrides import override
 from cnn_jax.processes import CommandFailed, Processes
@@ -223,7 +223,7 @@ def _run(processes: Processes, command: list[str], folder: Path, config: Config)
 def _ended(folder: Path, config: Config) -> Run | None:
     """The run in `folder` if it is this one, and there is nothing left to do."""
     try:
-        if changes(workdirs.read_config(folder)["config"], config, CHANGEABLE_ON_RESUME):
+        if not is_of(workdirs.read_config(folder)["config"], config):
             return None
     except CheckpointError:
         return None

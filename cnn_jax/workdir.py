@@ -157,9 +157,7 @@ def check_same_run(workdir: Path, config: Config, about: dict) -> None:
     saved = read_config(workdir)
     free = {*CHANGEABLE_ON_RESUME, *(["epochs"] if config.schedule == "constant" else [])}
     lines = changes(saved["config"], config, free)
-    lines += differences(
-        {name: saved.get(name) for name in about}, json.loads(json.dumps(dict(about)))
-    )
+    lines += differences({name: saved.get(name) for name in about}, json.loads(json.dumps(about)))
     if lines:
         raise ConfigError(
             f"workdir={workdir}: holds another run; {'; '.join(lines)} (choose another --workdir)"

@@ -13,7 +13,7 @@ import pytest
 from cnn_jax import experiment as experiments
 from cnn_jax import results
 from cnn_jax import workdir as workdirs
-from cnn_jax.config_json import to_json
+from cnn_jax.config_json import is_of, to_json
 from cnn_jax.errors import CheckpointError, ConfigError, Preempted
 from cnn_jax.overrides import override
 from cnn_jax.processes import CommandFailed, Processes
@@ -201,9 +201,9 @@ def test_a_record_from_before_a_field_was_added_still_counts(tmp_path):
     saved = json.loads(path.read_text())
     del saved["config"]["clip_norm"], saved["config"]["data"]["flip"]
     path.write_text(json.dumps(saved))
-    assert records.is_of(saved["config"], experiments.load("cifar10/lenet"))
-    assert not records.is_of(saved["config"], experiments.load("cifar10/lenet", ["clip_norm=1"]))
-    assert not records.is_of(saved["config"], experiments.load("cifar10/lenet", ["data.flip=true"]))
+    assert is_of(saved["config"], experiments.load("cifar10/lenet"))
+    assert not is_of(saved["config"], experiments.load("cifar10/lenet", ["clip_norm=1"]))
+    assert not is_of(saved["config"], experiments.load("cifar10/lenet", ["data.flip=true"]))
 
 
 def test_a_run_from_before_a_field_was_added_goes_on(tmp_path):

@@ -14,8 +14,7 @@ from typing import Any
 
 from cnn_jax import summary
 from cnn_jax import workdir as workdirs
-from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
-from cnn_jax.config_json import changes
+from cnn_jax.config import Config
 from cnn_jax.errors import CheckpointError
 from cnn_jax.experiment import FOLDER, short_name
 
@@ -72,11 +71,6 @@ def read(path: Path) -> Record | None:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: damaged record ({reason}); delete or restore it") from None
-
-
-def is_of(saved: dict, config: Config) -> bool:
-    """Whether `saved`, of a config.json, is `config`, but for fields that change no number."""
-    return not changes(saved, config, CHANGEABLE_ON_RESUME)
 
 
 def commit() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from cnn_jax import experiment as experiments
 from cnn_jax import processor
 from cnn_jax import workdir as workdirs
 from cnn_jax.config import Config
+from cnn_jax.config_json import is_of
 from cnn_jax.errors import CnnJaxError, Preempted
 from cnn_jax.processes import CommandFailed, Processes
 from cnn_jax.reproduce import records, table
@@ -61,7 +62,7 @@ def reproduce(
                 config = experiments.load(experiment, [f"seed={seed}"])
                 path = records.folder(output / "records", experiment, seed)
                 record = records.read(path)
-                if record and records.is_of(record.config["config"], config):
+                if record and is_of(record.config["config"], config):
                     log.info("%s: recorded already", name)
                     continue
                 log.info("%s", name)

@@ -14,6 +14,7 @@ import scipy.stats
 
 from cnn_jax import experiment as experiments
 from cnn_jax import results
+from cnn_jax.config_json import is_of
 from cnn_jax.errors import ConfigError
 from cnn_jax.reproduce import plan, records
 from cnn_jax.reproduce.records import Record
@@ -182,7 +183,7 @@ def read_all(folder: Path, experiment: str) -> list[Record]:
         except ConfigError as error:
             log.warning("warning: the record of %s is left out: %s", where, error)
             continue
-        if records.is_of(record.config["config"], config):
+        if is_of(record.config["config"], config):
             current.append(record)
             if record.run.get("dirty"):
                 log.warning("warning: the record of %s is of code that no commit holds", where)
