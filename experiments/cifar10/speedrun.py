@@ -1,7 +1,7 @@
 """The 94% CIFAR-10 speedrun (arXiv 2404.00498) in its version with Muon: 0.28 PFLOP of training.
 
 ./launch.sh train --experiment=cifar10/speedrun
-Test accuracy 0.9407 ± 0.0007 (n = 5): 22 to 23 minutes on two cores of an Intel Xeon with AVX-512 and
+Test accuracy 0.9407 ± 0.0007 (n = 5): 22 minutes on two cores of an Intel Xeon with AVX-512 and
 one heap for all threads (README, Speed on a CPU), 54 on two Zen 4 cores that had other work too.
 """
 
