@@ -17,6 +17,7 @@ from cnn_jax.errors import ConfigError
 from cnn_jax.models.convolutional import convolutional
 from cnn_jax.receptive_field import Field
 from cnn_jax.restored import RestoredRun
+from cnn_jax.step import forward
 
 IMAGES = 64
 # Of the largest logit: the sums are the same, but added in another order.
@@ -116,7 +117,7 @@ def _compare(dense: RestoredRun, made: RestoredRun) -> tuple[float, float]:
 
     def logits(run: RestoredRun) -> np.ndarray:
         model = jax.jit(
-            lambda variables, image: run.model.apply(variables, normalise(image, run.data))
+            lambda variables, image: forward(run.model, variables, normalise(image, run.data))
         )
         return np.asarray(model(run.variables, noise), np.float32).reshape(IMAGES, -1)
 

@@ -60,7 +60,7 @@ def evaluate_examples(
 
     Args:
       eval_step: from `make_eval_step`.
-      variables: "params" and "batch_stats", on the mesh.
+      variables: "params" and the model's other collections, on the mesh.
       examples: a split.
       batch_size: raised to a multiple of the devices; decides the last digits of the loss.
       mesh: the devices.
@@ -163,6 +163,6 @@ def check_fits(run: RestoredRun, examples: sources.Examples, name: str) -> None:
         )
     try:
         image = jax.ShapeDtypeStruct((1, *examples.image_shape), jnp.float32)
-        jax.eval_shape(run.model.apply, run.variables, image)
+        jax.eval_shape(functools.partial(step.forward, run.model), run.variables, image)
     except ValueError as error:
         raise DataError(f"{sizes} ({error})") from None

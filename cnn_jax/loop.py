@@ -289,13 +289,12 @@ class _Run:
 
     def _evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the validation and test splits."""
-        variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
         line = {}
         for name in ("validation", "test"):
             if (examples := getattr(self.splits, name)) is not None:
                 result = evaluate.evaluate_examples(
                     self.eval_step,
-                    variables,
+                    self.state.variables,
                     examples,
                     self.config.eval_batch_size,
                     self.mesh,

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cnn_jax import checkpoint
+from cnn_jax import checkpoint, step
 from cnn_jax import workdir as workdirs
 from cnn_jax.checks import validate
 from cnn_jax.config import Config, DataConfig
@@ -30,7 +30,7 @@ class RestoredRun:
       batch_size: examples a step of evaluation.
       compute_dtype: of the activations.
       step: of the checkpoint.
-      variables: "params" and "batch_stats" as NumPy arrays.
+      variables: "params" and the model's other collections as NumPy arrays.
       saved: the whole of config.json.
     """
 
@@ -78,7 +78,11 @@ def load_run(
     restored = checkpoint.Checkpoints(workdir).select(which, verify=verify)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    template = {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
+    template = {"params": shapes.get("params", {}), **step.model_state_of(shapes)}
+    if any(name.startswith("eval_params/") for name in restored.arrays):
+        template["eval_params"] = template["params"]
+    variables = checkpoint.fill(template, restored)
+    variables["params"] = variables.pop("eval_params", variables["params"])
     return RestoredRun(
         workdir=workdir,
         experiment=experiment,
@@ -89,6 +93,6 @@ def load_run(
         batch_size=batch_size,
         compute_dtype=compute_dtype,
         step=restored.step,
-        variables=checkpoint.fill(template, restored),
+        variables=variables,
         saved=saved,
     )

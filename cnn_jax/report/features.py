@@ -12,6 +12,7 @@ from cnn_jax import pictures
 from cnn_jax.data.batches import normalise
 from cnn_jax.models.convolutional import replaces
 from cnn_jax.restored import RestoredRun
+from cnn_jax.step import forward
 from cnn_jax.summary import Summary
 
 MAPS = 8
@@ -75,13 +76,13 @@ def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
             arrays.append((args[0] if args else None, output))
         return output
 
-    def forward(variables: Any, image: jax.Array) -> list[tuple[Any, jax.Array]]:
+    def followed(variables: Any, image: jax.Array) -> list[tuple[Any, jax.Array]]:
         with nn.intercept_methods(record):
-            run.model.apply(variables, normalise(image, run.data))
+            forward(run.model, variables, normalise(image, run.data))
         return arrays
 
     try:
-        calls = jax.device_get(jax.jit(forward)(run.variables, image))
+        calls = jax.device_get(jax.jit(followed)(run.variables, image))
     except jax.errors.UnexpectedTracerError:
         return []
     stages, place = [], 0
