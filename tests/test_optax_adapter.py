@@ -63,58 +63,15 @@ STATELESS = optax.chain(
     optax.scale_by_sign(),
     optax.zero_nans(),
 )
-OPTIMIZERS = {
-    name: getattr(optax, name)
-    for name in [
-        "adabelief",
-        "adadelta",
-        "adafactor",
-        "adagrad",
-        "adam",
-        "adamax",
-        "adamaxw",
-        "adamw",
-        "adan",
-        "amsgrad",
-        "fromage",
-        "lamb",
-        "lars",
-        "lbfgs",
-        "lion",
-        "nadam",
-        "nadamw",
-        "novograd",
-        "optimistic_adam_v2",
-        "optimistic_gradient_descent",
-        "radam",
-        "rmsprop",
-        "sgd",
-        "sign_sgd",
-        "signum",
-        "yogi",
-    ]
-}
-CONTRIB = {
-    name: getattr(contrib, name)
-    for name in [
-        "acprop",
-        "ademamix",
-        "adopt",
-        "cocob",
-        "dadapt_adamw",
-        "dog",
-        "dowg",
-        "galore",
-        "madgrad",
-        "momo",
-        "momo_adam",
-        "muon",
-        "prodigy",
-        "schedule_free_sgd",
-        "simplified_ademamix",
-        "sophia",
-    ]
-}
+OPTIMIZERS = """
+    adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb lars lbfgs
+    lion nadam nadamw novograd optimistic_adam_v2 optimistic_gradient_descent radam rmsprop sgd sign_sgd
+    signum yogi
+"""
+CONTRIB = """
+    acprop ademamix adopt cocob dadapt_adamw dog dowg galore madgrad momo momo_adam muon prodigy
+    schedule_free_sgd simplified_ademamix sophia
+"""
 OTHERS = {
     "noisy_sgd": functools.partial(optax.noisy_sgd, key=0),
     "optimistic_adam": lambda learning_rate: optax.optimistic_adam(
@@ -159,7 +116,11 @@ OTHERS = {
     "stateless": behind(STATELESS),
     "snapshot": behind(optax.snapshot("norm", optax.tree.norm)),
 }
-EVERY = OPTIMIZERS | CONTRIB | OTHERS
+EVERY = (
+    {name: getattr(optax, name) for name in OPTIMIZERS.split()}
+    | {name: getattr(contrib, name) for name in CONTRIB.split()}
+    | OTHERS
+)
 
 
 def make_step(factory, **fields):
@@ -219,10 +180,15 @@ def test_it_trains_and_goes_on_with_equal_bits(name, tmp_path):
     assert any(jax.tree.leaves(moved))
 
 
-def test_what_does_not_depend_on_how_often_it_is_called_goes_on_after_an_empty_array(tmp_path):
+def test_an_array_without_elements_is_saved(tmp_path):
     """`galore` holds arrays of no elements for what it does not project, which Orbax refuses."""
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    state = {"step": np.int32(1), "opt_state": {"none": np.zeros((0, 3), np.float16)}}
+    params = {"bias": np.zeros(2)}
+    state = {
+        "step": np.int32(1),
+        "params": params,
+        "opt_state": {"none": np.zeros((0, 3), np.float16)},
+    }
     checkpoints.start_writing(None)
     checkpoints.save(state, {})
     checkpoints.close()
@@ -301,7 +267,7 @@ def test_sam_is_evaluated_where_it_is_not_adversarial():
             "optimistic_adam fails (ValueError: ",
         ),
         (
-            functools.partial(contrib.dpsgd, l2_norm_clip=1.0, noise_multiplier=1.0, seed=0),
+            functools.partial(contrib.dpsgd, l2_norm_clip=1.0, noise_multiplier=1.0, key=0),
             "dpsgd fails (ValueError: Unlike other transforms, `differentially_private_aggregate`",
         ),
         (
@@ -314,16 +280,18 @@ def test_sam_is_evaluated_where_it_is_not_adversarial():
             lambda learning_rate: optax.chain(
                 *[contrib.sam(optax.sgd(learning_rate), optax.sgd(0.1)) for _ in range(2)]
             ),
-            "test_optax_adapter.<lambda> fails",
+            "SAM, SAM must hold all parameters, and be one",
         ),
         (lambda learning_rate: optax.add_decayed_weights("much"), "<lambda> fails (TypeError: "),
     ],
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_cannot_be_used_is_refused_in_one_line(factory, said):
     with pytest.raises(ConfigError) as caught:
         train(factory, 1)
     message = str(caught.value)
-    assert message.startswith("optimizer: ") and said in message
+    assert message.startswith("optimizer: ")
+    assert said in message
     assert "\n" not in message
 
 
