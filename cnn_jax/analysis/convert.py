@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -77,9 +76,7 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
         checkpoints.save({"step": np.int32(run.step), **made.variables}, {})
         checkpoints.close()
         lines = [line for line in workdirs.metrics(run.workdir) if line["step"] <= run.step]
-        workdirs.write_text(
-            folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
-        )
+        workdirs.write_text(folder / "metrics.jsonl", "".join(map(workdirs.line_of, lines)))
         workdirs.write_json(folder / "config.json", saved)
     after = checkpoint.names(made.variables["params"])
     kernels = tuple(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.common.errors import CheckpointError, DataError
+from cnn_jax.common.errors import CheckpointError, DataError, NotFiniteError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import loader, sources
 from cnn_jax.models.layers import takes_one_image_size
@@ -104,6 +104,7 @@ def evaluate(
     Raises:
       DataError: the dataset is missing, damaged, or does not fit the model.
       CheckpointError: evaluation.json cannot be written.
+      NotFiniteError: the loss is infinite or NaN; nothing is written.
     """
     data = dataclasses.replace(run.data, name=dataset) if dataset else run.data
     examples = sources.load_examples(data, split, data_dir)
@@ -112,6 +113,11 @@ def evaluate(
     eval_step = make_eval_step(run.model, run.data, run.compute_dtype, mesh)
     variables = parallel.replicate(run.variables, mesh)
     result = evaluate_examples(eval_step, variables, examples, run.batch_size, mesh)
+    if not np.isfinite(result.loss):
+        raise NotFiniteError(
+            f"checkpoint {run.step} of {run.workdir} on {data.name}/{split}: loss={result.loss} is not "
+            "finite, so its accuracy says nothing; choose another one with --checkpoint"
+        )
     report = {
         "checkpoint": run.step,
         "dataset": data.name,

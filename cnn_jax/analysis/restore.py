@@ -74,7 +74,8 @@ def load_run(
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{workdir / 'config.json'}: damaged ({reason})") from None
-    validate(Config(model, data, eval_batch_size=batch_size, compute_dtype=compute_dtype))
+    fields = {"eval_batch_size": batch_size, "compute_dtype": compute_dtype}
+    validate(Config(model, data, **fields), trained=True)
     restored = checkpoint.Checkpoints(workdir).select(which, verify=verify)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)

@@ -29,7 +29,7 @@ class CheckpointError(CnnJaxError):
 
 
 class NotFiniteError(CnnJaxError):
-    """The training loss became infinite or NaN."""
+    """A loss, parameters or an evaluation became infinite or NaN."""
 
     exit_code = 5
 

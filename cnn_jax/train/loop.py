@@ -30,7 +30,7 @@ from cnn_jax.common import images as pictures
 from cnn_jax.common.errors import CheckpointError, ConfigError, DataError, NotFiniteError, Preempted
 from cnn_jax.common.files import library_path
 from cnn_jax.config import Config
-from cnn_jax.config.validate import check_images, check_model, validate
+from cnn_jax.config.validate import check_images, check_init_examples, check_model, validate
 from cnn_jax.data import loader
 from cnn_jax.data.splits import Splits, load_splits
 from cnn_jax.train import checkpoint, optim, parallel
@@ -68,7 +68,7 @@ def train(
 
     Raises:
       ConfigError, DataError, CheckpointError: as their names say.
-      NotFiniteError: the loss became infinite or NaN.
+      NotFiniteError: the loss, the parameters or an evaluation became infinite or NaN.
       Preempted: a signal asked the run to end; it saved, and the same call goes on.
     """
     validate(config)
@@ -202,6 +202,8 @@ class _Run:
         if parallel.is_main_process():
             self.checkpoints.start_writing(restored.step if restored else None)
             workdirs.keep_metrics_until(self.workdir, restored.step if restored else 0)
+            if restored:
+                workdirs.warn_of_other_bits(self.workdir)
             workdirs.write_config(self.workdir, config, experiment, self.about)
 
     def _first_examples(self) -> list[jax.Array]:
@@ -209,6 +211,7 @@ class _Run:
         count = min(self.config.init_examples, len(self.splits.train))
         if not count:
             return []
+        check_init_examples(self.config, self.splits.train.image_shape)
         return [loader.normalise(self.splits.train[np.arange(count)]["image"], self.config.data)]
 
     def epochs(self) -> None:
@@ -276,6 +279,9 @@ class _Run:
         }
         if last or (epoch + 1) % config.eval_every_epochs == 0:
             line |= self._evaluate()
+        for name, value in line.items():
+            if not np.isfinite(value):
+                self._not_finite(line["step"] - 1, f"{name}={value} after step {line['step'] - 1}")
         line["epoch_seconds"] = self.epoch_seconds
         line["images_per_second"] = images / self.epoch_seconds
         if parallel.is_main_process():
@@ -388,7 +394,11 @@ class _Run:
             return
         self._check_finite(state.sums)
         for name, array in checkpoint.names(state).items():
-            if not np.isfinite(array).all() and not name.startswith("sums/"):
+            if name.startswith("sums/"):
+                continue
+            # A number of an optimizer may begin as infinite: reduce_on_plateau's best value does.
+            own = name.startswith("opt_state/") and not array.shape
+            if np.isnan(array).any() if own else not np.isfinite(array).all():
                 self._not_finite(step - 1, f"{name} is not finite after step {step - 1}")
         self.check_lock()
         self.checkpoints.save(state, {"epoch_seconds": self.epoch_seconds})

@@ -15,8 +15,17 @@ from cnn_jax.train.optax_adapter import adapt
 
 
 def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up from 0, then constant, cosine or linear."""
+    """Learning rate by step: a linear warm-up from 0, then constant, cosine or linear.
+
+    Raises:
+      ConfigError: the warm-up is shorter than a step.
+    """
     warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.warmup_epochs and not warmup:
+        raise ConfigError(
+            f"warmup_epochs={config.warmup_epochs}: must be 0, or at least {1 / steps_per_epoch:g}, "
+            "which is one step"
+        )
     rest = max(config.epochs * steps_per_epoch - warmup, 1)
     peak, end = config.learning_rate, config.final_learning_rate
     after = {

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import socket
@@ -16,10 +17,13 @@ from typing import Any
 
 import jax
 
+from cnn_jax.common import cpu
 from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
 from cnn_jax.config.serialize import changes, differences, to_json
 from cnn_jax.train import parallel
+
+log = logging.getLogger(__name__)
 
 NEEDED = {"experiment", "config", "class_names", "image_shape"}
 NEEDED_OF_CONFIG = {"model", "data", "eval_batch_size", "compute_dtype"}
@@ -96,22 +100,48 @@ def write_config(workdir: Path, config: Config, experiment: str, about: dict) ->
     Raises:
       CheckpointError: it cannot be written.
     """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    device = jax.devices()[0]
-    saved = {
-        "experiment": experiment,
-        "config": to_json(config),
-        **about,
-        "versions": {"python": platform.python_version(), **versions},
-        "device": {
-            "kind": device.device_kind,
-            "platform": device.platform,
-            "count": jax.device_count(),
-        },
-    }
+    saved = {"experiment": experiment, "config": to_json(config), **about, **_machine()}
     path = workdir / "config.json"
     with _written(path):
         write_json(path, saved)
+
+
+def _machine() -> dict[str, dict]:
+    """What computes: the versions and the device."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    device = jax.devices()[0]
+    about = {
+        "kind": device.device_kind,
+        "platform": device.platform,
+        "count": jax.device_count(),
+        "processor": cpu.name(),
+        "cores": cpu.cores(),
+    }
+    return {"versions": {"python": platform.python_version(), **versions}, "device": about}
+
+
+def warn_of_other_bits(workdir: Path) -> None:
+    """Says in one line if a run goes on with what changes the last bits of its numbers.
+
+    XLA splits sums over the cores that a process may use, and chooses its loops by the processor.
+    """
+    saved, now = read_config(workdir), _machine()
+    fields = {"versions": ["jax", "jaxlib"], "device": ["kind", "platform", "count"]}
+    if now["device"]["platform"] == "cpu":
+        fields["device"] += ["processor", "cores"]
+    lines = [
+        f"{name} {saved[part][name]} -> {now[part][name]}"
+        for part, names in fields.items()
+        for name in names
+        if saved.get(part, {}).get(name, now[part][name]) != now[part][name]
+    ]
+    if lines:
+        log.warning(
+            "warning: workdir=%s goes on with %s: the last bits of its numbers differ from those of a "
+            "run without a break",
+            workdir,
+            "; ".join(lines),
+        )
 
 
 def read_config(workdir: Path) -> dict:
@@ -171,15 +201,22 @@ def check_same_run(workdir: Path, config: Config, about: dict) -> None:
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, one an epoch; a line cut short by a crash is left out."""
+    """The lines of metrics.jsonl, one an epoch.
+
+    A line cut short by a crash is left out, and so is one with NaN, which JSON does not have.
+    """
     lines = []
     with contextlib.suppress(FileNotFoundError):
         for text in (workdir / "metrics.jsonl").read_bytes().splitlines():
             with contextlib.suppress(ValueError):
-                line = json.loads(text)
+                line = json.loads(text, parse_constant=_refused)
                 if isinstance(line, dict) and isinstance(line.get("step"), int):
                     lines.append(line)
     return lines
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def keep_metrics_until(workdir: Path, step: int) -> None:
@@ -191,7 +228,7 @@ def keep_metrics_until(workdir: Path, step: int) -> None:
     kept = [line for line in metrics(workdir) if line["step"] <= step]
     path = workdir / "metrics.jsonl"
     with _written(path):
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(map(line_of, kept)))
 
 
 def append_metrics(workdir: Path, line: dict[str, Any]) -> None:
@@ -202,11 +239,16 @@ def append_metrics(workdir: Path, line: dict[str, Any]) -> None:
     """
     path = workdir / "metrics.jsonl"
     with _written(path), open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(line_of(line))
+
+
+def line_of(metrics: dict[str, Any]) -> str:
+    """A line of metrics.jsonl."""
+    return json.dumps(metrics, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
