@@ -212,7 +212,7 @@ class _Run:
         if not count:
             return []
         check_init_examples(self.config, self.splits.train.image_shape)
-        return [loader.normalise(self.splits.train[np.arange(count)]["image"], self.config.data)]
+        return [preprocess.normalise(self.splits.train[np.arange(count)]["image"], self.config.data)]
 
     def epochs(self) -> None:
         """Trains, evaluates and saves, epoch by epoch."""

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.data.loader import normalise
+from cnn_jax.train.preprocess import normalise
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.train.step import forward
 
