@@ -6,6 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
+from cnn_jax import environment
 from cnn_jax.command_line import FLAGS, REQUIRED, SEVERAL, Command
 from cnn_jax.errors import ConfigError
 
@@ -87,14 +88,16 @@ def train(values: flags.FlagValues) -> None:
             parallel.start_processes(
                 values.coordinator, values.processes, values.process, config.heartbeat_seconds
             )
+        environment.check_devices()
     if values.dry_run:
         loop.dry_run(config, values.data_dir, values.download)
         return
     name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
-    lines = loop.train(
-        config, workdir, name, values.data_dir, values.download, verify=values.verify
-    )
+    with parallel.naming_the_lost():
+        lines = loop.train(
+            config, workdir, name, values.data_dir, values.download, verify=values.verify
+        )
     if not parallel.is_main_process():
         return
     if lines and "test_accuracy" in (last := lines[-1]):
@@ -144,6 +147,7 @@ def summary(values: flags.FlagValues) -> None:
     from cnn_jax.config import Config
     from cnn_jax.restored import load_run
 
+    environment.check_devices()
     if not (values.experiment or values.workdir):
         raise ConfigError("--experiment: summary needs it, or --workdir, the folder of a run")
     config = experiment.load(values.experiment, values.set) if values.experiment else None
@@ -193,6 +197,7 @@ def _load_run(values: flags.FlagValues):
     from cnn_jax import experiment
     from cnn_jax.restored import load_run
 
+    environment.check_devices()
     model = experiment.load(values.experiment).model if values.experiment else None
     return load_run(_path(values.workdir), values.checkpoint, model, values.verify)
 
@@ -211,6 +216,7 @@ def report(values: flags.FlagValues) -> None:
     """Draws what a run learned, or how several compare, as one HTML page."""
     from cnn_jax.report import page
 
+    environment.check_devices()
     path = page.report(
         [_path(workdir) for workdir in values.workdir],
         values.checkpoint,
@@ -286,6 +292,7 @@ def explain(values: flags.FlagValues) -> None:
         from cnn_jax import experiment, summary
         from cnn_jax.explain import counts
 
+        environment.check_devices()
         topics.check(values.topic, given, own)
         config = experiment.load(values.experiment or "fashion_mnist/lenet")
         shape = summary.input_shape(config, values.input_size, values.data_dir)
