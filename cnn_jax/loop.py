@@ -321,6 +321,8 @@ class _Run:
         order = np.arange(len(self.splits.train))
         batch = next(batches.training_batches(self.splits.train, order, config.batch_size))
         jitted = parallel.jit_step(pure, self.mesh)
+        if jax.config.jax_disable_jit:  # each operation runs by itself, to be looked at
+            return jitted
         compiled = jitted.lower(self.state, parallel.shard(batch, self.mesh)).compile()
         device = jax.devices()[0]
         self.progress.message(
