@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from absl import logging as absl_logging
 
-from cnn_jax import environment, signals
-from cnn_jax.errors import CnnJaxError
+from cnn_jax.common import environment
+from cnn_jax.common.errors import CnnJaxError
+from cnn_jax.train import signals
 
 log = logging.getLogger("cnn_jax")
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
     code = 128 + signal.SIGPIPE  # if the reader of our output leaves before the end
     try:
         environment.import_jax()
-        from cnn_jax import cache, commands, memory
+        from cnn_jax.cli import commands
+        from cnn_jax.common import cache, malloc
 
         name, *rest = argv or ["help"]
         if name in ("help", "--help", "-h"):
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         values = command.parse(rest)
         environment.check_xla_flags()
         cache.enable_compilation_cache()
-        memory.keep_freed()
+        malloc.keep_freed()
         code = command.run(values) or 0
         sys.stdout.flush()
         return code
@@ -82,7 +84,7 @@ def _end(code: int) -> None:
     Where it fails alone, the others are waiting for it. JAX's farewell would in turn wait for them,
     for minutes; silence tells them sooner.
     """
-    parallel = sys.modules.get("cnn_jax.parallel")  # without it there are no others
+    parallel = sys.modules.get("cnn_jax.train.parallel")  # without it there are no others
     alone = code not in (0, *signals.EXIT_CODES.values())
     if alone and parallel and parallel.is_one_of_several():
         sys.stdout.flush()
