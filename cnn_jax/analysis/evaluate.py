@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,12 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.common.errors import CheckpointError, DataError
+from cnn_jax.common import files
+from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import loader, sources
+from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
 from cnn_jax.train import parallel, step
 from cnn_jax.train import workdir as workdirs
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,7 @@ def evaluate(
     data_dir: str | None = None,
     devices: int | None = None,
 ) -> dict:
-    """Evaluates a restored run and writes evaluation.json into its workdir.
+    """Evaluates a restored run.
 
     Args:
       run: from `restore.load_run`.
@@ -103,16 +109,21 @@ def evaluate(
 
     Raises:
       DataError: the dataset is missing, damaged, or does not fit the model.
-      CheckpointError: evaluation.json cannot be written.
     """
     data = dataclasses.replace(run.data, name=dataset) if dataset else run.data
-    examples = sources.load_examples(data, split, data_dir)
+    try:
+        examples = sources.load_examples(data, split, data_dir)
+    except SizesDiffer:
+        height, width, _ = run.image_shape
+        log.info("%s has images of several sizes: resized to %dx%d", data.name, height, width)
+        data = dataclasses.replace(data, image_size=(height, width))
+        examples = sources.load_examples(data, split, data_dir)
     check_fits(run, examples, data.name)
     mesh = parallel.make_mesh(devices)
     eval_step = make_eval_step(run.model, run.data, run.compute_dtype, mesh)
     variables = parallel.replicate(run.variables, mesh)
     result = evaluate_examples(eval_step, variables, examples, run.batch_size, mesh)
-    report = {
+    return {
         "checkpoint": run.step,
         "dataset": data.name,
         "split": split,
@@ -122,12 +133,32 @@ def evaluate(
         "class_accuracy": dict(zip(run.class_names, result.class_accuracy(), strict=True)),
         "confusion_matrix": result.confusion.tolist(),
     }
+
+
+def write(report: dict, run: RestoredRun, output: Path | None = None) -> Path | None:
+    """Writes evaluation.json, and returns its path.
+
+    Args:
+      report: from `evaluate`.
+      run: that was evaluated. Its workdir may be somebody else's, or read-only: then this is told, and
+        None is returned.
+      output: another folder, made if missing.
+
+    Raises:
+      ConfigError: `output` cannot be written.
+    """
+    path = (output or run.workdir) / "evaluation.json"
+    if output:
+        with files.writing(output):
+            workdirs.write_json(path, report)
+        return path
     try:
-        workdirs.write_json(run.workdir / "evaluation.json", report)
+        workdirs.write_json(path, report)
     except OSError as error:
-        path = run.workdir / "evaluation.json"
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
-    return report
+        reason = error.strerror
+        log.warning("warning: %s: cannot be written: %s; --output names a folder", path, reason)
+        return None
+    return path
 
 
 def check_fits(run: RestoredRun, examples: sources.Examples, name: str) -> None:

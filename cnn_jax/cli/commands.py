@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 
 from cnn_jax.cli.flags import FLAGS, REQUIRED, SEVERAL, Command
-from cnn_jax.common import environment
+from cnn_jax.common import environment, files
 from cnn_jax.common.errors import ConfigError
 
 COMMANDS: dict[str, Command] = {}
@@ -111,17 +111,29 @@ def train(values: flags.FlagValues) -> None:
 
 
 @command(
-    "workdir", "checkpoint", "split", "dataset", "data_dir", "experiment", "verify", experiment=None
+    "workdir",
+    "checkpoint",
+    "split",
+    "dataset",
+    "data_dir",
+    "output",
+    "experiment",
+    "verify",
+    experiment=None,
 )
 def evaluate(values: flags.FlagValues) -> None:
     """Restores a checkpoint and evaluates it on every example of a split."""
     from cnn_jax.analysis import evaluate as evaluation
     from cnn_jax.cli import tables
 
+    output = _path(values.output) if values.output else None
+    if output:
+        files.check_folder(output)
     run = _load_run(values)
     report = evaluation.evaluate(run, values.split, values.dataset, values.data_dir)
     tables.print_evaluation(report)
-    print(f"written to {run.workdir / 'evaluation.json'}")
+    if path := evaluation.write(report, run, output):
+        print(f"written to {path}")
 
 
 @command(
@@ -189,8 +201,7 @@ def benchmark(values: flags.FlagValues) -> None:
 def _path(text: str) -> Path:
     if "://" in text:
         raise ConfigError(f"{text}: must be a local or a mounted folder")
-    # The shell leaves the ~ of --workdir=~/runs as it is.
-    return Path(text).expanduser()
+    return files.user_path(text)
 
 
 def _load_run(values: flags.FlagValues):

@@ -19,14 +19,15 @@ import jax
 import jaxlib
 
 from cnn_jax.common import cpu
+from cnn_jax.common.files import user_path
 
 log = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
     """The cache's folder; it need not exist."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("CNN_JAX_CACHE_DIR") or home / "cnn_jax").absolute()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return user_path(os.environ.get("CNN_JAX_CACHE_DIR") or f"{home}/cnn_jax").absolute()
 
 
 def cache_enabled() -> bool:

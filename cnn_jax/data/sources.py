@@ -87,7 +87,7 @@ class OnDemand:
 
 def default_data_dir() -> str:
     """TFDS_DATA_DIR, else TFDS's own folder."""
-    return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
+    return os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
 
 
 def load_examples(

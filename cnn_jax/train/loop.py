@@ -327,7 +327,16 @@ class _Run:
         jitted = parallel.jit_step(pure, self.mesh)
         if jax.config.jax_disable_jit:  # each operation runs by itself, to be looked at
             return jitted
-        compiled = jitted.lower(self.state, parallel.shard(batch, self.mesh)).compile()
+        try:
+            lowered = jitted.lower(self.state, parallel.shard(batch, self.mesh))
+        except NameError as error:
+            if "axis name" not in str(error):
+                raise
+            raise ConfigError(
+                f"model={type(config.model).__name__}: {error}; training has no named axis: leave "
+                "out the model's axis_name"
+            ) from error
+        compiled = lowered.compile()
         device = jax.devices()[0]
         self.progress.message(
             f"compiled in {time.perf_counter() - began:.1f} s for {self.mesh.size} x "

@@ -122,7 +122,7 @@ def read_config(workdir: Path) -> dict:
     """
     path = workdir / "config.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         config = saved.get("config", {})
         missing = [*(NEEDED - saved.keys()), *(NEEDED_OF_CONFIG - config.keys())]
         if missing or not all(isinstance(config[part], dict) for part in ("model", "data")):
@@ -201,7 +201,7 @@ def append_metrics(workdir: Path, line: dict[str, Any]) -> None:
       CheckpointError: it cannot be written.
     """
     path = workdir / "metrics.jsonl"
-    with _written(path), open(path, "a") as file:
+    with _written(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -213,7 +213,7 @@ def write_text(path: Path, text: str) -> None:
     """Replaces the file as a whole: a reader, or a crash, sees the old text or the new one."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     finally:
         with contextlib.suppress(OSError):  # a full disk: the half of it that was written
