@@ -12,12 +12,12 @@ from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.serialize import to_json
-from cnn_jax.train.preprocess import normalise
 from cnn_jax.models import summary
 from cnn_jax.models.convolutional import convolutional
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.train import checkpoint
 from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
 
 IMAGES = 64

@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.schema import Config, DataConfig
 from cnn_jax.config.serialize import to_json
-from cnn_jax.config.types import check_types
+from cnn_jax.config.types import check_types, fields_of
 
 
 def validate(config: Config, trained: bool = False) -> Config:
@@ -43,6 +43,7 @@ def validate(config: Config, trained: bool = False) -> Config:
     check(not fixed, "optimizer", f"without {', '.join(sorted(fixed))}: set the field of that name")
     classes = getattr(config.model, "num_classes", 1)
     check(not isinstance(classes, int) or classes >= 1, "model.num_classes", "at least 1")
+    _check_axis_names(config.model, "model.")
     check(0 <= config.seed < 2**31, "seed", "from 0 to 2**31 - 1")
     check(1 <= config.epochs < 2**31, "epochs", "from 1 to 2**31 - 1")
     for field in (
@@ -101,6 +102,18 @@ def validate(config: Config, trained: bool = False) -> Config:
             "begins after them",
         )
     return config
+
+
+def _check_axis_names(value: object, prefix: str) -> None:
+    """Refuses a module's axis of jax.pmap: training is one jit over all devices and has none."""
+    for name in fields_of(value):
+        inside = value.keywords[name] if isinstance(value, functools.partial) else vars(value)[name]
+        if name.endswith("axis_name") and inside is not None:
+            raise ConfigError(
+                f"{prefix}{name}={inside}: must be none; only parallel.pmap_step has a named axis, "
+                "and statistics over the whole batch need none in training"
+            )
+        _check_axis_names(inside, f"{prefix}{name}.")
 
 
 def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: int) -> int:

@@ -25,7 +25,7 @@ def put_section(path: Path, mark: str, text: str, first: bool = False) -> None:
     """
     section = f"<!-- {mark} -->\n{text.rstrip()}\n<!-- end of {mark} -->\n"
     try:
-        old = path.read_text() if path.exists() else TITLE
+        old = path.read_text(encoding="utf-8") if path.exists() else TITLE
         workdirs.write_text(path, _with_section(old, mark, section, first))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None

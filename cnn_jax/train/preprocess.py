@@ -6,8 +6,11 @@ number of devices nor on where a run was resumed.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cnn_jax.config import DataConfig
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.config.validate import check_init_examples
+from cnn_jax.data.sources import Examples
 
 
 def normalise(image: jax.Array, data: DataConfig) -> jax.Array:
@@ -16,6 +19,19 @@ def normalise(image: jax.Array, data: DataConfig) -> jax.Array:
     if data.mean == (0.0,) and data.std == (1.0,):
         return image
     return (image - jnp.array(data.mean, jnp.float32)) / jnp.array(data.std, jnp.float32)
+
+
+def first_images(config: Config, examples: Examples) -> list[jax.Array]:
+    """What the initialisation of the model sees, if it sees any: float32 [init_examples, H, W, C].
+
+    Raises:
+      ConfigError: the model's first parameters do not depend on images.
+    """
+    count = min(config.init_examples, len(examples))
+    if not count:
+        return []
+    check_init_examples(config, examples.image_shape)
+    return [normalise(examples[np.arange(count)]["image"], config.data)]
 
 
 def augment(key: jax.Array, image: jax.Array, index: jax.Array, data: DataConfig) -> jax.Array:

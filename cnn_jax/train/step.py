@@ -19,9 +19,9 @@ import optax
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.train.preprocess import alternate_flip, augment, normalise, test_views
 from cnn_jax.models.layers import WHOLE_BATCH_DROPOUT
 from cnn_jax.train.optax_adapter import eval_params
+from cnn_jax.train.preprocess import alternate_flip, augment, normalise, test_views
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]

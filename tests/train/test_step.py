@@ -10,9 +10,9 @@ import pytest
 
 from cnn_jax import models
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.train.preprocess import alternate_flip, augment, normalise
 from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten
 from cnn_jax.train import optim, step
+from cnn_jax.train.preprocess import alternate_flip, augment, normalise
 from tests.quick import noisy_state, quick_jit
 from tests.tiny import make_examples
 

@@ -91,7 +91,7 @@ def demonstrate(
     single = summary.summarise(mapped.model, run.image_shape)
     _check_side(run, single.field, side)
     examples = sources.load_examples(run.data, "test", data_dir)
-    evaluate.check_fits(run, examples, run.data.name)
+    examples = evaluate.fitting(run, examples, run.data.name)
     mean = np.clip(np.round(255 * np.array(run.data.mean)), 0, 255)  # padding's value, as a pixel
     canvas = compose(examples, side, mean.astype(np.uint8))
     whole = summary.summarise(mapped.model, canvas.image.shape)

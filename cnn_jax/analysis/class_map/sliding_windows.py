@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.train.preprocess import normalise
 from cnn_jax.models.receptive_field import Field
+from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
 
 # More windows than this are sampled: networks without strides have a score for each pixel.

@@ -10,9 +10,9 @@ import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import images
-from cnn_jax.train.preprocess import normalise
 from cnn_jax.models.convolutional import replaces
 from cnn_jax.models.summary import Summary
+from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
 
 MAPS = 8

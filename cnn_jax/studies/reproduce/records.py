@@ -59,7 +59,7 @@ def read(path: Path) -> Record | None:
         return None
     try:
         config, evaluation, run = (
-            json.loads((path / name).read_text())
+            json.loads((path / name).read_text(encoding="utf-8"))
             for name in ("config.json", "evaluation.json", "run.json")
         )
         record = Record(config["config"]["seed"], config, workdirs.metrics(path), evaluation, run)
@@ -107,7 +107,7 @@ def write(path: Path, workdir: Path, config: Config, command: str, origin: dict)
     """
     saved = workdirs.read_config(workdir)
     lines = workdirs.metrics(workdir)
-    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    evaluation = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
     if not lines or evaluation["checkpoint"] != lines[-1]["step"]:
         raise CheckpointError(
             f"{workdir / 'evaluation.json'}: checkpoint={evaluation['checkpoint']} is not that of "
