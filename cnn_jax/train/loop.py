@@ -11,7 +11,6 @@ no line is lost or repeated.
 """
 
 import functools
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from cnn_jax.common.files import library_path
 from cnn_jax.config import Config
 from cnn_jax.config.validate import validate
 from cnn_jax.data import loader
@@ -33,8 +31,6 @@ from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
 from cnn_jax.train.step import TrainState, empty_sums, init_state, train_step
-
-log = logging.getLogger(__name__)
 
 
 def train(
@@ -72,7 +68,6 @@ def train(
     workdir = Path(workdir).absolute()
     if parallel.is_main_process():
         workdirs.prepare(workdir)
-        library_path(workdir)  # refuses, before the first step, what cannot be saved into
     with StopSignals() as signals, workdirs.locked(workdir) as check_lock:
         workdirs.check_same_run(workdir, config, metadata={})  # before time goes into the data
         splits = splits or load_splits(config, data_dir, download)
@@ -81,8 +76,7 @@ def train(
         workdirs.check_same_run(workdir, config, metadata)
         saver = Saver(config, workdir, len(splits.train), signals, check_lock)
         with _Run(config, mesh, splits, signals, saver) as run:
-            restored = run.restore(verify)
-            saver.start(restored)
+            saver.start(run.restore(verify))
             if parallel.is_main_process():
                 workdirs.write_config(workdir, config, experiment, metadata)
             run.epochs()

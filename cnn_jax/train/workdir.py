@@ -19,6 +19,7 @@ import jax
 
 from cnn_jax.common import cpu
 from cnn_jax.common.errors import CheckpointError, ConfigError
+from cnn_jax.common.files import library_path
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
 from cnn_jax.config.serialize import changes, differences, to_json
 from cnn_jax.train import parallel
@@ -35,6 +36,7 @@ def prepare(workdir: Path) -> None:
 
     Raises:
       CheckpointError: it is a file, or cannot be written.
+      ConfigError: checkpoints cannot be saved below a path like this.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -42,6 +44,7 @@ def prepare(workdir: Path) -> None:
         raise CheckpointError(f"workdir={workdir}: is a file or below one; name a folder") from None
     except OSError as error:
         raise CheckpointError(f"workdir={workdir}: cannot be made: {error.strerror}") from None
+    library_path(workdir)
     try:
         probe = workdir / ".writable"
         probe.touch()
