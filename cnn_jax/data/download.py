@@ -1,5 +1,6 @@
 """Files over HTTP: from several hosts in turn, resumed where they broke off, checked by SHA-256."""
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -110,7 +111,8 @@ def _fetch(file: RemoteFile, folder: Path, shown: rich.progress.Progress) -> Pat
     task = shown.add_task(file.name, total=file.size)
     problems: dict[str, str] = {}
     with open(part, "ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems know no locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
         if file.is_at(path):  # another process was faster
             part.unlink(missing_ok=True)
             return path

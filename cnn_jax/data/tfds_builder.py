@@ -217,11 +217,8 @@ def _check_download(builder: Any, name: str, data_dir: str, download: bool) -> N
     )
     if not download:
         raise DataError(advice)
-    if (
-        not tensorflow_is_installed()
-        and builder.__module__.startswith("tensorflow_datasets.")
-        and not raw_files.is_known(builder)
-    ):
+    of_tfds = builder.__module__.startswith("tensorflow_datasets.")
+    if of_tfds and not raw_files.is_known(builder) and not tensorflow_is_installed():
         raise DataError(f"data.name={name}: preparing it {NO_TENSORFLOW}")
     if silent := _silent_hosts(builder, data_dir):
         raise DataError(f"{advice} (--download: {', '.join(silent)} cannot be reached)")
