@@ -123,14 +123,16 @@ def _fetch(file: RemoteFile, folder: Path, shown: rich.progress.Progress) -> Pat
             text = f"fetching {file.name} ({file.size / 1e6:.1f} MB) from {host}"
             shown.console.print(text, markup=False, soft_wrap=True)
             problems[host] = _receive(url, stream, file.size, shown, task)
-            if stream.seek(0, 2) < file.size:
-                continue
-            stream.flush()
-            if file.is_at(part):
-                part.rename(path)
-                return path
-            problems[host] = "its SHA-256 is not the recorded one"
-            stream.truncate(0)
+            if stream.seek(0, 2) >= file.size:
+                stream.flush()
+                if file.is_at(part):
+                    part.rename(path)
+                    return path
+                problems[host] = "its SHA-256 is not the recorded one"
+                stream.truncate(0)
+            shown.console.print(
+                f"{file.name}: {host}: {problems[host]}", markup=False, soft_wrap=True
+            )
     told = "; ".join(f"{host}: {problem}" for host, problem in problems.items())
     raise DataError(
         f"{file.name}: cannot be fetched ({told}); run the command again, which resumes, or put the "

@@ -50,20 +50,13 @@ def is_known(builder: Any) -> bool:
 
 def remote_files(builder: Any) -> list[download.RemoteFile]:
     """What `builder` is made from, with TFDS's recorded sizes and checksums."""
-    return [
-        download.RemoteFile(
-            info.filename,
-            int(info.size),
-            info.checksum,
-            tuple(
-                sorted(
-                    (url, *(mirror + info.filename for mirror in MIRRORS[builder.name])),
-                    key=lambda address: SLOW_HOST in address,
-                )
-            ),
-        )
-        for url, info in builder.url_infos.items()
-    ]
+    files = []
+    for url, info in builder.url_infos.items():
+        urls = [url, *(folder + info.filename for folder in MIRRORS[builder.name])]
+        urls.sort(key=lambda address: SLOW_HOST in address)  # else the order stays
+        size, sha256 = int(info.size), info.checksum
+        files.append(download.RemoteFile(info.filename, size, sha256, tuple(urls)))
+    return files
 
 
 def missing(builder: Any, downloads: Path) -> list[download.RemoteFile]:
@@ -139,9 +132,8 @@ def _read_cifar(
             return archive.extractfile(about.prefix + name).read()
 
         for feature, name in zip(about.label_keys, about.label_files, strict=True):
-            builder.info.features[feature].names = list(
-                filter(None, read(name).decode().splitlines())
-            )
+            names = read(name).decode().splitlines()
+            builder.info.features[feature].names = [line for line in names if line]
         files = about.train_files if split == "train" else about.test_files
         data = np.frombuffer(b"".join(map(read, files)), np.uint8)
     records = data.reshape(-1, len(about.label_keys) + 3072)

@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 
 from cnn_jax.config import DataConfig
-from cnn_jax.data import raw_files
-from cnn_jax.data.download import silent_hosts
 from cnn_jax.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -217,6 +215,8 @@ def _check_download(builder: Any, name: str, data_dir: str, download: bool) -> N
     )
     if not download:
         raise DataError(advice)
+    from cnn_jax.data import raw_files
+
     of_tfds = builder.__module__.startswith("tensorflow_datasets.")
     if of_tfds and not raw_files.is_known(builder) and not tensorflow_is_installed():
         raise DataError(f"data.name={name}: preparing it {NO_TENSORFLOW}")
@@ -225,6 +225,8 @@ def _check_download(builder: Any, name: str, data_dir: str, download: bool) -> N
 
 
 def _prepare(builder: Any, data_dir: str) -> None:
+    from cnn_jax.data import raw_files
+
     known = raw_files.is_known(builder)
     with contextlib.ExitStack() as stack:
         if known:
@@ -248,6 +250,9 @@ def _silent_hosts(builder: Any, data_dir: str) -> list[str]:
 
     Empty too where some of the files were fetched before, which may be all that is needed.
     """
+    from cnn_jax.data import raw_files
+    from cnn_jax.data.download import silent_hosts
+
     downloads = _downloads(data_dir)
     if raw_files.is_known(builder):
         missing = raw_files.missing(builder, downloads)

@@ -240,5 +240,6 @@ def test_two_at_once_fetch_a_file_once(host: Host, tmp_path: Path):
 
 def test_what_is_shown_in_a_log(host: Host, tmp_path: Path, capsys: pytest.CaptureFixture):
     download.fetch([remote(host, "absent", "whole")], tmp_path)
-    line = f"fetching data.bin (1.0 MB) from 127.0.0.1:{host.server_port}"
-    assert capsys.readouterr().out.splitlines() == [line, line]
+    name = f"127.0.0.1:{host.server_port}"
+    line = f"fetching data.bin (1.0 MB) from {name}"
+    assert capsys.readouterr().out.splitlines() == [line, f"data.bin: {name}: HTTP 404", line]
