@@ -13,6 +13,10 @@ Orbax writes; the arrays are read with TensorStore, on which it stands. Orbax's 
 damaged file leaves tracebacks of its threads on the screen, and makes several processes wait for
 each other.
 
+A save is done when the checkpoint has been read back: opened as a restore would open it, its sums
+compared with those of the arrays in memory. Only then are older ones deleted. One that cannot be
+written or read back is told at once and removed; the run goes on from memory and saves again.
+
 Beside the steps there may be damaged-STEP, set aside by a run that went on from an earlier one, and
 what a killed run left of a save or of a deletion, which the next run clears away.
 """
@@ -25,6 +29,8 @@ import logging
 import os
 import re
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +43,7 @@ import tensorstore
 from cnn_jax import parallel
 from cnn_jax import workdir as workdirs
 from cnn_jax.errors import CheckpointError
+from cnn_jax.output import library_path
 from cnn_jax.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -73,11 +80,14 @@ class Checkpoints:
         workdir: of the run; checkpoints/ need not exist.
         keep: how many of the latest `save` leaves, besides the best.
         """
-        self.workdir = Path(workdir).absolute()
+        self.workdir = Path(workdir).resolve()
         self.folder = self.workdir / "checkpoints"
         self._keep = keep
         self._writer: ocp.AsyncCheckpointer | None = None
-        self._saving: int | None = None
+        self._proving: Future[None] | None = None  # of the save under way
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._failure: CheckpointError | None = None  # of the last save
+        self._failures, self._failed_at = 0, 0.0  # since the last success
 
     # ------------------------------------------------------------------------------- reading
 
@@ -100,23 +110,28 @@ class Checkpoints:
         """
         folder = self.folder / str(step)
         try:
-            manifest = json.loads((folder / "manifest" / "metadata").read_bytes())
-            if manifest.get("sha256") != _sum_of_manifest(manifest):
-                raise ValueError("its manifest differs from its own checksum")
+            manifest = self._manifest(step)
             notes = manifest["notes"]
             if manifest["step"] != step:
                 raise ValueError(f"its manifest is that of step {manifest['step']}")
             expected = manifest["arrays"]
             variables = [name for name in expected if _is_variable(name)]
-            arrays = _read(folder / "variables", variables)
+            given = library_path(folder)
+            arrays = _read(given / "variables", variables)
             if training:
-                arrays |= _read(folder / "training", [n for n in expected if not _is_variable(n)])
+                arrays |= _read(given / "training", [n for n in expected if not _is_variable(n)])
             for name, array in arrays.items():
                 if verify and _describe(array) != expected[name]:
                     raise ValueError(f"{name} differs from its checksum")
         except Exception as error:  # TensorStore and damaged JSON raise many types
             raise DamagedCheckpoint(f"{folder}: damaged ({_reason(error)})") from error
         return Restored(step, arrays, notes)
+
+    def _manifest(self, step: int) -> dict:
+        manifest = json.loads((self.folder / str(step) / "manifest" / "metadata").read_bytes())
+        if manifest.get("sha256") != _sum_of_manifest(manifest):
+            raise ValueError("its manifest differs from its own checksum")
+        return manifest
 
     def newest(self, training: bool = True, verify: bool = True) -> Restored | None:
         """The newest valid checkpoint; damaged ones are named and skipped. None: there are none.
@@ -179,9 +194,7 @@ class Checkpoints:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.iterdir():
-                if ".orbax-checkpoint-tmp" in path.name or path.name.startswith(".deleting-"):
-                    _remove(path)
+            self._clear_unfinished()
             for step in self.steps():
                 if step > (-1 if resume_at is None else resume_at):
                     target = self.folder / f"damaged-{step}"
@@ -193,78 +206,141 @@ class Checkpoints:
     def save(self, state: TrainState, notes: dict) -> None:
         """Starts to save `state`; returns before its arrays are written.
 
+        A failure is logged at once; `wait` raises it, `failing` and `retry_is_due` tell of it.
+
         Args:
           state: of NumPy arrays, equal on all processes.
           notes: plain JSON, handed back by `read`.
-
-        Raises:
-          CheckpointError: this or the save before it could not be written.
         """
-        self.wait()
+        self._join()
         # Copied: on a CPU they may be views of buffers that the next step takes over.
         arrays = {name: np.array(value) for name, value in names(state).items()}
-        step = int(arrays["step"])
         manifest = {
-            "step": step,
+            "step": int(arrays["step"]),
             "notes": notes,
             "arrays": {name: _describe(array) for name, array in arrays.items()},
         }
         manifest["sha256"] = _sum_of_manifest(manifest)
+        try:
+            self._start(arrays, manifest)
+        except Exception as error:
+            self._fail(manifest, error)
+        else:
+            self._proving = self._background.submit(self._prove, manifest)
+
+    def _start(self, arrays: Arrays, manifest: dict) -> None:
+        """Hands the arrays to Orbax, which writes them in threads of its own."""
         variables = {name: a for name, a in arrays.items() if _is_variable(name)}
         training = {name: a for name, a in arrays.items() if name not in variables}
-        self._saving = step
-        try:
-            if not self.folder.is_dir():  # Orbax would make it anew
-                raise FileNotFoundError(f"{self.folder} is gone")
-            if self._writer is None:
-                self._writer = _make_writer()
-            self._writer.save(
-                self.folder / str(step),
-                args=ocp.args.Composite(
-                    variables=ocp.args.StandardSave(_nest(variables)),
-                    training=ocp.args.StandardSave(_nest(training)),
-                    manifest=ocp.args.JsonSave(manifest),
-                ),
-            )
-        except Exception as error:
-            raise self._failed(error) from error
+        if not self.folder.is_dir():  # Orbax would make it anew
+            raise FileNotFoundError(f"{self.folder} is gone")
+        if self._writer is None:
+            self._writer = _make_writer()
+        self._writer.save(
+            library_path(self.folder) / str(manifest["step"]),
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardSave(_nest(variables)),
+                training=ocp.args.StandardSave(_nest(training)),
+                manifest=ocp.args.JsonSave(manifest),
+            ),
+        )
 
-    def wait(self) -> None:
-        """Waits for the save under way, then deletes what is no longer kept.
-
-        Raises:
-          CheckpointError: it could not be written.
-        """
-        if self._saving is None:
-            return
+    def _prove(self, manifest: dict) -> None:
+        """Waits until the save is written, reads it back, then deletes what is no longer kept."""
         try:
             self._writer.wait_until_finished()
             if parallel.is_main_process():
-                self._prune()
+                self._read_back(manifest)
+                self._prune(manifest["step"])
         except Exception as error:
-            raise self._failed(error) from error
-        self._saving = None
+            self._fail(manifest, error)
+        else:
+            self._failure, self._failures = None, 0
 
-    def close(self) -> None:
-        """Waits for the save under way and ends the background threads.
+    def _read_back(self, manifest: dict) -> None:
+        """Removes a checkpoint that is not what was to be saved, which no restore shall find.
 
         Raises:
-          CheckpointError: it could not be written.
+          DamagedCheckpoint: what is wrong with it.
+        """
+        folder = self.folder / str(manifest["step"])
+        try:
+            if self._manifest(manifest["step"]) != manifest:
+                raise ValueError("its manifest is not the one that was saved")
+            self.read(manifest["step"])
+        except Exception as error:
+            _remove(folder)
+            raise DamagedCheckpoint(_reason(error).removeprefix(f"{folder}: ")) from error
+
+    def _fail(self, manifest: dict, error: Exception) -> None:
+        path = self.folder / str(manifest["step"])
+        what = (
+            "does not read back" if isinstance(error, DamagedCheckpoint) else "could not be written"
+        )
+        self._failure = CheckpointError(f"{path}: {what}: {_reason(error)}")
+        self._failure.__cause__ = error
+        self._failures, self._failed_at = self._failures + 1, time.monotonic()
+        log.warning("warning: %s", self._failure)
+        self._discard_writer()
+        if parallel.is_main_process():
+            with contextlib.suppress(OSError):
+                self._clear_unfinished()
+
+    def failing(self) -> bool:
+        """Whether the last save failed on any process; each must call it at the same place."""
+        return bool(parallel.largest(int(self._failure is not None)))
+
+    def retry_is_due(self) -> bool:
+        """Whether the last save failed, and long enough ago to try another; as `failing`.
+
+        The pause grows from two seconds to a minute, so that a full disk does not stop the training.
+        """
+        pause = min(60.0, 2.0**self._failures)
+        due = self._failure is not None and time.monotonic() - self._failed_at >= pause
+        return bool(parallel.largest(int(due)))
+
+    def wait(self) -> None:
+        """Waits until the last save is done.
+
+        Raises:
+          CheckpointError: it could not be written, or not be read back; on every process.
+        """
+        self._join()
+        if self.failing():
+            raise self._failure or CheckpointError(
+                f"{self.folder}: another process could not write the checkpoint"
+            )
+
+    def close(self) -> None:
+        """Waits until the last save is done and ends the background threads.
+
+        Raises:
+          CheckpointError: as `wait`.
         """
         try:
             self.wait()
         finally:
-            writer, self._writer = self._writer, None
-            if writer is not None:
-                with contextlib.suppress(Exception):  # the same failure again
-                    writer.close()
+            self._discard_writer()
+            self._background.shutdown()
 
-    def _failed(self, error: Exception) -> CheckpointError:
-        path, self._saving = self.folder / str(self._saving), None
-        return CheckpointError(f"{path}: could not be written: {_reason(error)}")
+    def _join(self) -> None:
+        if self._proving is not None:
+            self._proving.result()
+            self._proving = None
 
-    def _prune(self) -> None:
-        steps = self.steps()
+    def _discard_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(Exception):  # the same failure again
+                writer.close()
+
+    def _clear_unfinished(self) -> None:
+        for path in self.folder.iterdir():
+            if ".orbax-checkpoint-tmp" in path.name or path.name.startswith(".deleting-"):
+                _remove(path)
+
+    def _prune(self, newest: int) -> None:
+        steps = [step for step in self.steps() if step <= newest]
         for step in set(steps) - {*steps[-self._keep :], self._best()}:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = self.folder / f".deleting-{step}"

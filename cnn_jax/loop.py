@@ -33,6 +33,7 @@ from cnn_jax.curves import Curves
 from cnn_jax.data import batches
 from cnn_jax.data.splits import Splits, load_splits
 from cnn_jax.errors import CheckpointError, ConfigError, DataError, NotFiniteError, Preempted
+from cnn_jax.output import library_path
 from cnn_jax.progress import Progress
 from cnn_jax.signals import StopSignals
 from cnn_jax.step import TrainState, empty_sums, init_state, train_step
@@ -74,6 +75,7 @@ def train(
     workdir = Path(workdir).absolute()
     if parallel.is_main_process():
         workdirs.prepare(workdir)
+        library_path(workdir)  # refuses, before the first step, what cannot be saved into
     with StopSignals() as signals, workdirs.locked(workdir) as check_lock:
         workdirs.check_same_run(workdir, config, about={})  # before time goes into the data
         splits = splits or load_splits(config, data_dir, download)
@@ -283,7 +285,7 @@ class _Run:
         self.progress.end_epoch(line)
         self.line_is_missing = False
         if last:
-            self.checkpoints.wait()
+            self._save_for_good()
         elif stop := self._asked_to_stop(self.steps_per_epoch):
             self._stop(stop)
 
@@ -356,7 +358,11 @@ class _Run:
         config = self.config
         if config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0:
             return True
-        if config.checkpoint_every_minutes is None or not self._processes_meet(step):
+        if not self._processes_meet(step):
+            return False
+        if self.checkpoints.retry_is_due():
+            return True
+        if config.checkpoint_every_minutes is None:
             return False
         seconds = time.monotonic() - self.saved_at
         return bool(parallel.largest(int(seconds >= 60 * config.checkpoint_every_minutes)))
@@ -377,7 +383,7 @@ class _Run:
         """
         state = parallel.to_host(self.state)
         step = int(state.step)
-        if step == self.saved_step:
+        if step == self.saved_step and not self.checkpoints.failing():
             return
         self._check_finite(state.sums)
         for name, array in checkpoint.names(state).items():
@@ -387,10 +393,24 @@ class _Run:
         self.checkpoints.save(state, {"epoch_seconds": self.epoch_seconds})
         self.saved_step, self.saved_at = step, time.monotonic()
 
+    def _save_for_good(self) -> None:
+        """Saves `state` and waits until it is proven; there is no later time to save again.
+
+        Raises:
+          CheckpointError: three tries failed.
+        """
+        for remaining in (2, 1, 0):
+            self._save()
+            try:
+                self.checkpoints.wait()
+                break
+            except CheckpointError:
+                if not remaining:
+                    raise
+
     def _stop(self, exit_code: int) -> None:
         """Ends the run as a signal asked, with `state` saved."""
-        self._save()
-        self.checkpoints.wait()
+        self._save_for_good()
         total = self.config.epochs * self.steps_per_epoch
         raise Preempted(
             f"stopped by a signal after step {self.saved_step} of {total}, and saved; run the same "

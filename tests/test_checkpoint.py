@@ -4,15 +4,17 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from cnn_jax import checkpoint, parallel
+from cnn_jax import checkpoint, output, parallel
 from cnn_jax.checkpoint import Checkpoints, DamagedCheckpoint
-from cnn_jax.errors import CheckpointError
+from cnn_jax.errors import CheckpointError, ConfigError
 from cnn_jax.step import TrainState, empty_sums
 
 
@@ -321,9 +323,9 @@ def test_a_save_that_cannot_be_written_is_an_error_and_harms_nothing(workdir):
     checkpoints = Checkpoints(workdir, keep=9)
     checkpoints.start_writing(3)
     (workdir / "checkpoints/4").write_text("in the way")
+    checkpoints.save(parallel.to_host(make_state(4)), {})
     with pytest.raises(CheckpointError, match="checkpoints/4: could not be written"):
-        checkpoints.save(parallel.to_host(make_state(4)), {})
-    checkpoints.close()
+        checkpoints.close()
     assert checkpoints.newest().step == 3
 
 
@@ -331,10 +333,108 @@ def test_a_workdir_deleted_during_the_run_is_not_made_anew(workdir):
     checkpoints = Checkpoints(workdir)
     checkpoints.start_writing(3)
     shutil.rmtree(workdir)
+    checkpoints.save(parallel.to_host(make_state(4)), {})
     with pytest.raises(CheckpointError, match="checkpoints/4: could not be written"):
-        checkpoints.save(parallel.to_host(make_state(4)), {})
-    checkpoints.close()
+        checkpoints.close()
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("fault", ["a value", "an array", "the manifest"])
+def test_a_checkpoint_that_does_not_read_back_is_told_removed_and_saved_again(
+    workdir, monkeypatch, caplog, fault
+):
+    """The older ones are kept until a newer one is proven, though only one is to be kept."""
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.start_writing(3)
+    with monkeypatch.context() as patch:
+        if fault == "the manifest":
+            other = ocp.args.JsonSave({"step": 4})
+            patch.setattr(checkpoint.ocp.args, "JsonSave", lambda _: other)
+        else:
+            intact = checkpoint._read
+
+            def damaged(folder, names):
+                arrays = intact(folder, names)
+                if fault == "an array":
+                    raise ValueError("NOT_FOUND")
+                return {name: array + 1 for name, array in arrays.items()}
+
+            patch.setattr(checkpoint, "_read", damaged)
+        checkpoints.save(parallel.to_host(make_state(4)), {})
+        with pytest.raises(CheckpointError, match="checkpoints/4: does not read back: "):
+            checkpoints.wait()
+    assert "checkpoints/4: does not read back: " in caplog.text
+    assert checkpoints.failing()
+    assert checkpoints.steps() == [1, 2, 3]
+    checkpoints.save(parallel.to_host(make_state(4)), {})
+    checkpoints.close()
+    assert not checkpoints.failing()
+    assert checkpoints.steps() == [4]
+    assert_equal(checkpoints.newest(), make_state(4))
+
+
+def test_a_failed_save_is_tried_again_after_a_pause_that_grows(workdir, monkeypatch):
+    clock = iter(range(0, 1000))
+    now = [next(clock)]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    checkpoints = Checkpoints(workdir)
+    checkpoints.start_writing(3)
+    pauses = []
+    for step in range(4, 12):
+        (workdir / f"checkpoints/{step}").write_text("in the way")
+        checkpoints.save(parallel.to_host(make_state(step)), {})
+        failed = now[0]
+        while not checkpoints.retry_is_due():
+            now[0] = next(clock)
+        pauses.append(now[0] - failed)
+    assert pauses == [2, 4, 8, 16, 32, 60, 60, 60]
+    with pytest.raises(CheckpointError):
+        checkpoints.close()
+
+
+def test_what_lies_in_the_way_of_later_steps_does_not_push_out_the_newest(workdir):
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.start_writing(3)
+    (workdir / "checkpoints/9").mkdir()
+    checkpoints.save(parallel.to_host(make_state(4)), {})
+    checkpoints.close()
+    assert checkpoints.newest().step == 4
+
+
+STRANGE = [
+    "run[1]",
+    "[2024] runs",
+    "a\\b",
+    "a*b?",
+    "{a}",
+    "x.__lock",
+    "100% #1",
+    "a@2",
+    "-a",
+    "two\nlines",
+    "naïve 中",
+    os.fsdecode(b"\xff"),
+]
+
+
+@pytest.mark.parametrize("name", [*STRANGE, "up/../x", "x[1]/y", "link/x", "up//x"], ids=ascii)
+def test_every_path_that_the_file_system_takes_can_be_saved_into(tmp_path, monkeypatch, name):
+    (tmp_path / "up").mkdir()
+    (tmp_path / "link").symlink_to("up")
+    monkeypatch.chdir(tmp_path)
+    workdir = Path(name)
+    save(workdir, 1)
+    assert_equal(Checkpoints(workdir).newest(), make_state(1))
+    assert_equal(Checkpoints(workdir.resolve()).newest(), make_state(1))
+    assert not [p for p in workdir.resolve().parent.iterdir() if "orbax" in p.name]
+
+
+def test_a_path_that_cannot_be_saved_into_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "_OPEN_FOLDERS", tmp_path / "as on other systems")
+    (tmp_path / "run[1]").mkdir()
+    assert output.library_path(tmp_path) == tmp_path
+    with pytest.raises(ConfigError, match=r"run\[1\]: must be a path of letters, digits"):
+        output.library_path(tmp_path / "run[1]")
 
 
 # ---------------------------------------------------------------------------------------- fill
@@ -393,8 +493,6 @@ def test_verify_tells_what_each_is_worth_and_changes_nothing(workdir, capsys):
 
 def test_orbax_itself_can_read_a_checkpoint(saved):
     """So that a checkpoint outlives this project."""
-    import orbax.checkpoint as ocp
-
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         abstract = jax.tree.map(np.asarray, {"params": make_state(2).params})
         abstract["batch_stats"] = jax.tree.map(np.asarray, make_state(2).batch_stats)

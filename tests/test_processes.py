@@ -113,6 +113,47 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(arguments,
     assert Checkpoints(tmp_path).newest().step >= 5
 
 
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
+    arguments, undisturbed, tmp_path
+):
+    process = start(*arguments(tmp_path))
+    wait_until(has_saved(tmp_path, 3), process)
+    (tmp_path / "checkpoints/80").write_text("in the way")
+    code, _, errors = finish(process)
+    assert code == 0, errors
+    assert "warning: " in errors
+    assert "checkpoints/80: could not be written: " in errors
+    assert differences(tmp_path, undisturbed) == []
+
+
+def test_a_last_checkpoint_that_can_never_be_written_is_an_error(arguments, undisturbed, tmp_path):
+    process = start(*arguments(tmp_path))
+    wait_until(has_saved(tmp_path, 3), process)
+    (tmp_path / "checkpoints/96").write_text("in the way")
+    code, _, errors = finish(process)
+    assert code == 4, errors
+    assert "checkpoints/96: could not be written: " in only_line(errors)
+    code, _, errors = finish(start(*arguments(tmp_path)))
+    assert code == 0, errors
+    assert differences(tmp_path, undisturbed) == []
+
+
+def test_a_strange_workdir_named_from_below_trains_evaluates_and_goes_on(
+    arguments, undisturbed, tmp_path
+):
+    (tmp_path / "below").mkdir()
+    workdir = "../[2024] a\\b*/x"
+    for _ in range(2):
+        code, output, errors = finish(start(*arguments(workdir), cwd=tmp_path / "below"))
+        assert code == 0, errors
+    assert "resumed from step 96" in output
+    assert differences(tmp_path / workdir[3:], undisturbed) == []
+    for command in ("evaluate", "verify"):
+        flags = [flag for flag in arguments(workdir)[1:] if command == "evaluate" or "work" in flag]
+        code, _, errors = finish(start(command, *flags, cwd=tmp_path / "below"))
+        assert code == 0, errors
+
+
 def test_a_workdir_deleted_during_the_run_ends_it(arguments, tmp_path):
     workdir = tmp_path / "run"
     process = start(*arguments(workdir))

@@ -452,6 +452,22 @@ def test_damaged_description_is_named(damaged_dir: Path, file: str):
     assert refusal("pictures", damaged_dir).startswith(f"{path}: damaged")
 
 
+@pytest.mark.parametrize("name", ["[2024] data", "a\\b", "a*?", "up/../x", os.fsdecode(b"\xff")])
+def test_a_data_dir_of_any_name_is_read(tfds_dir, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "up").mkdir()
+    shutil.copytree(tfds_dir, Path(name))
+    expected = load_examples(DataConfig("tiny_squares"), "test", str(tfds_dir))
+    for _ in ("decoded", "kept"):
+        examples = load_examples(DataConfig("tiny_squares"), "test", name)
+        np.testing.assert_array_equal(examples.image, expected.image)
+
+
+def test_a_dataset_is_prepared_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("CNN_JAX_CACHE_DIR", str(tmp_path / "[1] a\\b*"))
+    assert len(load_examples(DataConfig("garments"), "test[:20]")) == 20
+
+
 def test_data_error_ends_a_command_with_3_and_one_line(tfds_dir: Path, tmp_path: Path):
     folder = shutil.copytree(tfds_dir, tmp_path / "damaged")
     (shard,) = folder.glob("*/*/*-train*")
