@@ -150,9 +150,9 @@ def _receive(
     problem, before = "", -1
     while before < stream.seek(0, 2) < size:
         before = stream.tell()
-        headers = {"Accept-Encoding": "identity"} | (
-            {"Range": f"bytes={before}-"} if before else {}
-        )
+        headers = {"Accept-Encoding": "identity"}  # the file's own bytes, which Range counts
+        if before:
+            headers["Range"] = f"bytes={before}-"
         timeout = (CONNECT_SECONDS, READ_SECONDS)
         try:
             with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
