@@ -166,6 +166,8 @@ def _receive(
                 for block in response.iter_content(BLOCK):
                     stream.write(block[: size - stream.tell()])
                     shown.update(task, completed=stream.tell())
+                    if stream.tell() == size:  # whatever the host still sends
+                        break
         except requests.exceptions.RequestException as error:
             problem = _short(error)
     return problem or "the connection broke off"

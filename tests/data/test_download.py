@@ -1,5 +1,7 @@
 """Downloads from hosts that cut, stall, lie or are not there, over real connections on loopback."""
 
+import contextlib
+import gzip
 import hashlib
 import http.server
 import os
@@ -60,6 +62,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(CONTENT[start:])
 
+    def answer_without_end(self, start: int) -> None:
+        self.send_response(206 if start else 200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(CONTENT[start:])
+        with contextlib.suppress(OSError):  # until the other side hangs up
+            while True:
+                self.wfile.write(OTHER)
+
+    def answer_compressed(self, start: int) -> None:
+        """In an encoding of its own choice, unless it is told to send the file as it is."""
+        if "gzip" not in self.headers.get("Accept-Encoding", "gzip"):
+            return self.answer(CONTENT, start)
+        content = gzip.compress(CONTENT)
+        self.send_response(200)
+        self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        return self.wfile.write(content)
+
     def stall(self, start: int) -> None:
         """Sends a part of it, then nothing, until the other side hangs up."""
         self.send_response(206 if start else 200)
@@ -78,6 +100,8 @@ WAYS: dict[str, Callable[[Handler, int], None]] = {
     "cut_without_ranges": lambda self, start: self.answer(CONTENT, 0, 300_000),
     "without_ranges": lambda self, start: self.answer(CONTENT),
     "without_length": lambda self, start: self.answer_without_length(start),
+    "without_end": lambda self, start: self.answer_without_end(start),
+    "compressed": lambda self, start: self.answer_compressed(start),
     "other": lambda self, start: self.answer(OTHER, start),
     "longer": lambda self, start: self.answer(CONTENT + b"more", start),
     "stalled": lambda self, start: self.stall(start),
@@ -125,6 +149,8 @@ def check_fetched(file: RemoteFile, folder: Path) -> None:
         (["cut"], ["cut"] * 4),
         (["without_ranges"], ["without_ranges"]),
         (["without_length"], ["without_length"]),
+        (["without_end"], ["without_end"]),
+        (["compressed"], ["compressed"]),
         # A host is left when a connection brings nothing new.
         (["cut_without_ranges", "whole"], ["cut_without_ranges"] * 2 + ["whole"]),
         (["stalled", "whole"], ["stalled"] * 2 + ["whole"]),
