@@ -16,7 +16,7 @@ import requests
 import rich.console
 import rich.progress
 
-from cnn_jax.errors import DataError
+from cnn_jax.common.errors import DataError
 
 # A host that takes no connection within CONNECT_SECONDS, or sends nothing for READ_SECONDS, is left.
 CONNECT_SECONDS = 2.0

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from cnn_jax.common.errors import DataError
+from cnn_jax.common.files import library_path
 from cnn_jax.config import DataConfig
-from cnn_jax.errors import DataError
-from cnn_jax.output import library_path
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ import tensorflow_datasets as tfds
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cnn_jax import processor
+from cnn_jax.common import cpu
+from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import tfds_builder
-from cnn_jax.data.ahead import look_ahead
-from cnn_jax.errors import DataError
+from cnn_jax.data.prefetch import look_ahead
 
 CHUNK = 500
 # Checked against the header, before anything is decoded.
@@ -81,7 +81,7 @@ class Records:
         self.source = self._open_array_records() if self.random_access else None
         height, width = self.layout.stored_size
         small = height and width and height * width < PIXELS_WORTH_A_THREAD
-        self.threads = 1 if small else processor.cores()
+        self.threads = 1 if small else cpu.cores()
         self.workers = ThreadPoolExecutor(self.threads)
 
     def __len__(self) -> int:

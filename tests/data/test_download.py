@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cnn_jax.common.errors import DataError
 from cnn_jax.data import download
 from cnn_jax.data.download import RemoteFile
-from cnn_jax.errors import DataError
 from tests.tiny import REPOSITORY
 
 CONTENT = np.random.default_rng(0).bytes(1_000_000)

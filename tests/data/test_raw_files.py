@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import download, raw_files, tfds_builder
 from cnn_jax.data.sources import load_examples
-from cnn_jax.errors import DataError
 from tests.data.raw import EXAMPLES, LETTERS, NAMES, PREPARE, make_raw, write_raw
 from tests.tiny import run_python
 

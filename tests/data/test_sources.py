@@ -22,12 +22,12 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cnn_jax import processor
+from cnn_jax.common import cpu
+from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import download, sources, tfds_builder
 from cnn_jax.data.sources import InMemory, OnDemand, load_examples
 from cnn_jax.data.tfds_records import Records, silent_stderr
-from cnn_jax.errors import DataError
 from tests.tiny import make_examples, run_command, run_python
 
 NAMES = ("ant", "bee", "cat")
@@ -247,7 +247,7 @@ def test_large_images_are_decoded_by_threads_in_order(
         together.wait()  # for ever, if there is one thread
         return decode(self, encoded)
 
-    monkeypatch.setattr(processor, "cores", lambda: 2)
+    monkeypatch.setattr(cpu, "cores", lambda: 2)
     monkeypatch.setattr(Records, "_decode_image", decode_together)
     memory = load_examples(DataConfig("pictures"), "train", str(tmp_path))
     np.testing.assert_array_equal(memory.image, images)

@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 from cnn_jax.config import DataConfig
 from cnn_jax.data.sources import load_examples
-from cnn_jax.errors import DataError
+from cnn_jax.common.errors import DataError
 from tests.tiny import prepare_tiny_squares
 folder = Path(sys.argv[1])
 prepare_tiny_squares(folder, "tfrecord")

@@ -9,8 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from cnn_jax import workdir as workdirs
-from cnn_jax.checkpoint import Checkpoints
+from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.checkpoint import Checkpoints
 from tests.tiny import REPOSITORY
 
 TIMES = ("epoch_seconds", "images_per_second")
