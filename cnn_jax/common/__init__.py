@@ -1,1 +1,1 @@
-"""What every part of the package may use."""
+"""What every other part uses: errors, files, images, caches."""

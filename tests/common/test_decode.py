@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from cnn_jax import models, predict
+from cnn_jax import models
+from cnn_jax.analysis import predict
+from cnn_jax.analysis.predict import read_image
 from cnn_jax.common import decode
+from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data.sources import load_examples
-from cnn_jax.errors import DataError
-from cnn_jax.predict import read_image
 from tests.data.test_sources import write_pictures
 from tests.quick import make_run, unoptimised
 from tests.tiny import REPOSITORY, png_file
