@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageFile, PngImagePlugin
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
 # Checked against the header, before anything is decoded.
 MAX_PIXELS = 50_000_000
@@ -16,6 +16,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 BACKGROUND = "white"
 # Pillow knows these formats but decodes none of them; for EPS it would start another program.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# Metadata that changes pixels, as Pillow calls it in PNG, JPEG, WebP and AVIF.
+OBEYED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp", "transparency"}
 # What shows the stored rows upright, by the number of EXIF's orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -77,8 +79,8 @@ def decode(file: BinaryIO, channels: int) -> Image.Image:
             raise Image.DecompressionBombError
         tiles = picture.tile  # load() replaces it
         picture.load()
-        if picture.mode == MODES[channels] and not picture.info:
-            return picture  # the bulk of datasets: nothing to obey
+        if picture.mode == MODES[channels] and picture.info.keys().isdisjoint(OBEYED):
+            return picture  # the bulk of datasets
         turn = _turn(picture)
         picture = _to_channels(_to_eight_bits(picture, _raw_mode(tiles)), channels)
         return picture if turn is None else picture.transpose(turn)
@@ -124,8 +126,11 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
     """The picture of which only the header is read."""
     start = file.read(4)
     file.seek(0)
-    if start == b"\x89PNG":  # Image.open would do the same and take 12% longer for small ones
+    # Image.open would do the same for these two, and take 12 to 25% longer where they are small.
+    if start == b"\x89PNG":
         return PngImagePlugin.PngImageFile(file)
+    if start.startswith(b"\xff\xd8"):
+        return JpegImagePlugin.JpegImageFile(file)
     return Image.open(file, formats=formats())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from cnn_jax import models
 from cnn_jax.analysis import predict
@@ -65,6 +65,12 @@ def oriented(number: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = number
     return exif.tobytes()
+
+
+def text(name: str, value: str) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt(name, value) if ":" in name else chunks.add_text(name, value)
+    return chunks
 
 
 def by_hand(values: np.ndarray, depth: int, kind: int, **chunks) -> bytes:
@@ -228,10 +234,25 @@ CASES = {
     "gamma": (by_hand(RGB, 8, 2, gAMA=struct.pack(">I", 100_000)), opaque(RGB)),
     "damaged EXIF": (by_hand(RGB, 8, 2, eXIf=b"garbage"), opaque(RGB)),
     "orientation 9": (encode(RGB, exif=oriented(9)), opaque(RGB)),
-    "orientation in XMP": (
+    "orientation in XMP, WebP": (
         encode(STORED[6](RGB), "WEBP", lossless=True, xmp=XMP),
         opaque(RGB),
     ),
+    "orientation in XMP, JPEG, flat": (
+        encode(STORED[6](np.full_like(RGB, 77)), "JPEG", xmp=XMP),
+        opaque(np.full_like(RGB, 77)),
+    ),
+    **{
+        f"orientation in PNG's text {name}": (
+            encode(STORED[6](RGB), pnginfo=text(name, value)),
+            opaque(RGB),
+        )
+        for name, value in [
+            ("XML:com.adobe.xmp", XMP.decode()),
+            ("Raw profile type exif", f"\nexif\n{40:8}\n{oriented(6).hex()}\n"),
+        ]
+    },
+    "dots per inch": (encode(RGB, dpi=(72, 72)), opaque(RGB)),
     "orientation 6 of 16-bit grey": (
         encode(STORED[6](DEEP), exif=oriented(6)),
         opaque(np.rint(DEEP / 257)),
