@@ -321,6 +321,12 @@ def test_photographs(orientation: int, progressive: bool):
     assert np.abs(found - UPRIGHT[orientation](corner)).mean() < 3
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_plain_jpeg_is_as_pillow_decodes_it(progressive: bool):
+    encoded = encode(RGB, "JPEG", progressive=progressive)
+    np.testing.assert_array_equal(decoded(encoded, 3), np.asarray(Image.open(io.BytesIO(encoded))))
+
+
 # ------------------------------------------------------------------------- records and files
 
 
