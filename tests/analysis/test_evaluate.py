@@ -10,7 +10,7 @@ import pytest
 from cnn_jax import main, models
 from cnn_jax.analysis import evaluate, restore
 from cnn_jax.cli import tables
-from cnn_jax.common.errors import DataError
+from cnn_jax.common.errors import DataError, NotFiniteError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.data import sources
 from cnn_jax.data.sources import InMemory
@@ -101,6 +101,19 @@ def test_every_example_is_counted_once(batch_size, count):
     np.testing.assert_array_equal(result.confusion, confusion)
     assert result.confusion.sum() == count
     assert result.loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_a_loss_that_is_not_finite_is_an_error(value, tmp_path, monkeypatch):
+    run = make_run(tmp_path, models.MLP())
+    run.variables["params"]["Dense_0"]["kernel"][:] = value
+    monkeypatch.setattr(evaluate.sources, "load_examples", lambda *_, **__: make_examples(20))
+    with pytest.raises(
+        NotFiniteError, match=r"^checkpoint 7 of .*/test: loss=(nan|inf) is not"
+    ) as e:
+        evaluate.evaluate(run, devices=1)
+    assert e.value.exit_code == 5
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_accuracy_of_each_class():

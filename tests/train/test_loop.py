@@ -291,6 +291,37 @@ def sgd_that_breaks(learning_rate, at, value=np.nan):
     return optax.GradientTransformation(lambda params: np.int32(0), update)
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.inf, "params/Dense_0/bias is not finite after step 9"),
+        (
+            3e38,
+            "test_loss=(nan|inf) after step 9",
+        ),  # the parameters are finite, their logits are not
+    ],
+)
+def test_what_the_last_step_spoils_is_found(value, said, splits, tmp_path):
+    optimizer = functools.partial(sgd_that_breaks, at=9, value=value)
+    with pytest.raises(NotFiniteError, match=said):
+        loop.train(simple(optimizer=optimizer, epochs=2), tmp_path, splits=splits)
+    json.loads((tmp_path / "not_finite.json").read_text())
+    assert [line["epoch"] for line in lines_of(tmp_path)] == [1]
+
+
+def test_an_optimizer_whose_own_number_is_infinite_is_saved(splits, tmp_path):
+    """reduce_on_plateau's best value, until it has seen as many losses as it takes for one."""
+
+    def optimizer(learning_rate):
+        plateau = optax.contrib.reduce_on_plateau(accumulation_size=100)
+        return optax.chain(optax.sgd(learning_rate), plateau)
+
+    loop.train(simple(optimizer=optimizer, epochs=1), tmp_path, splits=splits)
+    (step,) = Checkpoints(tmp_path).steps()
+    arrays = Checkpoints(tmp_path).read(step).arrays
+    assert np.isinf(arrays["opt_state/0/1/best_value"])
+
+
 @pytest.mark.parametrize("every", [1, 2, 1000])
 def test_a_state_that_is_not_finite_is_never_saved(splits, tmp_path, every):
     """Update 6 spoils the parameters though its loss was finite; loss 7 is the first bad one."""
