@@ -1,5 +1,6 @@
 """One run of two processes with one CPU device each."""
 
+import re
 import signal
 import socket
 
@@ -10,6 +11,8 @@ from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
 from tests.faults import runs
 from tests.faults.runs import finish, lines_of, start
+
+GONE = "error: .*process {} (is gone|of the 2 of this run); .* Start all processes again"
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +59,31 @@ def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_kille
     pair = start_two(flags, f"--workdir={cut}")
     runs.wait_until(runs.has_saved(cut, 6), pair[0])
     pair[1].send_signal(signal.SIGKILL)
-    code, _, _ = finish(pair[0], 120)
+    code, _, errors = finish(pair[0], 120)
     finish(pair[1])
-    assert code != 0
+    assert code == 1
+    assert re.match(GONE.format(1), errors.splitlines()[-1])
     assert Checkpoints(cut).newest().step >= 6
     code, output, errors = finish(start(*flags, f"--workdir={cut}"))
     assert (code, "resumed from step" in output) == (0, True), errors
     for one, other in zip(lines_of(whole), lines_of(cut), strict=True):
         for name in one:
             assert other[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("number", "lost"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 0), (signal.SIGSTOP, 1)]
+)
+def test_the_last_line_names_the_process_that_is_gone(flags, tmp_path, number, lost):
+    """Also where it is silent, or was the coordinator, and JAX aborts the one that is left."""
+    pair = start_two(flags, f"--workdir={tmp_path}", "--set=epochs=1000")
+    runs.wait_until(runs.has_saved(tmp_path, 6), pair[0])
+    pair[lost].send_signal(number)
+    code, _, errors = finish(pair[1 - lost], 120)
+    pair[lost].kill()
+    finish(pair[lost])
+    assert code == 1
+    assert re.match(GONE.format(lost), errors.splitlines()[-1])
 
 
 def test_a_process_that_fails_alone_is_not_waited_for(flags, tmp_path):
