@@ -273,4 +273,7 @@ esac
 is_ready || set_up
 [ $# -gt 0 ] || set -- train --experiment=quickstart
 # -P: the folder it is called from may hold a cnn_jax or jax.py of its own.
-exec "$venv/bin/python" -P -m cnn_jax.main "$@"
+run=("$venv/bin/python" -P -m cnn_jax.main "$@")
+# While Python starts, Ctrl-C would be a traceback. Held back, it comes when cnn_jax.main is ready for it; only GNU's env can.
+! env --block-signal=INT true 2>/dev/null || run=(env --block-signal=INT "${run[@]}")
+exec "${run[@]}"
