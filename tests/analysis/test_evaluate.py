@@ -443,7 +443,7 @@ def test_a_result_in_another_folder(workdir, trained, caplog, capsys, tmp_path):
     flags = f"--workdir={workdir}", f"--data_dir={trained[2]}"
     assert command(*flags, f"--output={output}") == 0
     assert capsys.readouterr().out.endswith(f"written to {output / 'evaluation.json'}\n")
-    assert evaluation(output)["checkpoint"] == 12
+    assert written(output)["checkpoint"] == 12
     assert sorted(workdir.rglob("*")) == before
     (output / "evaluation.json").unlink()
     (output / "evaluation.json").mkdir()
@@ -463,7 +463,7 @@ def test_a_dataset_whose_images_differ_in_size_is_resized_to_the_trainings(
     output = tmp_path / "out"
     assert command(*flags, f"--data_dir={tmp_path}", f"--output={output}") == 0
     assert "pictures has images of several sizes: resized to 28x28" in caplog.text
-    assert evaluation(output)["examples"] == 2
+    assert written(output)["examples"] == 2
 
 
 def test_a_model_of_ones_own(tmp_path, tfds_dir, caplog):
