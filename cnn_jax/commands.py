@@ -328,7 +328,7 @@ def reproduce(values: flags.FlagValues) -> int:
     if values["only"].present and not values.only:
         raise ConfigError("--only=: is empty; leave it out, or give it names")
     rows = plan.choose(plan.ROWS, values.only, values.seeds)
-    output = _path(values.output) if values.output else experiment.FOLDER
+    output = _path(values.output) if values.output else experiment.RESULTS
     if values.rebuild:
         for name in ("only", "seeds", "download"):
             if values[name].present:

@@ -9,12 +9,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import cnn_jax
 from cnn_jax.checks import validate
 from cnn_jax.config import Config
 from cnn_jax.errors import ConfigError
 from cnn_jax.overrides import override
 
-FOLDER = Path(__file__).resolve().parent.parent / "experiments"
+_BESIDE = Path(cnn_jax.__file__).resolve().parent.parent
+# setup.cfg installs experiments/ under this name.
+_INSTALLED = _BESIDE / "cnn_jax_experiments"
+FOLDER = _INSTALLED if _INSTALLED.is_dir() else _BESIDE / "experiments"
+CHECKOUT = (_BESIDE / "launch.sh").is_file()
+# Where RESULTS.md and the records are written: an installed package is no place for them.
+RESULTS = FOLDER if CHECKOUT else Path("runs", "results")
 
 
 def names() -> list[str]:

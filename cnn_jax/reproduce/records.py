@@ -16,7 +16,7 @@ from cnn_jax import summary
 from cnn_jax import workdir as workdirs
 from cnn_jax.config import Config
 from cnn_jax.errors import CheckpointError
-from cnn_jax.experiment import FOLDER, short_name
+from cnn_jax.experiment import CHECKOUT, FOLDER, short_name
 
 FILES = ("config.json", "metrics.jsonl", "evaluation.json", "run.json")
 # What the tables need of run.json, and of each line of metrics.jsonl.
@@ -78,6 +78,8 @@ def commit() -> dict[str, Any]:
 
     Both are None where there is no git, or this is no checkout.
     """
+    if not CHECKOUT:  # another repository may lie around an installed package
+        return {"commit": None, "dirty": None}
     try:
         head = _git("rev-parse", "HEAD")
         results = (":!experiments/records", ":!experiments/RESULTS.md")
