@@ -31,7 +31,7 @@ stamp=$venv/.cnn_jax-ready        # written when a set-up has succeeded
 unready=$venv/.cnn_jax-unready    # stands there from a set-up's first step to its last
 log=$root/.venv-setup.log         # what the last set-up printed; also the lock
 allowed="CPython 3.11 to 3.14 with venv and ensurepip"
-child='' asked_platform=${CNN_JAX_PLATFORM:-} asked_python='' asked_options=''
+child='' why='' asked_platform=${CNN_JAX_PLATFORM:-} asked_python='' asked_options=''
 
 # Is .venv what is asked for? Every call asks, so: one cksum and no Python. Sets was_root and so on from the stamp.
 is_ready() {
@@ -148,8 +148,12 @@ make_venv() {
 
 # Installs into .venv what is asked for beside what is there.
 install() {
-  local platform=$was_platform why="as before" options=$was_options extras='' pip=(-m pip install) name reason status=0
-  [[ $platform =~ ^(cpu|cuda1.|tpu)$ && $platform == "$asked_platform"* ]] || choose_platform
+  local options=$was_options extras='' pip=(-m pip install) name reason status=0
+  if [[ $was_platform =~ ^(cpu|cuda1.|tpu)$ && $was_platform == "$asked_platform"* ]]; then
+    platform=$was_platform why="as before"
+  elif [ -z "$why" ]; then
+    choose_platform
+  fi
   for name in $asked_options; do [[ " $options " == *" $name "* ]] || options=${options:+$options }$name; done
   for name in $options ${platform#cpu}; do [ "$name" = pinned ] || extras=${extras:+$extras,}$name; done
   python=${asked_python:-$was_python} reason=$(reason_to_rebuild)

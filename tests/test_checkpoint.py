@@ -15,6 +15,8 @@ from cnn_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from cnn_jax.errors import CheckpointError
 from cnn_jax.step import TrainState, empty_sums
 
+pytestmark = pytest.mark.oldest
+
 
 def make_state(step=1, seed=0):
     """A state on one device with float32, bfloat16, int32 and uint32 arrays, some of rank 0."""

@@ -22,6 +22,8 @@ from cnn_jax.errors import CheckpointError, ConfigError, NotFiniteError, Preempt
 from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten, MaxPool
 from tests.tiny import make_examples
 
+pytestmark = pytest.mark.oldest
+
 STEPS = 5  # of an epoch: 160 examples, 32 at a time
 TIMES = ("epoch_seconds", "images_per_second")
 

@@ -15,6 +15,8 @@ from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten
 from tests.quick import noisy_state, quick_jit
 from tests.tiny import make_examples
 
+pytestmark = pytest.mark.oldest
+
 DATA = DataConfig("tiny")
 SHAPE = (6, 5, 2)
 

@@ -241,6 +241,7 @@ def test_help_without_a_set_up(house):
 def test_setup_runs_nothing(house):
     result = house.call("setup")
     assert (result.returncode, result.stdout) == (0, "")
+    assert "for cpu (nvidia-smi finds no GPU)" in result.stderr
     assert house.steps() == ["venv", "pip ."]
 
 
