@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from absl import logging as absl_logging
 
-from cnn_jax.errors import CnnJaxError
-from cnn_jax.signals import EXIT_CODES
+from cnn_jax.common.errors import CnnJaxError
+from cnn_jax.train.signals import EXIT_CODES
 
 log = logging.getLogger("cnn_jax")
 
@@ -24,7 +24,8 @@ def main(argv: Sequence[str]) -> int:
     debug = any(re.fullmatch(r"--?debug(=(true|t|1))?", text, re.IGNORECASE) for text in argv)
     code = 128 + signal.SIGPIPE  # if the reader of our output leaves before the end
     try:
-        from cnn_jax import cache, commands, memory  # JAX, a second: Ctrl-C must find us ready
+        from cnn_jax.cli import commands  # JAX, a second: Ctrl-C must find us ready
+        from cnn_jax.common import cache, malloc
 
         name, *rest = argv or ["help"]
         if name in ("help", "--help", "-h"):
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         values = command.parse(rest)
         cache.enable_compilation_cache()
-        memory.keep_freed()
+        malloc.keep_freed()
         code = command.run(values) or 0
         sys.stdout.flush()
         return code
@@ -76,7 +77,7 @@ def _end(code: int) -> None:
     Where it fails alone, the others are waiting for it. JAX's farewell would in turn wait for them,
     for minutes; silence tells them sooner.
     """
-    from cnn_jax import parallel
+    from cnn_jax.train import parallel
 
     if code not in (0, *EXIT_CODES.values()) and parallel.is_one_of_several():
         sys.stdout.flush()

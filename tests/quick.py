@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cnn_jax import restored, step
+from cnn_jax.analysis import restore
 from cnn_jax.config import DataConfig
+from cnn_jax.train import step
 from tests.tiny import CLASS_NAMES
 
 # Unoptimised, a step that runs a few times is compiled in half the time.
@@ -64,8 +65,8 @@ def noisy_state(model, optimizer, shape: tuple[int, ...], seed: int = 0) -> step
 
 def make_run(
     workdir: Path, model, shape: tuple[int, ...] = (28, 28, 1), **fields
-) -> restored.RestoredRun:
-    """A run as `restored.load_run` gives it, without a training."""
+) -> restore.RestoredRun:
+    """A run as `restore.load_run` gives it, without a training."""
     about = {
         "workdir": workdir,
         "experiment": "mine",
@@ -79,4 +80,4 @@ def make_run(
         "variables": {"batch_stats": {}, **noisy_variables(model, shape)},
         "saved": {},
     }
-    return restored.RestoredRun(**{**about, **fields})
+    return restore.RestoredRun(**{**about, **fields})

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cnn_jax import commands, experiment, main
-from cnn_jax.command_line import Command
-from cnn_jax.errors import CnnJaxError
+from cnn_jax import main
+from cnn_jax.cli import commands
+from cnn_jax.cli.flags import Command
+from cnn_jax.common.errors import CnnJaxError
+from cnn_jax.config import experiment
 from tests.quick import unoptimised
 from tests.tiny import REPOSITORY, run_command
 
@@ -336,7 +338,7 @@ def test_debug_shows_the_traceback():
     lines = done.stderr.splitlines()
     assert lines[0].startswith("error: --experiment=xyzzy: no such experiment")
     assert lines[1] == "Traceback (most recent call last):"
-    assert lines[-1].startswith("cnn_jax.errors.ConfigError: ")
+    assert lines[-1].startswith("cnn_jax.common.errors.ConfigError: ")
 
 
 @pytest.mark.parametrize("buffered", ["1", ""])

@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from cnn_jax.errors import DataError
+from cnn_jax.common.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn_jax import cache
+from cnn_jax.common import cache
+from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
-from cnn_jax.data import decoded, tfds_builder
-from cnn_jax.errors import DataError
+from cnn_jax.data import decoded_cache, tfds_builder
 
 if typing.TYPE_CHECKING:
     from cnn_jax.data.tfds_records import Records
@@ -163,7 +163,7 @@ def _load(
     """The examples of a split in TFDS's notation; `field` is what errors call it."""
     folder = _folder(data, data_dir)
     key = _cache_key(data, split, folder)
-    if key and (found := decoded.read(key, memory_bytes)):
+    if key and (found := decoded_cache.read(key, memory_bytes)):
         return InMemory(**found)
     from cnn_jax.data.tfds_records import Records
 
@@ -179,7 +179,7 @@ def _load(
         )
     examples = _decode_all(records)
     if key := _cache_key(data, split, folder):
-        decoded.write(key, examples.image, examples.label, examples.class_names)
+        decoded_cache.write(key, examples.image, examples.label, examples.class_names)
     return examples
 
 
@@ -210,11 +210,11 @@ def _cache_key(data: DataConfig, split: str, folder: str) -> dict | None:
     """What a decoded copy depends on; None where the dataset's files cannot be seen."""
     if "://" in folder:
         return None
-    files = decoded.fingerprint(Path(folder, data.name.partition(":")[0].partition("/")[0]))
+    files = decoded_cache.fingerprint(Path(folder, data.name.partition(":")[0].partition("/")[0]))
     if not files:
         return None
     if data.name == tfds_builder.EMBEDDED:  # another version of it may be drawn otherwise
-        files += decoded.fingerprint(Path(__file__).with_name("garments.py"))
+        files += decoded_cache.fingerprint(Path(__file__).with_name("garments.py"))
     return {
         "dataset": data.name,
         "split": split,

@@ -9,6 +9,7 @@ import difflib
 import io
 import json
 import logging
+import os
 import re
 import textwrap
 import threading
@@ -21,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from cnn_jax.common.errors import DataError
+from cnn_jax.common.files import library_path
 from cnn_jax.config import DataConfig
-from cnn_jax.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,9 @@ def open_builder(name: str, data_dir: str) -> Any:
         `data_dir` is damaged.
     """
     base = dataset_name(name)
+    place = data_dir
+    if "://" not in data_dir and Path(data_dir).is_dir():
+        place = str(library_path(Path(data_dir)))
     with quiet():
         import tensorflow_datasets as tfds
 
@@ -82,8 +87,8 @@ def open_builder(name: str, data_dir: str) -> Any:
             if name == EMBEDDED:
                 from cnn_jax.data.garments import Garments
 
-                return Garments(data_dir=data_dir, file_format="array_record")
-            return tfds.builder(name, data_dir=data_dir)
+                return Garments(data_dir=place, file_format="array_record")
+            return tfds.builder(name, data_dir=place)
         except tfds.core.DatasetNotFoundError:
             known = [*tfds.list_builders(with_community_datasets=False), EMBEDDED]
             near = difflib.get_close_matches(base, known)
@@ -128,6 +133,7 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
         try:
             if "://" not in data_dir:
                 Path(data_dir).mkdir(parents=True, exist_ok=True)
+                builder = open_builder(name, data_dir)  # in a folder that can be named now
             # TFDS's default is TFRECORD, which only TensorFlow reads, and only from front to back.
             builder.download_and_prepare(file_format="array_record")
         except Exception as error:
@@ -137,8 +143,15 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
                 ) from error
     builder = open_builder(name, data_dir)
     if not _is_prepared(builder):  # TFDS keeps a folder that lost its dataset_info.json
-        raise DataError(f"{builder.data_dir}: incomplete; remove this folder, prepare it again")
+        raise DataError(
+            f"{shown(builder.data_dir)}: incomplete; remove this folder, prepare it again"
+        )
     return builder
+
+
+def shown(path: Any) -> str:
+    """A file or folder of a dataset, as errors name it."""
+    return str(path) if "://" in str(path) else os.path.realpath(path)
 
 
 def layout(builder: Any, data: DataConfig) -> Layout:

@@ -20,11 +20,11 @@ import tensorflow_datasets as tfds
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cnn_jax import processor
+from cnn_jax.common import cpu
+from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import tfds_builder
-from cnn_jax.data.ahead import look_ahead
-from cnn_jax.errors import DataError
+from cnn_jax.data.prefetch import look_ahead
 
 CHUNK = 500
 # Checked against the header, before anything is decoded.
@@ -50,7 +50,7 @@ class Records:
           DataError: there is no such split, it is empty, its files are absent or in another format.
         """
         self.name = f"{data.name}/{split}"
-        self.folder = builder.data_dir
+        self.folder = tfds_builder.shown(builder.data_dir)
         self.layout = tfds_builder.layout(builder, data)
         self.class_names, self.image_shape = self.layout.class_names, self.layout.image_shape
         file_format = builder.info.file_format.value
@@ -73,11 +73,11 @@ class Records:
             raise DataError(f"{field}={split}: {data.name} has no examples there")
         for shard in self.shards:
             if not tfds.core.Path(shard.filename).exists():
-                raise DataError(f"{shard.filename}: absent; {self._remedy()}")
+                raise DataError(f"{tfds_builder.shown(shard.filename)}: absent; {self._remedy()}")
         self.source = self._open_array_records() if self.random_access else None
         height, width = self.layout.stored_size
         small = height and width and height * width < PIXELS_WORTH_A_THREAD
-        self.threads = 1 if small else processor.cores()
+        self.threads = 1 if small else cpu.cores()
         self.workers = ThreadPoolExecutor(self.threads)
 
     def __len__(self) -> int:
@@ -113,15 +113,15 @@ class Records:
                 count = reader.num_records()
                 reader.close()
             except Exception as error:  # the reader raises RuntimeError for whatever it finds
-                raise self._damaged(shard.filename, error) from error
+                raise self._damaged(tfds_builder.shown(shard.filename), error) from error
             self._check_count(shard, count)
         return ArrayRecordDataSource(self.shards)
 
     def _check_count(self, shard: Any, count: int) -> None:
         if count != shard.examples_in_shard:
             raise DataError(
-                f"{shard.filename}: {count} records, {shard.examples_in_shard} by its "
-                f"dataset_info.json; {self._remedy()}"
+                f"{tfds_builder.shown(shard.filename)}: {count} records, "
+                f"{shard.examples_in_shard} by its dataset_info.json; {self._remedy()}"
             )
 
     def _read_array_records(self) -> Iterator[list[bytes]]:
@@ -236,7 +236,8 @@ class Records:
         """The file and the place in it of the example at `index`."""
         k = bisect.bisect_right(self.ends, index)
         shard = self.shards[k]
-        return f"{shard.filename}: record {index - self.ends[k] + shard.take + shard.skip}"
+        name = tfds_builder.shown(shard.filename)
+        return f"{name}: record {index - self.ends[k] + shard.take + shard.skip}"
 
     def _damaged(self, place: str, error: Exception) -> DataError:
         text = re.sub(r"\{\{.*?\}\}", "", str(error))  # the place in TensorFlow's graph

@@ -7,7 +7,7 @@ one heap for all threads (README, Speed on a CPU), 54 on two Zen 4 cores that ha
 
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models import SpeedrunCNN
-from cnn_jax.optim import airbench
+from cnn_jax.train.optim import airbench
 
 
 def config() -> Config:

@@ -10,7 +10,7 @@ more epochs.
 
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models import SpeedrunCNN
-from cnn_jax.optim import airbench
+from cnn_jax.train.optim import airbench
 
 
 def config() -> Config:

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from cnn_jax.common import extras
-from cnn_jax.errors import DataError
+from cnn_jax.common.errors import DataError
 
 
 class Replaced(Exception):

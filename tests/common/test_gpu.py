@@ -9,7 +9,7 @@ import pytest
 
 from cnn_jax.common import gpu
 
-USED = "from cnn_jax import parallel; print(parallel.make_mesh().size)"
+USED = "from cnn_jax.train import parallel; print(parallel.make_mesh().size)"
 
 
 @pytest.fixture

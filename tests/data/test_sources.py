@@ -23,12 +23,12 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cnn_jax import processor
+from cnn_jax.common import cpu
+from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import sources, tfds_builder
 from cnn_jax.data.sources import InMemory, OnDemand, load_examples
 from cnn_jax.data.tfds_records import Records, silent_stderr
-from cnn_jax.errors import DataError
 from tests.tiny import REPOSITORY, make_examples, run_command
 
 NAMES = ("ant", "bee", "cat")
@@ -257,7 +257,7 @@ def test_large_images_are_decoded_by_threads_in_order(
         together.wait()  # for ever, if there is one thread
         return decode(self, encoded)
 
-    monkeypatch.setattr(processor, "cores", lambda: 2)
+    monkeypatch.setattr(cpu, "cores", lambda: 2)
     monkeypatch.setattr(Records, "_decode_image", decode_together)
     memory = load_examples(DataConfig("pictures"), "train", str(tmp_path))
     np.testing.assert_array_equal(memory.image, images)
@@ -325,7 +325,7 @@ from pathlib import Path
 import numpy as np
 from cnn_jax.config import DataConfig
 from cnn_jax.data.sources import load_examples
-from cnn_jax.errors import DataError
+from cnn_jax.common.errors import DataError
 from tests.tiny import prepare_tiny_squares
 folder = Path(sys.argv[1])
 prepare_tiny_squares(folder, "tfrecord")
@@ -521,6 +521,22 @@ def test_damaged_description_is_named(damaged_dir: Path, file: str):
     path = second_shard(damaged_dir).with_name(file)
     path.write_text(path.read_text()[:-20])
     assert refusal("pictures", damaged_dir).startswith(f"{path}: damaged")
+
+
+@pytest.mark.parametrize("name", ["[2024] data", "a\\b", "a*?", "up/../x", os.fsdecode(b"\xff")])
+def test_a_data_dir_of_any_name_is_read(tfds_dir, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "up").mkdir()
+    shutil.copytree(tfds_dir, Path(name))
+    expected = load_examples(DataConfig("tiny_squares"), "test", str(tfds_dir))
+    for _ in ("decoded", "kept"):
+        examples = load_examples(DataConfig("tiny_squares"), "test", name)
+        np.testing.assert_array_equal(examples.image, expected.image)
+
+
+def test_a_dataset_is_prepared_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("CNN_JAX_CACHE_DIR", str(tmp_path / "[1] a\\b*"))
+    assert len(load_examples(DataConfig("garments"), "test[:20]")) == 20
 
 
 def test_data_error_ends_a_command_with_3_and_one_line(tfds_dir: Path, tmp_path: Path):

@@ -9,8 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from cnn_jax import workdir as workdirs
-from cnn_jax.checkpoint import Checkpoints
+from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.checkpoint import Checkpoints
 from tests.tiny import REPOSITORY
 
 TIMES = ("epoch_seconds", "images_per_second")
@@ -49,12 +49,14 @@ def config() -> Config:
 '''
 
 
-def start(*arguments, devices: int = 1, preexec_fn=None, **environment: str) -> subprocess.Popen:
+def start(
+    *arguments, devices: int = 1, preexec_fn=None, cwd: Path = REPOSITORY, **environment: str
+) -> subprocess.Popen:
     """`python -m cnn_jax.main ARGUMENTS` in the background."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "cnn_jax.main", *map(str, arguments)],
-        cwd=REPOSITORY,
+        cwd=cwd,
         env=os.environ | {"XLA_FLAGS": flags} | environment,
         text=True,
         stdout=subprocess.PIPE,

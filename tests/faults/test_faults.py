@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from cnn_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from cnn_jax.train.checkpoint import Checkpoints, DamagedCheckpoint
 from tests.faults import runs
 from tests.faults.runs import differences, finish, signal_when, start
 

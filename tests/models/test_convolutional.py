@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cnn_jax import models
-from cnn_jax.convert import as_convolutions
+from cnn_jax.analysis.convert import as_convolutions
 from cnn_jax.models.convolutional import Convolutional, convolutional, gives_class_map
 from cnn_jax.models.layers import Conv, Dense, Flatten
 from tests.quick import make_run, noisy_variables, quick_jit

@@ -1,0 +1,1 @@
+"""Class maps of images larger than those of the training."""

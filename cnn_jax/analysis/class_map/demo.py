@@ -1,0 +1,201 @@
+"""The demonstration of a class map: test images on a large canvas, found by one pass over it."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cnn_jax.analysis import evaluate
+from cnn_jax.analysis.class_map import sliding_windows
+from cnn_jax.analysis.convert import as_convolutions
+from cnn_jax.analysis.restore import RestoredRun
+from cnn_jax.common import files
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.data import sources
+from cnn_jax.models import summary
+from cnn_jax.models.convolutional import gives_class_map
+from cnn_jax.models.receptive_field import Field
+from cnn_jax.train import workdir as workdirs
+
+LARGEST = 2048  # pixels; the first layer's map of it takes half a gigabyte
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """Images on a plain background, none on another.
+
+    Attributes:
+      image: uint8 [H, W, C].
+      places: int [N, 2], the first row and column of each.
+      labels: int [N].
+    """
+
+    image: np.ndarray
+    places: np.ndarray
+    labels: np.ndarray
+
+
+def compose(
+    examples: sources.Examples, side: int, background: tuple[int, ...] = (0,), seed: int = 0
+) -> Canvas:
+    """A square canvas of the first examples, each somewhere in its own cell of twice its size.
+
+    Args:
+      examples: of which as many are taken as there are cells.
+      side: of the canvas, in pixels.
+      background: between them, one value or one a channel.
+      seed: of the places.
+    """
+    size = np.array(examples.image_shape[:2])
+    cells = np.stack(np.mgrid[: side // (2 * size[0]), : side // (2 * size[1])], -1).reshape(-1, 2)
+    cells = cells[: len(examples)]
+    batch = examples[np.arange(len(cells))]
+    places = cells * 2 * size + np.random.default_rng(seed).integers(0, size + 1, cells.shape)
+    image = np.empty((side, side, examples.image_shape[2]), np.uint8)
+    image[:] = background
+    for (row, column), part in zip(places, batch["image"], strict=True):
+        image[row : row + size[0], column : column + size[1]] = part
+    return Canvas(image, places, batch["label"])
+
+
+def demonstrate(
+    run: RestoredRun, folder: Path, side: int = 512, rounds: int = 3, data_dir: str | None = None
+) -> dict[str, Any]:
+    """Maps a canvas of test images and compares the map with sliding windows.
+
+    Args:
+      run: of a network that gives a class map, or can be turned into one that does.
+      folder: where class_map.png and class_map.json are written; made if missing.
+      side: of the canvas, in pixels.
+      rounds: how often map and windows are timed, in turn.
+      data_dir: where the dataset lies.
+
+    Returns:
+      The content of class_map.json; `tables.print_class_map` says what it means.
+
+    Raises:
+      ConfigError: the network cannot be turned into one, an argument is out of range, or `folder`
+        cannot be written.
+      DataError: the dataset is missing, damaged, or does not fit the model.
+    """
+    files.check_folder(folder)
+    if rounds < 1:
+        raise ConfigError(f"--rounds={rounds}: must be at least 1")
+    mapped = run if gives_class_map(run.model, run.image_shape) else as_convolutions(run)
+    single = summary.summarise(mapped.model, run.image_shape)
+    _check_side(run, single.field, side)
+    examples = sources.load_examples(run.data, "test", data_dir)
+    evaluate.check_fits(run, examples, run.data.name)
+    mean = np.clip(np.round(255 * np.array(run.data.mean)), 0, 255)  # padding's value, as a pixel
+    canvas = compose(examples, side, mean.astype(np.uint8))
+    whole = summary.summarise(mapped.model, canvas.image.shape)
+    field = whole.field
+
+    score_map = sliding_windows.on_whole_images(mapped)
+    logits = score_map(canvas.image[None])[0]
+    frames = sliding_windows.frames(field, single.field, run.image_shape[:2])
+    nearest = np.round((canvas.places - frames.start) / frames.stride).astype(int)
+    nearest = np.minimum(nearest, np.array(frames.places) - 1)
+    found = logits[tuple(nearest.T)].argmax(-1) == canvas.labels
+    windows = sliding_windows.on_windows(run)
+    alone = windows(canvas.image, canvas.places, frames.size).argmax(-1) == canvas.labels
+    raced = _race(windows, score_map, canvas.image, frames, rounds)
+    report = {
+        "model": type(run.model).__name__,
+        "dataset": run.data.name,
+        "checkpoint": run.step,
+        "canvas": side,
+        "images": len(found),
+        "found": int(found.sum()),
+        "recognised_alone": int(alone.sum()),
+        "scores": field.places,
+        "window": field.size,
+        "stride": field.stride,
+        "start": field.start,
+        **_compare(run, canvas.image, logits, field),
+        **raced,
+        "flops_ratio": raced["cut_out"] * single.flops / whole.flops,
+    }
+    # matplotlib takes its time to import
+    from cnn_jax.analysis.class_map import picture as class_map_picture
+
+    boxes = class_map_picture.Boxes(canvas.places, frames.size, nearest, found)
+    class_map = np.asarray(jax.nn.softmax(logits))
+    picture = class_map_picture.draw(canvas.image, class_map, field, run.class_names, boxes)
+    with files.writing(folder):
+        picture.save(folder / "class_map.png")
+        workdirs.write_json(folder / "class_map.json", report)
+    return report
+
+
+def _check_side(run: RestoredRun, field: Field | None, side: int) -> None:
+    if field is None:
+        raise ConfigError(
+            f"workdir={run.workdir}: its layers are no chain; what they see is not known"
+        )
+    seen = max(size + step for size, step in zip(field.size, field.stride, strict=True))
+    least = max(seen, 2 * max(run.image_shape[:2]))
+    if not least <= side <= LARGEST:
+        raise ConfigError(f"--canvas={side}: must be from {least} to {LARGEST} pixels")
+
+
+def _compare(
+    run: RestoredRun, image: np.ndarray, logits: np.ndarray, field: Field
+) -> dict[str, Any]:
+    """The map beside the dense network on the windows that its scores see."""
+    places = sliding_windows.spread(field.inside(image.shape[:2]))
+    windows = sliding_windows.on_windows(run, padding=False)
+    expected = windows(image, places * field.stride + field.start, field.size)
+    return {
+        "windows": len(places),
+        "largest_difference": float(np.abs(logits[tuple(places.T)] - expected).max()),
+        "largest_logit": float(np.abs(expected).max()),
+    }
+
+
+def _race(
+    windows: sliding_windows.Windows,
+    score_map: Callable[[np.ndarray], np.ndarray],
+    image: np.ndarray,
+    frames: Field,
+    rounds: int,
+) -> dict[str, Any]:
+    """The map beside the network on windows of the training's size, in seconds and in scores."""
+    inside = frames.inside(image.shape[:2])
+    total, places = math.prod(map(len, inside)), sliding_windows.spread(inside)
+    origins = places * frames.stride + frames.start
+    logits = score_map(image[None])[0][tuple(places.T)]
+    cut_out = windows(image, origins, frames.size)
+    seconds = _in_turn(
+        rounds,
+        lambda: score_map(image[None]),
+        lambda: windows(image, origins, frames.size),
+    )
+    sliding = seconds[1] * total / len(places)
+    return {
+        "cut_out": total,
+        "cut_out_compared": len(places),
+        "cut_out_largest_difference": float(np.abs(logits - cut_out).max()),
+        "cut_out_same_class": float((logits.argmax(-1) == cut_out.argmax(-1)).mean()),
+        "rounds": rounds,
+        "map_seconds": seconds[0],
+        "sliding_seconds": sliding,
+        "speed_ratio": sliding / seconds[0],
+    }
+
+
+def _in_turn(rounds: int, *contenders: Callable[[], Any]) -> list[float]:
+    """The median seconds of each, in turn so that a busy machine is unfair to all alike."""
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for _ in range(rounds):
+        for times, contender in zip(seconds, contenders, strict=True):
+            began = time.perf_counter()
+            contender()
+            times.append(time.perf_counter() - began)
+    return [statistics.median(times) for times in seconds]

@@ -1,0 +1,193 @@
+"""A class map as a picture: the image, its most probable classes, and what one score sees."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+
+from cnn_jax.models.receptive_field import Field
+
+PANEL = 3.6  # inches, the longer side of each
+MOST_NAMES = 20
+STYLE = {
+    "font.size": 9,
+    "text.parse_math": False,  # a class may be called $\frac
+    "axes.titlesize": 10,
+    "axes.edgecolor": "#8a949e",
+    "axes.facecolor": "#e4e8ec",
+    "legend.frameon": False,
+}
+SEEN, FOUND, MISSED = "#ff2a6d", "#00d68f", "#ffb000"
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+    """Places in an image whose class is known.
+
+    Attributes:
+      places: int [N, 2], first row and column of each.
+      size: height and width of each.
+      scores: int [N, 2], row and column of the score that belongs to each.
+      found: bool [N], whether that score is highest for the right class.
+    """
+
+    places: np.ndarray
+    size: tuple[int, int]
+    scores: np.ndarray
+    found: np.ndarray
+
+
+def draw(
+    image: np.ndarray,
+    class_map: np.ndarray,
+    field: Field | None,
+    class_names: Sequence[str],
+    boxes: Boxes | None = None,
+) -> Image.Image:
+    """Image, classes and probabilities beside each other; one below the other if they are wide.
+
+    A score is drawn in the middle of the window that it sees, as large as the step to the next one.
+    What remains grey at the border is the middle of no window.
+
+    Args:
+      image: uint8 [H, W, C].
+      class_map: float32 [h, w, classes], probabilities.
+      field: what the scores see; None: not known, and the map is drawn over the whole image.
+      class_names: of the map, in order.
+      boxes: drawn into image and map.
+    """
+    height, width = image.shape[:2]
+    wide = width > 1.5 * height
+    winner, probability = class_map.argmax(-1), class_map.max(-1)
+    chosen = _choose(probability, field, (height, width), boxes)
+    with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE]):
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+        across, down = PANEL * width / max(width, height), PANEL * height / max(width, height)
+        size = (across + 1.6, 3 * down + 2.6) if wide else (3 * across + 1.4, down + 1.5)
+        figure = Figure(
+            figsize=np.maximum(size, (5 if wide else 8, 3)), dpi=150, layout="constrained"
+        )
+        panels = figure.subplots(3, 1) if wide else figure.subplots(1, 3)
+        _image(panels[0], image, field, chosen, boxes)
+        extent = _extent(winner.shape, field, (height, width))
+        _winners(panels[1], figure, winner, probability, extent, class_names)
+        shown = panels[2].imshow(
+            probability, interpolation="nearest", extent=extent, cmap="cividis", vmin=0, vmax=1
+        )
+        panels[2].set_title("its probability")
+        # Beside all panels where they stand below each other, or it would push the last one aside.
+        place = {"ax": panels, "shrink": 0.3, "anchor": (0, 0)} if wide else {"ax": panels[2]}
+        figure.colorbar(shown, **{"shrink": 0.85, "pad": 0.02, **place})
+        for panel in panels:
+            panel.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
+            panel.set_aspect("equal")
+        if boxes is not None:
+            for place in boxes.places:
+                _rectangle(panels[1], place, boxes.size, "#00000070", linewidth=0.8)
+        if chosen is not None:
+            _rectangle(panels[0], field.origin(*chosen), field.size, SEEN, linewidth=2)
+            _rectangle(panels[1], _cell(field, *chosen), field.stride, SEEN, linewidth=1.5)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def _choose(
+    probability: np.ndarray, field: Field | None, image: tuple[int, int], boxes: Boxes | None
+) -> tuple[int, int] | None:
+    """The score whose window is drawn: the surest of what was found, or else inside of the image."""
+    if field is None:
+        return None
+    allowed = np.zeros(probability.shape, bool)
+    if boxes is not None and boxes.found.any():
+        allowed[tuple(boxes.scores[boxes.found].T)] = True
+    elif all(inside := field.inside(image)):
+        allowed[np.ix_(*inside)] = True
+    else:
+        allowed[:] = True
+    row, column = np.unravel_index(np.where(allowed, probability, -1).argmax(), allowed.shape)
+    return int(row), int(column)
+
+
+def _image(
+    axes: Any,
+    image: np.ndarray,
+    field: Field | None,
+    chosen: tuple[int, int] | None,
+    boxes: Boxes | None,
+) -> None:
+    pixels = image[..., :3] if image.shape[2] > 1 else image[..., 0]
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_title(f"image, {image.shape[0]} x {image.shape[1]} pixels")
+    notes = []
+    if boxes is not None:
+        for place, found in zip(boxes.places, boxes.found, strict=True):
+            line = {"colour": FOUND} if found else {"colour": MISSED, "linestyle": ":"}
+            _rectangle(axes, place, boxes.size, **line)
+        notes.append(f"green: {boxes.found.sum()} of {len(boxes.found)} images found; dotted: not")
+    if chosen is not None:
+        size, step = (" x ".join(map(str, pair)) for pair in (field.size, field.stride))
+        notes.append(
+            f"red: the {size} pixels that one score sees,\none score for each {step} pixels"
+        )
+    axes.set_xlabel("\n".join(notes))
+
+
+def _winners(
+    axes: Any,
+    figure: Figure,
+    winner: np.ndarray,
+    probability: np.ndarray,
+    extent: tuple[float, ...],
+    names: Sequence[str],
+) -> None:
+    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
+    colours = np.array([palette[i % len(palette)] for i in range(len(names))])
+    weak = 1 / len(names)  # what a class has if all have the same
+    strength = np.clip((probability - weak) / max(1 - weak, 1e-6), 0, 1)[..., None]
+    shown = 1 - (1 - colours[winner]) * (0.15 + 0.85 * strength)
+    axes.imshow(shown, interpolation="nearest", extent=extent)
+    axes.set_title(f"most probable class, {winner.shape[0]} x {winner.shape[1]} scores")
+    axes.set_xlabel("the paler, the less probable")
+    named = range(len(names))
+    if len(names) > MOST_NAMES:
+        counts = np.bincount(winner.ravel(), minlength=len(names))
+        named = [i for i in np.argsort(-counts, kind="stable")[:MOST_NAMES] if counts[i]]
+    patches = [Patch(color=colours[i], label=_clip(names[i])) for i in named]
+    columns = 5 if figure.get_figwidth() > 7 else 3
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(columns, len(patches)))
+
+
+def _extent(
+    scores: tuple[int, int], field: Field | None, image: tuple[int, int]
+) -> tuple[float, ...]:
+    """Left, right, bottom and top of a map, each score in the middle of its window."""
+    (top, left), (bottom, right) = (0, 0), image
+    if field is not None:
+        (top, left), (bottom, right) = _cell(field, 0, 0), _cell(field, *scores)
+    return left - 0.5, right - 0.5, bottom - 0.5, top - 0.5
+
+
+def _cell(field: Field, row: int, column: int) -> tuple[float, float]:
+    """First row and column of the cell in which a score is drawn."""
+    pairs = zip(field.origin(row, column), field.size, field.stride, strict=True)
+    return tuple(origin + (size - stride) / 2 for origin, size, stride in pairs)
+
+
+def _rectangle(
+    axes: Any, place: Sequence[float], size: tuple[int, int], colour: str, **options: Any
+) -> None:
+    corner = (place[1] - 0.5, place[0] - 0.5)
+    axes.add_patch(Rectangle(corner, size[1], size[0], fill=False, edgecolor=colour, **options))
+
+
+def _clip(name: str) -> str:
+    name = f" {name}" if name.startswith("_") else name  # which matplotlib would leave out
+    return name if len(name) <= 24 else name[:23] + "…"

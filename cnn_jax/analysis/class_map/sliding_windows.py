@@ -1,0 +1,108 @@
+"""A network on windows cut out of a large image: what a class map is compared with.
+
+What a score of a class map is equal to depends on the padding. Its window, `receptive_field.Field`, is
+as large as the training images or smaller where the layers have no padding. With 'same' padding it is
+larger: the layers take pixels from beyond an image's border, zeros in training, and true neighbours
+inside a larger image. So
+
+- a score equals what the dense network gives for its window with the padding of all layers left out,
+  as the window brings along every neighbour that padding stands for. This holds for every network,
+  wherever the window lies inside the image;
+- networks without padding give the same for windows as large as the training images. With 'same'
+  padding that is another number, as such a window meets zeros where the map meets neighbours.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from cnn_jax.analysis.restore import RestoredRun
+from cnn_jax.data.loader import normalise
+from cnn_jax.models.receptive_field import Field
+
+# More windows than this are sampled: networks without strides have a score for each pixel.
+MOST_WINDOWS = 4096
+BATCH = 64
+
+Windows = Callable[[np.ndarray, np.ndarray, tuple[int, int]], np.ndarray]
+
+
+def on_whole_images(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
+    """The network as a compiled function: uint8 [N, H, W, C] -> its logits as float32."""
+
+    @jax.jit
+    def logits(variables: Any, image: jax.Array) -> jax.Array:
+        return run.model.apply(variables, normalise(image, run.data))
+
+    variables = jax.device_put(run.variables)
+    return lambda image: np.asarray(logits(variables, image))
+
+
+def on_windows(run: RestoredRun, padding: bool = True) -> Windows:
+    """The network as a compiled function of windows.
+
+    Args:
+      run: of a network that gives one score for a window: [N, classes] or [N, 1, 1, classes].
+      padding: False leaves out the padding of all convolutions.
+
+    Returns:
+      windows(image, origins, size): uint8 [H, W, C], int [N, 2] -> logits [N, classes].
+    """
+
+    @jax.jit
+    def logits(variables: Any, image: jax.Array) -> jax.Array:
+        image = normalise(image, run.data)
+        if padding:
+            return run.model.apply(variables, image)
+        with nn.intercept_methods(_without_padding):
+            return run.model.apply(variables, image)
+
+    variables = jax.device_put(run.variables)
+
+    def windows(image: np.ndarray, origins: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        found = []
+        for start in range(0, len(origins), BATCH):
+            # The last batch is filled up with the last window: one shape, one program.
+            rows = np.minimum(np.arange(start, start + BATCH), len(origins) - 1)
+            parts = [image[r : r + size[0], c : c + size[1]] for r, c in origins[rows]]
+            found.append(np.asarray(logits(variables, np.stack(parts))).reshape(BATCH, -1))
+        return np.concatenate(found)[: len(origins)]
+
+    return windows
+
+
+def frames(field: Field, alone: Field, size: tuple[int, int]) -> Field:
+    """For each score, the window of the training images' size that it stands for.
+
+    It is where such an image would have to lie to have this score as its own. 'same' padding with a
+    stride begins a pixel earlier on odd maps than on even ones, so that it need not start at 0.
+
+    Args:
+      field: of the scores of a larger image.
+      alone: of the score of an image of the training's size.
+      size: that of the training images.
+    """
+    start = tuple(whole - own for whole, own in zip(field.start, alone.start, strict=True))
+    return dataclasses.replace(field, size=size, start=start)
+
+
+def spread(ranges: Sequence[range]) -> np.ndarray:
+    """(row, column) of all places in two ranges, or of MOST_WINDOWS evenly spread: int [N, 2]."""
+    rows, columns = ranges
+    total = math.prod(map(len, ranges))
+    chosen = np.linspace(0, total - 1, min(total, MOST_WINDOWS)).round().astype(int)
+    row, column = np.divmod(chosen, len(columns))
+    return np.stack([row + rows.start, column + columns.start], -1)
+
+
+def _without_padding(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+    layer = context.module
+    if not isinstance(layer, nn.Conv) or layer.padding == "VALID":
+        return call(*args, **kwargs)
+    bare = layer.clone(parent=None, name=None, padding="VALID")
+    return bare.apply({"params": layer.variables["params"]}, *args)

@@ -1,0 +1,127 @@
+"""Turns the flatten + dense head of a trained network into convolutions."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnn_jax.analysis.restore import RestoredRun
+from cnn_jax.common import files
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config.serialize import to_json
+from cnn_jax.data.loader import normalise
+from cnn_jax.models import summary
+from cnn_jax.models.convolutional import convolutional
+from cnn_jax.models.receptive_field import Field
+from cnn_jax.train import checkpoint
+from cnn_jax.train import workdir as workdirs
+
+IMAGES = 64
+# Of the largest logit: the sums are the same, but added in another order.
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What `convert` wrote.
+
+    Attributes:
+      run: the network of convolutions alone.
+      kernels: of the layers that changed: name, shape before, shape after.
+      field: what a score sees; None: not known.
+      difference: the largest one between its logits and the dense network's, on IMAGES images of noise.
+      largest: the largest of these logits.
+    """
+
+    run: RestoredRun
+    kernels: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    field: Field | None
+    difference: float
+    largest: float
+
+
+def convert(run: RestoredRun, folder: Path) -> Converted:
+    """Writes a workdir that holds `run` as a network of convolutions alone.
+
+    It has the run's config.json with another model, its metrics.jsonl, and one checkpoint without
+    an optimizer's state: it cannot be trained further.
+
+    Args:
+      run: from `restore.load_run`.
+      folder: of the new workdir; must be new or empty.
+
+    Raises:
+      ConfigError: the network cannot be converted, or `folder` is not new.
+      CheckpointError: `folder` cannot be written.
+    """
+    files.check_folder(folder, new=True)
+    made = dataclasses.replace(as_convolutions(run), workdir=folder)
+    difference, largest = _compare(run, made)
+    if not difference <= TOLERANCE * largest:
+        raise ConfigError(
+            f"workdir={run.workdir}: {type(run.model).__name__} gives logits up to {largest:.3g}, and "
+            f"other ones by up to {difference:.3g} as convolutions; what stands between its dense "
+            "layers must treat each place of a map by itself"
+        )
+    saved = copy.deepcopy(run.saved)
+    saved["config"]["model"] = to_json(made.model)
+    saved["converted_from"] = {"workdir": str(run.workdir), "checkpoint": run.step}
+    with files.writing(folder):
+        checkpoints = checkpoint.Checkpoints(folder)
+        checkpoints.start_writing(None)
+        checkpoints.save({"step": np.int32(run.step), **made.variables}, {})
+        checkpoints.close()
+        lines = [line for line in workdirs.metrics(run.workdir) if line["step"] <= run.step]
+        workdirs.write_text(
+            folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
+        )
+        workdirs.write_json(folder / "config.json", saved)
+    after = checkpoint.names(made.variables["params"])
+    kernels = tuple(
+        (name.removesuffix("/kernel"), old.shape, after[name].shape)
+        for name, old in checkpoint.names(run.variables["params"]).items()
+        if old.shape != after[name].shape
+    )
+    made = dataclasses.replace(made, saved=saved)
+    field = summary.summarise(made.model, made.image_shape).field
+    return Converted(made, kernels, field, difference, largest)
+
+
+def as_convolutions(run: RestoredRun) -> RestoredRun:
+    """The run with its network turned into one of convolutions alone, in memory.
+
+    Raises:
+      ConfigError: it is one already, or its head is not flatten + dense.
+    """
+    try:
+        model = convolutional(run.model, run.image_shape)
+    except ValueError as error:
+        raise ConfigError(f"workdir={run.workdir}: {error}") from None
+    image = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
+    template = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    params = jax.tree.map(
+        lambda old, new: np.reshape(old, new.shape), run.variables["params"], template
+    )
+    return dataclasses.replace(run, model=model, variables={**run.variables, "params": params})
+
+
+def _compare(dense: RestoredRun, made: RestoredRun) -> tuple[float, float]:
+    """The largest difference between the logits of the two on noise, and the largest logit.
+
+    At full precision: accelerators round the factors of a sum, and of these two in different ways.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (IMAGES, *dense.image_shape), np.uint8)
+
+    def logits(run: RestoredRun) -> np.ndarray:
+        model = jax.jit(
+            lambda variables, image: run.model.apply(variables, normalise(image, run.data))
+        )
+        return np.asarray(model(run.variables, noise), np.float32).reshape(IMAGES, -1)
+
+    with jax.default_matmul_precision("highest"):
+        expected, got = logits(dense), logits(made)
+    return float(np.abs(got - expected).max()), float(np.abs(expected).max())

@@ -1,0 +1,105 @@
+"""A trained network as one file that needs JAX alone: StableHLO with everything around it.
+
+model.zip holds model.stablehlo, what `jax.export` serialises (a flatbuffer, no pickle), and about.json,
+the class names and what goes in and comes out. Scaling and normalisation are part of the program.
+"""
+
+import functools
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from cnn_jax.analysis.restore import RestoredRun
+from cnn_jax.common import files
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.train import step
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+SCRIPT = '''"""Classifies images with model.zip: python classify.py images.npy (uint8 [N, {shape}])."""
+
+import json
+import pathlib
+import sys
+import zipfile
+
+import jax.export
+import numpy as np
+
+with zipfile.ZipFile(pathlib.Path(__file__).with_name("model.zip")) as file:
+    model = jax.export.deserialize(file.read("model.stablehlo"))
+    names = json.loads(file.read("about.json"))["class_names"]
+
+images = np.load(sys.argv[1])
+logits = jax.jit(model.call)(images)  # float32 [N, {classes}]
+probabilities = jax.nn.softmax(logits)
+for number, row in enumerate(np.asarray(probabilities)):
+    best = row.argmax()
+    print(number, names[best], f"{{row[best]:.4f}}", sep="\\t")
+'''
+
+
+def export(run: RestoredRun, folder: Path) -> tuple[Path, Path]:
+    """Writes model.zip and classify.py.
+
+    The program takes uint8 [N, H, W, C] for any N and returns logits float32 [N, classes], those of
+    `step.predict_step` (of a class map, their mean), on CPU, CUDA and TPU.
+
+    Args:
+      run: from `restore.load_run`.
+      folder: made if missing.
+
+    Returns:
+      The paths of the two files.
+
+    Raises:
+      ConfigError: `folder` cannot be written, or the network cannot be exported.
+    """
+    files.check_folder(folder)
+    program = to_stablehlo(run)
+    about = {
+        "experiment": run.experiment,
+        "model": type(run.model).__name__,
+        "checkpoint": run.step,
+        "class_names": run.class_names,
+        "input": {"dtype": "uint8", "shape": ["N", *run.image_shape], "scaled_inside": True},
+        "mean": run.data.mean,
+        "std": run.data.std,
+        "output": {"dtype": "float32", "shape": ["N", len(run.class_names)], "kind": "logits"},
+        "platforms": PLATFORMS,
+        "jax": jax.__version__,
+    }
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("about.json", json.dumps(about, indent=2) + "\n")
+        file.writestr("model.stablehlo", program)
+    shape = ", ".join(map(str, run.image_shape))
+    script = SCRIPT.format(shape=shape, classes=len(run.class_names))
+    paths = folder / "model.zip", folder / "classify.py"
+    with files.writing(folder):
+        paths[0].write_bytes(archive.getvalue())
+        paths[1].write_text(script)
+    return paths
+
+
+def to_stablehlo(run: RestoredRun) -> bytes:
+    """The network with its variables, for any number of images, as `jax.export` serialises it.
+
+    Raises:
+      ConfigError: its shapes do not allow an unknown number of images.
+    """
+    options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
+    variables = jax.tree.map(jnp.asarray, run.variables)
+    pure = functools.partial(step.predict_step, variables, **options)
+    (count,) = jax.export.symbolic_shape("n")
+    image = jax.ShapeDtypeStruct((count, *run.image_shape), jnp.uint8)
+    try:
+        return bytes(jax.export.export(jax.jit(pure), platforms=PLATFORMS)(image).serialize())
+    except Exception as error:  # a layer of the user's own may need to know the number
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(
+            f"workdir={run.workdir}: {type(run.model).__name__} cannot be exported ({reason})"
+        ) from error

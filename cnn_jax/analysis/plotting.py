@@ -1,0 +1,198 @@
+"""What every chart shares: its width, colours and marks, and the two PNG files it becomes.
+
+Charts are drawn for a column 360 pixels wide, so that a phone shows their text at its own size; once
+for a light page and once for a dark one.
+"""
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
+
+from cnn_jax.common import images
+
+WIDTH = 3.6  # inches of 100 pixels
+DPI = 270
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """The colours of a page. The series' are told apart with any colour vision (Okabe and Ito)."""
+
+    paper: str
+    ink: str
+    muted: str
+    rule: str
+    series: tuple[str, ...]
+    heat: tuple
+
+
+LIGHT = Theme(
+    paper="#ffffff",
+    ink="#1c2126",
+    muted="#59636e",
+    rule="#d8dde3",
+    series=("#0072b2", "#d55e00", "#009e73", "#b3609a", "#8a6d00", "#56b4e9", "#5b5bd6", "#1c2126"),
+    heat=images.PAPER,
+)
+DARK = Theme(
+    paper="#14181c",
+    ink="#e6e9ec",
+    muted="#9aa5b1",
+    rule="#343b43",
+    series=("#56b4e9", "#e69f00", "#2fc19a", "#d994c4", "#f0e442", "#0072b2", "#a3a3ff", "#e6e9ec"),
+    heat=((26, 32, 38), (24, 84, 128), (86, 180, 233), (214, 238, 252)),
+)
+MARKERS = "os^Dv<>P"
+LINES = ("-", "--", "-.", ":")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A picture as PNG.
+
+    Attributes:
+      name: of its file, without .png.
+      light: the file's bytes.
+      dark: the same for a dark page; None where one serves for both.
+      alt: what it shows, in words.
+    """
+
+    name: str
+    light: bytes
+    dark: bytes | None
+    alt: str
+
+
+def draw(name: str, alt: str, height: float, paint: Callable[[Figure, Theme], Any]) -> Chart:
+    """Paints a figure of `height` inches twice.
+
+    Args:
+      name: of the file.
+      alt: what the chart shows, in words.
+      height: in inches of 100 pixels.
+      paint: adds axes to the figure, in the theme's colours.
+    """
+    files = []
+    for theme in (LIGHT, DARK):
+        with _style(theme):
+            figure = Figure(figsize=(WIDTH, height), layout="constrained")
+            paint(figure, theme)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            files.append(png(np.asarray(canvas.buffer_rgba())[..., :3], 256))
+    return Chart(name, *files, alt)
+
+
+def picture(name: str, pixels: np.ndarray, alt: str) -> Chart:
+    """uint8 [h, w, 1, 3 or 4] as a picture that serves on a light page and on a dark one."""
+    return Chart(name, png(pixels, 256 if pixels.shape[2] == 4 else None), None, alt)
+
+
+def png(pixels: np.ndarray, colours: int | None = None) -> bytes:
+    """uint8 [h, w, 1, 3 or 4] as a PNG file; at most 256 `colours` make it a third as large."""
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[pixels.shape[2]]
+    image = Image.fromarray(pixels[..., 0] if mode == "L" else pixels)
+    if colours:
+        # The other methods know no transparency, this one has few shades to spare.
+        method = Image.Quantize.FASTOCTREE if mode == "RGBA" else Image.Quantize.MEDIANCUT
+        image = image.quantize(colours, method, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+@contextmanager
+def _style(theme: Theme) -> Iterator[None]:
+    """matplotlib's defaults, whatever the user's matplotlibrc says, in the theme's colours."""
+    settings = {
+        "savefig.dpi": DPI,
+        "figure.dpi": DPI,
+        "figure.facecolor": theme.paper,
+        "savefig.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "font.size": 8,
+        "text.color": theme.ink,
+        "text.parse_math": False,  # a class may be called $\frac
+        "axes.labelcolor": theme.muted,
+        "axes.edgecolor": theme.rule,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": False,
+        "grid.color": theme.rule,
+        "grid.linewidth": 0.6,
+        "xtick.color": theme.rule,
+        "ytick.color": theme.rule,
+        "xtick.labelcolor": theme.muted,
+        "ytick.labelcolor": theme.muted,
+        "xtick.labelsize": 7.5,
+        "ytick.labelsize": 7.5,
+        "legend.frameon": False,
+        "legend.fontsize": 7.5,
+        "legend.handlelength": 2.4,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 4,
+    }
+    with warnings.catch_warnings(), matplotlib.style.context(["default", settings]):
+        # A class named in a script that the font lacks is drawn as boxes; the page has its name.
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+def percent_axis(axis: Any) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+
+
+def epoch_axis(axes: Any, last: int) -> None:
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    axes.set_xlim((1, last) if last > 1 else (0.5, 1.5))
+
+
+def bare(axes: Any) -> None:
+    """Leaves bars with their numbers alone."""
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def clip(text: str, length: int) -> str:
+    """At most `length` characters on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def heat_map(
+    axes: Any,
+    theme: Theme,
+    shares: np.ndarray,
+    rows: list[str],
+    columns: list[str],
+    size: float = 7.5,
+) -> None:
+    """Shares in [0, 1], [rows, columns], in the theme's colours, with names of `size` points."""
+    heat = LinearSegmentedColormap.from_list("heat", np.array(theme.heat) / 255)
+    axes.imshow(shares, cmap=heat, vmin=0, vmax=1)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size, color=theme.ink)
+    axes.set_yticks(range(len(rows)), rows, fontsize=size, color=theme.ink)
+
+
+def number(
+    axes: Any, theme: Theme, row: int, column: int, text: str, share: float, size: float
+) -> None:
+    """Writes into a cell of `heat_map`, in the colour that its own leaves readable."""
+    colour = theme.ink if share < 0.5 else theme.paper
+    axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)

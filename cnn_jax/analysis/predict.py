@@ -1,0 +1,220 @@
+"""Classes of image files, by the model of a workdir."""
+
+import csv
+import dataclasses
+import functools
+import glob
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image, ImageOps
+
+from cnn_jax.analysis.restore import RestoredRun
+from cnn_jax.common import files as outputs
+from cnn_jax.common.errors import ConfigError, DataError
+from cnn_jax.models import summary
+from cnn_jax.models.convolutional import gives_class_map
+from cnn_jax.train import step
+
+log = logging.getLogger(__name__)
+
+BROKEN_IMAGES_EXIT_CODE = DataError.exit_code
+SUFFIXES = (".png", ".jpg", ".jpeg")
+# Checked against the header, before anything is decoded.
+MAX_PIXELS = 50_000_000
+# A layer of 256 channels makes 4 GB of so many, if it has no stride.
+MAX_MAP_PIXELS = 2048 * 2048
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image.
+
+    Attributes:
+      file: its path.
+      classes: names, the most probable first.
+      probabilities: of these, from the softmax of the logits (of a class map: of their mean).
+      class_map: where the model gives one, float32 [h, w, classes] of probabilities.
+      map_file: the picture of the class map, if that has more than one score.
+    """
+
+    file: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    class_map: np.ndarray | None = None
+    map_file: Path | None = None
+
+
+def predict(
+    run: RestoredRun, patterns: Sequence[str], output: Path, top_k: int | None = None
+) -> tuple[list[Prediction], list[str]]:
+    """Classifies image files; writes predictions.csv, and a picture for each class map.
+
+    Args:
+      run: from `restore.load_run`.
+      patterns: files, folders or glob patterns, also several in one text, separated by commas.
+      output: the folder for what is written; made if missing.
+      top_k: how many classes to name; None: 3, or all if there are fewer.
+
+    Returns:
+      The predictions, and the files that could not be read, which are logged.
+
+    Raises:
+      ConfigError: `top_k` is out of range, or `output` cannot be written.
+      DataError: there is no image to read at all.
+    """
+    if top_k is None:
+        top_k = min(3, len(run.class_names))
+    if not 1 <= top_k <= len(run.class_names):
+        raise ConfigError(f"--top_k={top_k}: must be from 1 to {len(run.class_names)}, the classes")
+    files = find_images(patterns)
+    outputs.check_folder(output)
+    scores = jax.jit(functools.partial(_scores, run=run))
+    own_size = gives_class_map(run.model, run.image_shape)
+    predictions, broken = [], []
+    for file in files:
+        try:
+            image = read_image(file, run.image_shape, own_size)
+        except DataError as error:
+            log.error("error: %s", error)
+            broken.append(file)
+            continue
+        probabilities, class_map = jax.device_get(scores(run.variables, image[None]))
+        best = np.argsort(-probabilities, kind="stable")[:top_k]
+        prediction = Prediction(
+            os.fsencode(file).decode(errors="backslashreplace"),  # Linux takes any bytes as a name
+            tuple(run.class_names[i] for i in best),
+            tuple(float(probabilities[i]) for i in best),
+        )
+        if class_map is not None:
+            prediction = dataclasses.replace(prediction, class_map=class_map)
+        if class_map is not None and class_map.size > class_map.shape[-1]:
+            map_file = output / f"{len(predictions):04d}_{Path(file).stem}_class_map.png"
+            picture = _picture(run, image, class_map)
+            with outputs.writing(output):
+                picture.save(map_file)
+            prediction = dataclasses.replace(prediction, map_file=map_file)
+        predictions.append(prediction)
+    if not predictions:
+        raise DataError(f"--images: none of the {len(files)} files could be read")
+    with outputs.writing(output):
+        _write_csv(output / "predictions.csv", predictions)
+    return predictions, broken
+
+
+def find_images(patterns: Sequence[str]) -> list[str]:
+    """The files that --images names, each once, in order.
+
+    Raises:
+      DataError: a pattern names none.
+    """
+    files: dict[str, None] = {}
+    for text in patterns:
+        # A comma may also belong to a file's name; the shell leaves the ~ of --images=~/x as it is.
+        parts = [text] if os.path.exists(os.path.expanduser(text)) else text.split(",")
+        for pattern in filter(None, map(str.strip, parts)):
+            files |= dict.fromkeys(_find(os.path.expanduser(pattern)))
+    if not files:
+        raise DataError("--images: names no file")
+    return list(files)
+
+
+def _find(pattern: str) -> list[str]:
+    path = Path(pattern)
+    if path.is_file():
+        return [pattern]
+    if path.is_dir():
+        inside = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
+        found, missing = map(str, inside), "holds no PNG or JPEG file"
+    else:
+        found = (p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        missing = "no such file"
+    if not (files := sorted(found)):
+        raise DataError(f"--images={pattern}: {missing}")
+    return files
+
+
+def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = False) -> np.ndarray:
+    """A PNG or JPEG file as the model's input.
+
+    Args:
+      file: of any size and mode; transparent parts become white.
+      image_shape: (H, W, C) that the model was trained on.
+      own_size: keeps the file's size where it is at least H x W, instead of resizing to it. One of
+        more than MAX_MAP_PIXELS is reduced to these, which is logged.
+
+    Returns:
+      uint8 [h, w, C].
+
+    Raises:
+      DataError: it is not such a file, is damaged, or has too many pixels; names the file.
+    """
+    height, width, channels = image_shape
+    too_large = DataError(f"{file}: has too many pixels; at most {MAX_PIXELS:,} are read")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its limit is higher
+            opened = Image.open(file, formats=("PNG", "JPEG"))
+        with opened as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise too_large
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):  # convert() would clip 16 bits to 8
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if channels != 4 and (picture.has_transparency_data):
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert(MODES[channels])
+            size, own = (width, height), picture.size
+            if own_size and own[0] >= width and own[1] >= height:
+                scale = min(1, (MAX_MAP_PIXELS / (own[0] * own[1])) ** 0.5)
+                size = (max(width, int(own[0] * scale)), max(height, int(own[1] * scale)))
+                if size != own:
+                    log.warning("warning: %s: reduced from %dx%d to %dx%d", file, *own, *size)
+            if size != own:
+                picture = picture.resize(size, Image.Resampling.BILINEAR)
+            return np.asarray(picture).reshape(picture.height, picture.width, channels)
+    except DataError:
+        raise
+    except Image.DecompressionBombError:
+        raise too_large from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "not a PNG or JPEG image" if "cannot identify" in str(error) else str(error)
+        raise DataError(f"{file}: cannot be read ({reason})") from None
+
+
+def _picture(run: RestoredRun, image: np.ndarray, class_map: np.ndarray) -> Image.Image:
+    # matplotlib takes its time to import
+    from cnn_jax.analysis.class_map import picture as class_map_picture
+
+    field = summary.summarise(run.model, image.shape).field
+    return class_map_picture.draw(image, class_map, field, run.class_names)
+
+
+def _scores(
+    variables: dict, image: jax.Array, *, run: RestoredRun
+) -> tuple[jax.Array, jax.Array | None]:
+    """uint8 [1, H, W, C] -> probabilities [classes], and those of the class map [h, w, classes]."""
+    options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
+    logits = step.predict_step(variables, image, **options)
+    class_map = step.class_map_step(variables, image, **options)
+    maps = class_map.ndim == 4
+    return jax.nn.softmax(logits[0]), jax.nn.softmax(class_map[0]) if maps else None
+
+
+def _write_csv(path: Path, predictions: list[Prediction]) -> None:
+    places = range(1, len(predictions[0].classes) + 1)
+    header = ["file", *(f"{kind}_{i}" for i in places for kind in ("class", "probability"))]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for prediction in predictions:
+            pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+            writer.writerow([prediction.file, *(item for pair in pairs for item in pair)])

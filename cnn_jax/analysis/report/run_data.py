@@ -1,0 +1,252 @@
+"""What there is to say about a run: read from its workdir, and evaluated on its test split."""
+
+import dataclasses
+import logging
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from cnn_jax import models
+from cnn_jax.analysis import evaluate
+from cnn_jax.analysis.restore import RestoredRun, load_run
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config import experiment
+from cnn_jax.config.overrides import override
+from cnn_jax.config.serialize import to_json
+from cnn_jax.data import sources
+from cnn_jax.models import summary
+from cnn_jax.train import parallel, step
+from cnn_jax.train import workdir as workdirs
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What the network says to each example of the test split, in its order.
+
+    Attributes:
+      label: int [N], the class that is right.
+      winner: int [N], the class of the highest probability.
+      probability: float32 [N], that probability.
+    """
+
+    label: np.ndarray
+    winner: np.ndarray
+    probability: np.ndarray
+
+    def mistakes(self, count: int) -> np.ndarray:
+        """Places of the `count` most confident mistakes, the worst first."""
+        wrong = np.flatnonzero(self.label != self.winner)
+        return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """A run, its course and its result.
+
+    Attributes:
+      run: the restored model.
+      lines: those of metrics.jsonl; none if it was stopped in its first epoch.
+      summary: its layers.
+      test: the test split.
+      result: of the evaluation of every test example.
+      predictions: its single ones.
+      command: trains this run again.
+      note: what the command leaves out; empty if nothing.
+    """
+
+    run: RestoredRun
+    lines: list[dict]
+    summary: summary.Summary
+    test: sources.Examples
+    result: evaluate.Result
+    predictions: Predictions
+    command: str
+    note: str
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time of the epochs up to the checkpoint; None if there is none."""
+        done = [line["epoch_seconds"] for line in self.lines if line["step"] <= self.run.step]
+        return sum(done) if done else None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Over all epochs."""
+        if not self.lines:
+            return None
+        seconds = sum(line["epoch_seconds"] for line in self.lines)
+        return (
+            sum(line["epoch_seconds"] * line["images_per_second"] for line in self.lines) / seconds
+        )
+
+
+def gather(
+    workdir: Path,
+    which: str = "latest",
+    own: str | None = None,
+    data_dir: str | None = None,
+    verify: bool = True,
+) -> Facts:
+    """Restores a run's checkpoint and evaluates it on its test split.
+
+    Args:
+      workdir: a training run's folder.
+      which: "latest", "best" or a step.
+      own: the experiment that defines the model, where that is not one of cnn_jax.models.
+      data_dir: where the dataset lies.
+      verify: compares the arrays with their checksums.
+
+    Raises:
+      CheckpointError: there is no run or no such checkpoint, or it is damaged.
+      ConfigError: the model is not known without `own`.
+      DataError: the dataset is missing, damaged, or does not fit the model.
+    """
+    saved = workdirs.read_config(workdir)
+    model = _own_model(saved, own)
+    run = load_run(workdir, which, model, verify)
+    layers = summary.summarise(run.model, run.image_shape)
+    test = sources.load_examples(run.data, "test", data_dir)
+    evaluate.check_fits(run, test, run.data.name)
+    log.info("evaluating %s on %s test examples", workdir, f"{len(test):,}")
+    result, predictions = _evaluate(run, test)
+    command, note = command_of(workdir, saved, own)
+    lines = workdirs.metrics(workdir)
+    return Facts(run, lines, layers, test, result, predictions, command, note)
+
+
+def _own_model(saved: dict, own: str | None) -> nn.Module | None:
+    model = saved["config"]["model"]
+    while isinstance(model.get("model"), dict):  # that of a converted network
+        model = model["model"]
+    known = model.get("class") in models.__all__
+    return experiment.load(own).model if own and not known else None
+
+
+def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluate.Result, Predictions]:
+    """`evaluate.evaluate_examples`, which also keeps what was said to each example."""
+    mesh = parallel.make_mesh()
+    options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
+
+    def both(variables: Any, batch: dict) -> tuple[dict, dict]:
+        # One forward pass: the compiler sees that these two share it.
+        sums = step.eval_step(variables, batch, **options)
+        logits = step.predict_step(variables, batch["image"], **options)
+        single = {"winner": logits.argmax(-1), "probability": jax.nn.softmax(logits).max(-1)}
+        return sums, single | {"label": batch["label"]}
+
+    compiled = parallel.jit_step(both, mesh, donate=False)
+    kept = []
+
+    def evaluated(variables: Any, batch: dict) -> dict:
+        sums, single = compiled(variables, batch)
+        kept.append(single)
+        return sums
+
+    variables = parallel.replicate(run.variables, mesh)
+    result = evaluate.evaluate_examples(evaluated, variables, test, run.batch_size, mesh)
+    kept = [parallel.to_host(single) for single in kept]
+    # The last batch was filled up.
+    joined = {name: np.concatenate([k[name] for k in kept])[: len(test)] for name in kept[0]}
+    return result, Predictions(**joined)
+
+
+def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str, str]:
+    """The command that trains the run of a config.json again, and what it cannot say."""
+    if isinstance(origin := saved.get("converted_from"), dict):
+        config = saved["config"]
+        trained = {"converted_from": None, "config": config | {"model": config["model"]["model"]}}
+        command, note = command_of(Path(origin["workdir"]), saved | trained, own)
+        convert = ["convert", f"--workdir={origin['workdir']}", f"--output={workdir}"]
+        return f"{command}\n{shlex.join(['./launch.sh', *convert])}", note
+    name = saved["experiment"]
+    if own and Path(own).stem == name:  # config.json holds no path of a file of the user's own
+        name = own
+    flags = [[f"--experiment={name}"], [f"--workdir={workdir}"]]
+    try:
+        # A workdir may come from anywhere: it must not choose a file to run.
+        default = experiment.load(name if name in (own, *experiment.names()) else "")
+    except ConfigError:
+        return _shell(flags), (
+            "That experiment's file was not found, so changes made with --set are not listed here; "
+            "config.json has every field."
+        )
+    hidden = []
+    for field, value in _changes(to_json(default), saved["config"]):
+        try:
+            changed = to_json(override(default, [f"{field}={_text(value)}"]))
+        except ConfigError:  # a function or a module, which only the experiment's file can choose
+            hidden.append(field)
+            continue
+        flags.append(["--set", f"{field}={_text(value)}"])
+        if field in dict(_changes(changed, saved["config"])):
+            hidden.append(field)
+    note = f"The experiment's file now gives another {', '.join(hidden)}." if hidden else ""
+    return _shell(flags), note
+
+
+def _changes(default: dict, saved: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(field, saved value) where two JSON forms differ."""
+    for key in sorted(default.keys() | saved.keys()):
+        before, after = default.get(key), saved.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", after
+
+
+def _shell(flags: list[list[str]]) -> str:
+    """A command to paste, a flag a line: a phone's width holds no more."""
+    return " \\\n  ".join(["./launch.sh train", *map(shlex.join, flags)])
+
+
+def _text(value: Any) -> str:
+    """`value` as --set takes it."""
+    if isinstance(value, list):
+        return ",".join(map(_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def settings(facts: Facts) -> list[tuple[str, str]]:
+    """What the run was made with, as names and values for people."""
+    saved = facts.run.saved
+    config, device = saved["config"], saved["device"]
+    data, optimizer = config["data"], config["optimizer"]
+    if isinstance(optimizer, dict):
+        given = (f"{key}={value}" for key, value in optimizer.items() if key != "function")
+        optimizer = f"{optimizer['function']}({', '.join(given)})"
+    pairs = [
+        ("dataset", data["name"]),
+        ("training split", data["train_split"]),
+        ("held out for validation", f"{data['validation_examples']:,}"),
+        ("test split", data["test_split"]),
+        ("optimizer", optimizer),
+        ("learning rate", f"{config['learning_rate']:g}, {config['schedule']}"),
+        ("batch size", f"{config['batch_size']:,}"),
+        ("epochs", f"{config['epochs']:,}"),
+        ("seed", str(config["seed"])),
+        ("computed in", config["compute_dtype"]),
+        ("device", f"{device['count']} x {device['kind']}"),
+    ]
+    return pairs + list(saved["versions"].items())
+
+
+def unique_names(runs: list[Facts]) -> list[str]:
+    """A name for each run: the shortest that tells them apart."""
+    experiments = [facts.run.experiment for facts in runs]
+    folders = [facts.run.workdir for facts in runs]
+    for names in (
+        [name.rpartition("/")[2] for name in experiments],
+        experiments,
+        [folder.name for folder in folders],
+        [f"{folder.parent.name}/{folder.name}" for folder in folders],
+    ):
+        if len(set(names)) == len(names) and all(names):
+            return names
+    return [str(folder) for folder in folders]

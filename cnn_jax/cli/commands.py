@@ -1,0 +1,356 @@
+"""The commands of ./launch.sh: the flags of each, and the function it calls."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from cnn_jax.cli.flags import FLAGS, REQUIRED, SEVERAL, Command
+from cnn_jax.common.errors import ConfigError
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(*names: str, first: str | None = None, **defaults: object) -> Callable:
+    """Registers a function as the command of its name.
+
+    Args:
+      *names: its flags.
+      first: the one of them whose value may stand alone behind the command's name.
+      **defaults: defaults that differ from those in FLAGS.
+    """
+
+    def register(run: Callable) -> Callable:
+        own = {name: defaults.get(name, FLAGS[name][1]) for name in (*names, "debug")}
+        COMMANDS[run.__name__] = Command(run.__name__, run, own, first)
+        return run
+
+    return register
+
+
+def find(name: str) -> Command:
+    """The command called `name`.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"{name}: no such command; {'nearest' if near else 'there are'}: "
+            + ", ".join(near or COMMANDS)
+        )
+    return COMMANDS[name]
+
+
+def overview() -> str:
+    """The text of `./launch.sh --help`."""
+    lines = ["usage: ./launch.sh COMMAND [--flags]", ""]
+    lines += [f"  {name:12}{entry.title}" for name, entry in COMMANDS.items()]
+    return "\n".join([*lines, "", "./launch.sh COMMAND --help shows a command's flags."])
+
+
+@command()
+def list(values: flags.FlagValues) -> None:
+    """Shows all experiments."""
+    from cnn_jax.config import experiment
+
+    known = experiment.names()
+    width = max(map(len, known)) + 2
+    for name in known:
+        print(f"{name:{width}}{experiment.title(name)}")
+
+
+@command(
+    "experiment",
+    "set",
+    "workdir",
+    "data_dir",
+    "download",
+    "dry_run",
+    "verify",
+    "coordinator",
+    "processes",
+    "process",
+    workdir=None,
+)
+def train(values: flags.FlagValues) -> None:
+    """Trains an experiment, going on where an earlier call stopped."""
+    from cnn_jax.train.signals import StopSignals
+
+    with StopSignals():  # there is nothing to save: a signal ends the process at once
+        from cnn_jax.config import experiment
+        from cnn_jax.train import loop, parallel
+
+        config = experiment.load(values.experiment, values.set)
+        if values.coordinator or values.processes != 1 or values.process:
+            parallel.start_processes(
+                values.coordinator, values.processes, values.process, config.heartbeat_seconds
+            )
+    if values.dry_run:
+        loop.dry_run(config, values.data_dir, values.download)
+        return
+    name = experiment.short_name(values.experiment)
+    workdir = _path(values.workdir or f"runs/{name}")
+    lines = loop.train(
+        config, workdir, name, values.data_dir, values.download, verify=values.verify
+    )
+    if not parallel.is_main_process():
+        return
+    if lines and "test_accuracy" in (last := lines[-1]):
+        print(
+            f"test accuracy {last['test_accuracy']:.4f} after epoch {last['epoch']}, in {workdir}"
+        )
+    print(f"next: ./launch.sh evaluate --workdir={workdir}")
+    if name == "quickstart":
+        print("then the real data: ./launch.sh train --experiment=fashion_mnist/lenet --download")
+
+
+@command(
+    "workdir", "checkpoint", "split", "dataset", "data_dir", "experiment", "verify", experiment=None
+)
+def evaluate(values: flags.FlagValues) -> None:
+    """Restores a checkpoint and evaluates it on every example of a split."""
+    from cnn_jax.analysis import evaluate as evaluation
+    from cnn_jax.cli import tables
+
+    run = _load_run(values)
+    report = evaluation.evaluate(run, values.split, values.dataset, values.data_dir)
+    tables.print_evaluation(report)
+    print(f"written to {run.workdir / 'evaluation.json'}")
+
+
+@command(
+    "workdir", "images", "checkpoint", "top_k", "output", "experiment", "verify", experiment=None
+)
+def predict(values: flags.FlagValues) -> int:
+    """Restores a checkpoint and names the classes of image files."""
+    from cnn_jax.analysis import predict as prediction
+    from cnn_jax.cli import tables
+
+    run = _load_run(values)
+    output = _path(values.output) if values.output else run.workdir / "predictions"
+    predictions, broken = prediction.predict(run, values.images, output, values.top_k)
+    tables.print_predictions(predictions)
+    print(f"written to {output / 'predictions.csv'}")
+    return prediction.BROKEN_IMAGES_EXIT_CODE if broken else 0
+
+
+@command("experiment", "workdir", "set", "input_size", "data_dir", experiment=None, workdir=None)
+def summary(values: flags.FlagValues) -> None:
+    """Shows an architecture: layers, output shapes, parameters, FLOPs, receptive fields."""
+    from cnn_jax.analysis.restore import load_run
+    from cnn_jax.cli import tables
+    from cnn_jax.config import Config, experiment
+    from cnn_jax.models import summary as summaries
+
+    if not (values.experiment or values.workdir):
+        raise ConfigError("--experiment: summary needs it, or --workdir, the folder of a run")
+    config = experiment.load(values.experiment, values.set) if values.experiment else None
+    shape = None
+    if values.workdir:
+        if values.set:
+            raise ConfigError(f"--set {values.set[0]}: a run in a workdir is what it is")
+        run = load_run(_path(values.workdir), model=config and config.model)
+        config, shape = Config(run.model, run.data), run.image_shape
+    if shape is None or values.input_size:
+        shape = summaries.input_shape(config, values.input_size, values.data_dir)
+    tables.print_summary(summaries.summarise(config.model, shape))
+
+
+@command("workdir")
+def verify(values: flags.FlagValues) -> int:
+    """Checks every checkpoint of a workdir against its checksums."""
+    from cnn_jax.train import checkpoint
+
+    return checkpoint.verify(_path(values.workdir))
+
+
+@command("networks", "batch_size", "peers", "rounds", "seconds", "write")
+def benchmark(values: flags.FlagValues) -> None:
+    """Measures the training steps of the architectures, alone or beside PyTorch and Keras."""
+    from cnn_jax.studies.benchmark import run
+
+    run.benchmark(
+        values.networks,
+        values.batch_size,
+        values.peers,
+        values.rounds,
+        values.seconds,
+        values.write,
+    )
+
+
+def _path(text: str) -> Path:
+    if "://" in text:
+        raise ConfigError(f"{text}: must be a local or a mounted folder")
+    # The shell leaves the ~ of --workdir=~/runs as it is.
+    return Path(text).expanduser()
+
+
+def _load_run(values: flags.FlagValues):
+    """The run of --workdir; --experiment is needed only for a model of the user's own."""
+    from cnn_jax.analysis.restore import load_run
+    from cnn_jax.config import experiment
+
+    model = experiment.load(values.experiment).model if values.experiment else None
+    return load_run(_path(values.workdir), values.checkpoint, model, values.verify)
+
+
+@command(
+    "workdir",
+    "checkpoint",
+    "output",
+    "data_dir",
+    "experiment",
+    "verify",
+    workdir=SEVERAL,
+    experiment=None,
+)
+def report(values: flags.FlagValues) -> None:
+    """Draws what a run learned, or how several compare, as one HTML page."""
+    from cnn_jax.analysis.report import page
+
+    path = page.report(
+        [_path(workdir) for workdir in values.workdir],
+        values.checkpoint,
+        values.experiment,
+        values.data_dir,
+        _path(values.output) if values.output else None,
+        values.verify,
+    )
+    print(f"written to {path}")
+
+
+@command(
+    "workdir", "output", "checkpoint", "experiment", "verify", output=REQUIRED, experiment=None
+)
+def convert(values: flags.FlagValues) -> None:
+    """Turns flatten + dense into convolutions: the same network for images of any larger size."""
+    from cnn_jax.analysis import convert as conversion
+    from cnn_jax.cli import tables
+
+    run = _load_run(values)
+    tables.print_conversion(conversion.convert(run, _path(values.output)))
+
+
+@command(
+    "workdir",
+    "canvas",
+    "rounds",
+    "checkpoint",
+    "output",
+    "data_dir",
+    "experiment",
+    "verify",
+    rounds=3,
+    experiment=None,
+)
+def class_map(values: flags.FlagValues) -> None:
+    """Finds test images on a large canvas with one pass, and compares it with sliding windows."""
+    from cnn_jax.analysis.class_map import demo as demonstration
+    from cnn_jax.cli import tables
+
+    run = _load_run(values)
+    output = _path(values.output) if values.output else run.workdir / "class_map"
+    tables.print_class_map(
+        demonstration.demonstrate(run, output, values.canvas, values.rounds, values.data_dir)
+    )
+    print(f"written to {output / 'class_map.png'} and class_map.json")
+
+
+@command(
+    "topic",
+    "size",
+    "kernel",
+    "stride",
+    "padding",
+    "channels",
+    "filters",
+    "experiment",
+    "input_size",
+    "data_dir",
+    "output",
+    first="topic",
+    experiment=None,
+)
+def explain(values: flags.FlagValues) -> None:
+    """Shows the lecture's arithmetic on small numbers, or what the layers of a network see."""
+    from cnn_jax.analysis.explain import picture, topics
+    from cnn_jax.cli import tables
+
+    own = ("experiment", "input_size", "data_dir")
+    numbers = ("size", "kernel", "stride", "padding", "channels", "filters")
+    given = {name: values[name].value for name in (*numbers, *own)}
+    if values.topic == topics.OF_A_NETWORK:
+        from cnn_jax.analysis.explain import counts
+        from cnn_jax.config import experiment
+        from cnn_jax.models import summary
+
+        topics.check(values.topic, given, own)
+        config = experiment.load(values.experiment or "fashion_mnist/lenet")
+        shape = summary.input_shape(config, values.input_size, values.data_dir)
+        explanation = counts.receptive_field(summary.summarise(config.model, shape))
+    else:
+        explanation = topics.explain(values.topic, given)
+    if values.output:
+        picture.save(explanation, _path(values.output))
+    tables.print_explanation(explanation)
+    if values.output:
+        print(f"written to {_path(values.output)}")
+
+
+@command("workdir", "output", "checkpoint", "experiment", "verify", experiment=None)
+def export(values: flags.FlagValues) -> None:
+    """Writes the network as StableHLO, with its class names, for use without this project."""
+    from cnn_jax.analysis import export as exporting
+
+    run = _load_run(values)
+    output = _path(values.output) if values.output else run.workdir / "export"
+    for path in exporting.export(run, output):
+        print(f"written to {path}")
+
+
+@command(
+    "only",
+    "seeds",
+    "workdir",
+    "data_dir",
+    "download",
+    "output",
+    "rebuild",
+    workdir="runs/reproduce",
+)
+def reproduce(values: flags.FlagValues) -> int:
+    """Trains what experiments/RESULTS.md tells of, keeps a record of each run, rebuilds the tables."""
+    from cnn_jax.config import experiment
+    from cnn_jax.studies.reproduce import plan, run, table
+
+    if values["only"].present and not values.only:
+        raise ConfigError("--only=: is empty; leave it out, or give it names")
+    rows = plan.choose(plan.ROWS, values.only, values.seeds)
+    output = _path(values.output) if values.output else experiment.RESULTS
+    if values.rebuild:
+        for name in ("only", "seeds", "download"):
+            if values[name].present:
+                raise ConfigError(f"--{name}: has no use with --rebuild, which trains nothing")
+        table.rebuild(output)
+        print(f"written to {output / 'RESULTS.md'}")
+        return 0
+    workdir = _path(values.workdir)
+    code = run.reproduce(rows, workdir, output, values.data_dir, download=values.download)
+    print(f"written to {output / 'RESULTS.md'}")
+    return code
+
+
+@command("experiment", "set", "seeds", "workdir", "data_dir", "download", seeds=3, workdir=None)
+def sweep(values: flags.FlagValues) -> int:
+    """Trains every combination of --set field=value,value over several seeds, and compares them."""
+    from cnn_jax.config import experiment
+    from cnn_jax.studies import sweep as sweeps
+
+    workdir = _path(values.workdir or f"runs/sweep/{experiment.short_name(values.experiment)}")
+    return sweeps.sweep(
+        values.experiment, values.set, values.seeds, workdir, values.data_dir, values.download
+    )

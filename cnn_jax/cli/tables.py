@@ -1,0 +1,172 @@
+"""Results as tables on the terminal."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import rich.console
+import rich.markup
+import rich.table
+import rich.text
+
+from cnn_jax.analysis.convert import IMAGES, Converted
+from cnn_jax.analysis.explain.explanation import Explanation, Grid
+from cnn_jax.analysis.predict import Prediction
+from cnn_jax.models.summary import Summary
+
+
+class _Console(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        raise  # main.py answers it; rich would exit with 1
+
+
+def _console() -> rich.console.Console:
+    console = _Console(highlight=False)
+    # A pipe or a log has no width; 80 columns would cut the names short.
+    return console if console.is_terminal else _Console(highlight=False, width=120)
+
+
+def _table(*columns: str, left: int = 1) -> rich.table.Table:
+    """A plain table: the first `left` columns to the left, the others to the right."""
+    table = rich.table.Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+    return table
+
+
+def print_evaluation(report: dict) -> None:
+    """The content of evaluation.json: the figures, accuracy a class, the confusion matrix."""
+    names = [*report["class_accuracy"]]
+    matrix = report["confusion_matrix"]
+    table = _table("class", "accuracy", "examples", *(f"-> {i}" for i in range(len(names))))
+    if len(names) > 20:  # a wider matrix is for evaluation.json
+        table = _table("class", "accuracy", "examples")
+    for i, (name, accuracy) in enumerate(report["class_accuracy"].items()):
+        shown = "-" if accuracy is None else f"{accuracy:.4f}"
+        cells = [f"{i} {name}", shown, str(sum(matrix[i]))]
+        if len(names) <= 20:
+            cells += [str(n) if n else "." for n in matrix[i]]
+        table.add_row(*cells)
+    console = _console()
+    console.print(table)
+    console.print(
+        f"{report['dataset']}/{report['split']}, checkpoint {report['checkpoint']}: accuracy "
+        f"{report['accuracy']:.4f}, loss {report['loss']:.4f} over {report['examples']:,} examples",
+        soft_wrap=True,
+    )
+
+
+def print_predictions(predictions: list[Prediction]) -> None:
+    """A line an image: the classes with their probabilities."""
+    table = _table("file", *(str(i + 1) for i in range(len(predictions[0].classes))))
+    for prediction in predictions:
+        pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+        cells = [f"{name} {probability:.3f}" for name, probability in pairs]
+        table.add_row(rich.markup.escape(prediction.file), *cells)
+    _console().print(table)
+
+
+def print_summary(summary: Summary) -> None:
+    """Layers, output shapes, parameters and FLOPs, with their totals."""
+    columns = ("layer", "kind", "output", "parameters", "FLOPs", "sees", "step", "from")
+    table = _table(*columns, left=2)
+    for layer in summary.layers:
+        shape = "x".join(map(str, layer.shape))
+        flops = f"{layer.flops:,}" if layer.flops else ""
+        seen = layer.field.shown() if layer.field else ("?", "?", "?")
+        table.add_row(layer.name, layer.kind, shape, f"{layer.parameters:,}", flops, *seen)
+    console = _console()
+    height, width, channels = summary.image_shape
+    console.print(f"{summary.model} on {height}x{width}x{channels}")
+    console.print(table)
+    console.print(
+        f"{summary.parameters:,} parameters ({4 * summary.parameters / 1e6:.1f} MB), "
+        f"{summary.flops:,} FLOPs an image forward, {3 * summary.flops:,} in training (about)",
+        soft_wrap=True,
+    )
+
+
+def print_conversion(made: Converted) -> None:
+    """What became of the kernels, and how equal the two networks are."""
+    table = _table("layer", "is now", "dense kernel", "convolution's kernel", left=2)
+    for name, before, after in made.kernels:
+        shapes = ("x".join(map(str, shape)) for shape in (before, after))
+        table.add_row(name, f"a {after[0]}x{after[1]} convolution", *shapes)
+    _console().print(table)
+    size, step, _ = made.field.shown() if made.field else ("?", "?", "")
+    _print_lines(
+        [
+            f"on {IMAGES} images of noise: logits up to {made.largest:.3g}, differing by at most "
+            f"{made.difference:.1g}",
+            f"on larger images: a map of scores, each seeing {size} pixels, {step} further than the "
+            "one before",
+            f"written to {made.run.workdir}",
+        ]
+    )
+
+
+def print_class_map(report: dict) -> None:
+    """What class_map.json says, in sentences."""
+    model, side = report["model"], report["canvas"]
+    scores, window = ("x".join(map(str, report[name])) for name in ("scores", "window"))
+    stride = "x".join(map(str, dict.fromkeys(report["stride"])))
+    compared, total = report["cut_out_compared"], report["cut_out"]
+    sample = f" ({compared:,} of them compared and timed)" if compared < total else ""
+    lines = [
+        f"{model}, checkpoint {report['checkpoint']}, on a canvas of {side}x{side} pixels with "
+        f"{report['images']} test images of {report['dataset']}",
+        f"map: {scores} scores; each sees {window} pixels, {stride} further than the one before",
+        f"found where they are: {report['found']} of {report['images']}; "
+        f"each alone, as in training: {report['recognised_alone']}",
+        f"the network on {report['windows']:,} windows that scores see, their true neighbours in "
+        f"place of padding: logits up to {report['largest_logit']:.1f}, the map's differ by at most "
+        f"{report['largest_difference']:.2g}",
+        f"the network on {total:,} windows of the training size{sample}, padded as in training: the "
+        f"same class in {report['cut_out_same_class']:.1%}, logits differ by at most "
+        f"{report['cut_out_largest_difference']:.2g}",
+        f"seconds: map {report['map_seconds']:.3f}, those windows {report['sliding_seconds']:.3f}: "
+        f"{report['speed_ratio']:.1f} times as long (median of {report['rounds']}, in turn); "
+        f"FLOPs: {report['flops_ratio']:.1f} times as many",
+    ]
+    _print_lines(lines)
+
+
+def print_explanation(explanation: Explanation) -> None:
+    """The title, the grids beside each other, the table, the arithmetic."""
+    console = _console()
+    console.print(rich.text.Text(explanation.title, "bold"), soft_wrap=True)
+    for row in explanation.rows:
+        beside = rich.table.Table.grid(padding=(0, 2))
+        cells = []
+        for grid in row:
+            if grid.sign:
+                cells.append(f"\n{grid.sign}")
+            cells.append(_numbers(grid))
+        beside.add_row(*cells)
+        console.print(beside)
+        console.print()
+    if explanation.table:
+        header, *rows = explanation.table
+        table = _table(*header, left=2)
+        for cells in rows:
+            table.add_row(*cells)
+        console.print(table)
+    _print_lines(explanation.lines)
+
+
+def _numbers(grid: Grid) -> rich.text.Text:
+    """A grid as lines of text: what is marked in bold, padding dimmed."""
+    cells = np.vectorize(lambda value: f"{value:g}")(grid.values)
+    width = max(map(len, cells.ravel()))
+    text = rich.text.Text(grid.title)
+    for i, row in enumerate(cells):
+        text.append("\n")
+        for j, cell in enumerate(row):
+            styles = ["bold"] * grid.is_marked(i, j) + ["dim"] * grid.is_padding(i, j)
+            text.append(f"{cell:>{width + 1}}", " ".join(styles))
+    return text
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    console = _console()
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)

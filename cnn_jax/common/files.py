@@ -1,0 +1,75 @@
+"""Folders: what commands write into, and what the storage libraries are given."""
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from cnn_jax.common.errors import ConfigError
+
+# What Orbax, TensorStore and TFDS take literally in a path. They read * ? [ ] as a pattern and a
+# backslash as a separator, refuse a component that ends in .__lock, and need valid UTF-8.
+_LITERAL = re.compile(r"[\w ./+=,~:-]*")
+_OPEN_FOLDERS = Path("/proc/self/fd")
+
+
+def library_path(folder: Path) -> Path:
+    """A path to the same folder that Orbax, TensorStore and TFDS take literally.
+
+    The file system takes any name, these libraries do not. A folder whose path they would read
+    otherwise is opened, and named as a folder that this process holds open.
+
+    Args:
+      folder: exists.
+
+    Raises:
+      ConfigError: its path has such a character, and the system cannot name open folders.
+    """
+    real = folder.resolve()
+    if _LITERAL.fullmatch(str(real)) and not any(p.endswith(".__lock") for p in real.parts):
+        return real
+    if not _OPEN_FOLDERS.is_dir():
+        raise ConfigError(
+            f"{real}: must be a path of letters, digits, spaces and . / + = , ~ : - _ on this system"
+        )
+    status = os.stat(real)
+    return _OPEN_FOLDERS / str(_opened(real, status.st_dev, status.st_ino))
+
+
+@functools.cache
+def _opened(folder: Path, device: int, inode: int) -> int:
+    # Open until the process ends: a checkpoint may be written, or records read, at any time.
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def check_folder(output: Path, new: bool = False) -> None:
+    """Refuses what no folder can be made of, before time goes into what is to be written there.
+
+    Args:
+      output: need not exist.
+      new: must not hold anything yet.
+
+    Raises:
+      ConfigError: it is a file or below one, or holds something.
+    """
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--output={output}: {path} is a file; name a folder")
+    if new and output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"--output={output}: holds something already; name a new folder")
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Makes the folder, and turns what then fails to be written into one line.
+
+    Raises:
+      ConfigError: the system's reason.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"--output={output}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,101 @@
+"""Finds and loads experiment files: experiments/NAME.py, or a file of the user's own."""
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cnn_jax
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config.overrides import override
+from cnn_jax.config.schema import Config
+from cnn_jax.config.validate import validate
+
+_BESIDE = Path(cnn_jax.__file__).resolve().parent.parent
+# setup.cfg installs experiments/ under this name.
+_INSTALLED = _BESIDE / "cnn_jax_experiments"
+FOLDER = _INSTALLED if _INSTALLED.is_dir() else _BESIDE / "experiments"
+CHECKOUT = (_BESIDE / "launch.sh").is_file()
+# Where RESULTS.md and the records are written: an installed package is no place for them.
+RESULTS = FOLDER if CHECKOUT else Path("runs", "results")
+
+
+def names() -> list[str]:
+    """The experiments of the project, as --experiment takes them."""
+    files = FOLDER.rglob("*.py")
+    return sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in files)
+
+
+def title(name: str) -> str:
+    """The first line of an experiment's docstring; its code is not run."""
+    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    return (docstring or "").partition("\n")[0]
+
+
+def short_name(experiment: str) -> str:
+    """What its runs are called: a name under experiments/ as it is, of a file its name."""
+    return Path(experiment).stem if experiment.endswith(".py") else experiment
+
+
+def find(experiment: str) -> Path:
+    """The file of an experiment.
+
+    Args:
+      experiment: a name below experiments/ ("fashion_mnist/lenet"), or a path that ends in .py.
+
+    Raises:
+      ConfigError: there is none; names the nearest.
+    """
+    if experiment.endswith(".py"):
+        path = Path(experiment).expanduser().absolute()
+        if not path.is_file():
+            raise ConfigError(f"--experiment={experiment}: no such file")
+        return path
+    known = names()
+    if not re.fullmatch(r"\w+(/\w+)*", experiment) or experiment not in known:
+        near = difflib.get_close_matches(experiment, known, n=3, cutoff=0.4)
+        raise ConfigError(
+            f"--experiment={experiment}: no such experiment; "
+            f"{'nearest' if near else 'there are'}: {', '.join(near or known)} "
+            "(./launch.sh list shows all; a file of your own ends in .py)"
+        )
+    return FOLDER / f"{experiment}.py"
+
+
+def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
+    """The checked configuration of an experiment, with --set's changes.
+
+    Raises:
+      ConfigError: there is no such experiment, its file fails or returns no Config, or a field is
+        unknown or out of range.
+    """
+    path = find(experiment)
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up annotations that are text
+    try:
+        with _neighbours_importable(path):
+            spec.loader.exec_module(module)
+            config = module.config()
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"--experiment={experiment}: {path.name} fails: {reason}") from error
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise ConfigError(f"--experiment={experiment}: config() returns {kind}, not a Config")
+    return validate(override(config, assignments))
+
+
+@contextlib.contextmanager
+def _neighbours_importable(path: Path) -> Iterator[None]:
+    """Lets the file import what lies beside it; last, as there may be a jax.py among that."""
+    before = list(sys.path)
+    sys.path.append(str(path.parent))
+    try:
+        yield
+    finally:
+        sys.path[:] = before

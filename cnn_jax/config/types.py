@@ -1,0 +1,120 @@
+"""What the fields inside a configuration are, by their type hints: listed, parsed, checked."""
+
+import collections.abc
+import contextlib
+import dataclasses
+import functools
+import types
+import typing
+from typing import Any, Literal
+
+import flax.linen as nn
+
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config.schema import Config, DataConfig
+
+_UNIONS = (typing.Union, types.UnionType)
+_LISTS = (tuple, collections.abc.Sequence)
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """The names of the fields inside a record, a module or a partial call, with their types."""
+    if isinstance(value, functools.partial):
+        return {name: type(old) for name, old in value.keywords.items()}
+    if not is_record(value):
+        return {}
+    hints = typing.get_type_hints(type(value))
+    hidden = {"parent", "name"} if isinstance(value, nn.Module) else set()
+    return {f.name: hints[f.name] for f in dataclasses.fields(value) if f.name not in hidden}
+
+
+def is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def parse(text: str, hint: Any, old: Any) -> Any:
+    """`text` as a value of type `hint`; a ValueError says what is wrong with it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        if text.lower() == "none" and type(None) in arguments:
+            return None
+        *others, last = (kind for kind in arguments if kind is not type(None))
+        for kind in others:
+            with contextlib.suppress(ValueError):
+                return parse(text, kind, old)
+        return parse(text, last, old)
+    if origin is Literal:
+        by_text = {str(value): value for value in arguments}
+        if text not in by_text:
+            raise ValueError(f"{text!r} is not one of {', '.join(by_text)}")
+        return by_text[text]
+    if origin in _LISTS:
+        items = [item.strip() for item in text.strip("()[]").rstrip(", ").split(",")]
+        kinds = _kinds(hint, len(items))
+        if len(items) != len(kinds):
+            raise ValueError(f"{text!r} is not a list of {len(kinds)} values")
+        return tuple(parse(item, kind, None) for item, kind in zip(items, kinds, strict=True))
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{text!r} is not true or false")
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise ValueError(f"{text!r} is not {kind}") from None
+    if hint is str:
+        return text
+    inside = ", ".join(fields_of(old))
+    advice = f"; set one of its fields: {inside}" if inside else ""
+    raise ValueError(f"an experiment file chooses this, --set does not{advice}")
+
+
+def check_types(value: Any, prefix: str) -> None:
+    """Refuses an experiment file's epochs="10" here, in one line, instead of deep in the run."""
+    for name, hint in fields_of(value).items():
+        item = getattr(value, name)
+        if not _matches(item, hint):
+            raise ConfigError(f"{prefix}{name}={item!r}: must be {_described(hint)}")
+        if isinstance(value, Config) and is_record(item):
+            check_types(item, f"{name}.")
+
+
+def _matches(item: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        return any(_matches(item, kind) for kind in arguments)
+    if origin is Literal:
+        return item in arguments
+    if origin in _LISTS:
+        if not isinstance(item, tuple if origin is tuple else (tuple, list)):
+            return False
+        kinds = _kinds(hint, len(item))
+        return len(item) == len(kinds) and all(map(_matches, item, kinds))
+    if hint is float:
+        return isinstance(item, (int, float)) and not isinstance(item, bool)
+    if hint is int:
+        return isinstance(item, int) and not isinstance(item, bool)
+    # What a module of the user's own says of its fields otherwise is between the two of them.
+    return hint not in (bool, str, types.NoneType, nn.Module, DataConfig) or isinstance(item, hint)
+
+
+def _kinds(hint: Any, count: int) -> tuple:
+    """The type of each of `count` items of a tuple or sequence."""
+    arguments = typing.get_args(hint)
+    several = typing.get_origin(hint) is not tuple or Ellipsis in arguments
+    return arguments[:1] * count if several else arguments
+
+
+def _described(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        return " or ".join(map(_described, arguments))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in _LISTS:
+        return str(hint)
+    if hint is types.NoneType:
+        return "None"
+    return hint.__name__ if hint in (bool, int, float, str) else f"an object of {hint.__name__}"

@@ -1,0 +1,156 @@
+"""Every check of a configuration: by itself, and against the images it meets."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config.schema import Config, DataConfig
+from cnn_jax.config.serialize import to_json
+from cnn_jax.config.types import check_types
+
+
+def validate(config: Config) -> Config:
+    """`config`, after checking every field's range.
+
+    Raises:
+      ConfigError: the first field that is out of range: its name, its value, what is allowed.
+    """
+
+    def check(good: bool, field: str, allowed: str) -> None:
+        if not good:
+            value = functools.reduce(getattr, field.split("."), config)
+            raise ConfigError(f"{field}={to_json(value)}: must be {allowed}")
+
+    check_types(config, "")
+    check(callable(config.optimizer), "optimizer", "an Optax factory such as optax.adam")
+    check(
+        _takes_learning_rate(config.optimizer),
+        "optimizer",
+        "callable as optimizer(learning_rate=0.001)",
+    )
+    fixed = getattr(config.optimizer, "keywords", {}).keys() & {"learning_rate", "weight_decay"}
+    check(not fixed, "optimizer", f"without {', '.join(sorted(fixed))}: set the field of that name")
+    classes = getattr(config.model, "num_classes", 1)
+    check(not isinstance(classes, int) or classes >= 1, "model.num_classes", "at least 1")
+    check(0 <= config.seed < 2**31, "seed", "from 0 to 2**31 - 1")
+    check(1 <= config.epochs < 2**31, "epochs", "from 1 to 2**31 - 1")
+    for field in (
+        "batch_size",
+        "eval_batch_size",
+        "eval_every_epochs",
+        "checkpoint_every_epochs",
+        "keep_checkpoints",
+        "log_every_steps",
+        "heartbeat_seconds",
+    ):
+        check(getattr(config, field) >= 1, field, "at least 1")
+    for field in ("devices", "checkpoint_every_steps"):
+        value = getattr(config, field)
+        check(value is None or value >= 1, field, "at least 1, or none")
+    for field in ("learning_rate", "grace_seconds"):
+        check(0 < getattr(config, field) < math.inf, field, "greater than 0 and finite")
+    for field in ("clip_norm", "checkpoint_every_minutes"):
+        value = getattr(config, field)
+        check(value is None or 0 < value < math.inf, field, "greater than 0 and finite, or none")
+    for field in ("warmup_epochs", "final_learning_rate", "weight_decay"):
+        check(0 <= getattr(config, field) < math.inf, field, "0 or more, and finite")
+    check(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
+    check(0 <= config.label_smoothing < 1, "label_smoothing", "in [0, 1)")
+    check(config.init_examples >= 0, "init_examples", "0 or more")
+    data = config.data
+    for field in ("name", "train_split", "test_split"):
+        check(bool(getattr(data, field)), f"data.{field}", "given")
+    check(data.validation_examples >= 0, "data.validation_examples", "0 or more")
+    check(data.crop_padding >= 0, "data.crop_padding", "0 or more")
+    check(
+        not (data.flip and data.alternating_flip), "data.alternating_flip", "False with data.flip"
+    )
+    size = data.image_size
+    check(size is None or min(size) >= 1, "data.image_size", "at least 1,1, or none")
+    mean, std = data.mean, data.std
+    check(len(mean) > 0 and all(map(math.isfinite, mean)), "data.mean", "finite numbers")
+    check(
+        len(std) > 0 and all(0 < s < math.inf for s in std),
+        "data.std",
+        "numbers greater than 0 and finite",
+    )
+    return config
+
+
+def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: int) -> int:
+    """The number of logits of `model` for such images.
+
+    Raises:
+      ConfigError: the model cannot take them, or has fewer logits than there are classes.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    try:
+        call = functools.partial(model.init_with_output, train=False)
+        logits, variables = jax.eval_shape(call, jax.random.key(0), image)
+    except Exception as error:  # the layers refuse what does not fit in many ways
+        raise takes_no(image_shape, model, error) from error
+    if any(0 in leaf.shape for leaf in jax.tree.leaves((logits, variables))):
+        raise too_small(image_shape, model)
+    if logits.shape[-1] < classes:
+        raise ConfigError(
+            f"model.num_classes={logits.shape[-1]}: must be at least {classes}, the number of "
+            "classes of the dataset"
+        )
+    return logits.shape[-1]
+
+
+def takes_no(image_shape: tuple[int, ...], model: nn.Module, error: Exception) -> ConfigError:
+    """What to raise where `model` fails on such images; one of its own mistakes is called by name."""
+    reason = " ".join(str(error).splitlines()[:1])[:200]
+    if not isinstance(error, ValueError):
+        reason = f"{type(error).__name__}: {reason}; --debug shows where"
+    return ConfigError(
+        f"model={type(model).__name__}: takes no images of {_shown(image_shape)} ({reason})"
+    )
+
+
+def too_small(image_shape: tuple[int, ...], model: nn.Module) -> ConfigError:
+    """What to raise where the layers of `model` leave nothing of such images."""
+    name = type(model).__name__
+    return ConfigError(
+        f"model={name}: images of {_shown(image_shape)} are too small for its layers"
+    )
+
+
+def _shown(image_shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, image_shape))
+
+
+def check_images(data: DataConfig, image_shape: tuple[int, int, int]) -> None:
+    """Checks that images of this shape can be normalised and cropped as `data` says.
+
+    Raises:
+      ConfigError: a field that does not fit them: its name, its value, what is allowed.
+    """
+    height, width, channels = image_shape
+    for field in ("mean", "std"):
+        values = getattr(data, field)
+        if len(values) not in (1, channels):
+            raise ConfigError(
+                f"data.{field}={list(values)}: must be one value, or one for each of the "
+                f"{channels} channels"
+            )
+    if data.crop_padding >= min(height, width):
+        raise ConfigError(
+            f"data.crop_padding={data.crop_padding}: must be less than the image's "
+            f"{min(height, width)} pixels"
+        )
+
+
+def _takes_learning_rate(factory: Callable) -> bool:
+    try:
+        inspect.signature(factory).bind(learning_rate=1e-3)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""The contender cnn_jax: the product's own train step and forward pass. Arguments: NETWORK BATCH."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnn_jax import models
+from cnn_jax.common import malloc
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.studies.benchmark.networks import NETWORKS
+from cnn_jax.studies.benchmark.worker import serve
+from cnn_jax.train import optim, parallel
+from cnn_jax.train.step import init_state, train_step
+
+# Large enough for the float32 peak, small enough for the cache of one core complex.
+PEAK_SIZE = 2048
+
+
+def main(network: str, batch_size: int) -> None:
+    """Serves the modes train, eval and peak."""
+    malloc.keep_freed()
+    shape = NETWORKS[network].image_shape
+    model = getattr(models, NETWORKS[network].model)()
+    config = Config(model=model, data=DataConfig("none"), batch_size=batch_size)
+    mesh = parallel.make_mesh(1)
+    optimizer = optim.make_optimizer(config, steps_per_epoch=1000)
+    pure = functools.partial(train_step, model=model, optimizer=optimizer, config=config)
+    step = parallel.jit_step(pure, mesh)
+    forward = jax.jit(model.apply)
+    initial = init_state(model, optimizer, shape, 0)
+    variables = {"params": initial.params, "batch_stats": initial.batch_stats}
+    state = parallel.replicate(initial, mesh)
+    random = np.random.default_rng(0)
+    batch = {
+        "image": random.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
+        "label": random.integers(0, 10, batch_size).astype(np.int32),
+        "index": np.arange(batch_size, dtype=np.int32),
+    }
+    # As the peers are given them: floats that are there already.
+    image = jnp.asarray(random.random((batch_size, *shape), np.float32))
+
+    def train(steps: int) -> None:
+        nonlocal state
+        for _ in range(steps):
+            state, loss = step(state, parallel.shard(batch, mesh))
+        loss.block_until_ready()
+
+    def evaluation(steps: int) -> None:
+        for _ in range(steps):
+            logits = forward(variables, image)
+        logits.block_until_ready()
+
+    matrix = jnp.ones((PEAK_SIZE, PEAK_SIZE))
+    multiply = jax.jit(lambda a: a @ a)
+
+    def peak(steps: int) -> None:
+        for _ in range(steps):
+            product = multiply(matrix)
+        product.block_until_ready()
+
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    modes = {"train": train, "eval": evaluation, "peak": peak}
+    serve(modes, version=f"jax {jax.__version__}", parameters=parameters)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

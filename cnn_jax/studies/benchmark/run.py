@@ -1,0 +1,89 @@
+"""Measures the contenders in turn, A B A B, and writes the table.
+
+All contenders of a network are alive and warm at once; each round gives every one of them a few
+seconds alone. The figures are medians over the rounds; a ratio is the median of the rounds' ratios,
+so that a machine whose speed drifts does not favour anyone.
+"""
+
+import logging
+import statistics
+
+import rich.console
+
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config.experiment import RESULTS
+from cnn_jax.studies.benchmark import table
+from cnn_jax.studies.benchmark.contenders import Contender, contenders, install_peers
+from cnn_jax.studies.benchmark.figures import OURS, Measured, fastest_peer, peak_share, ratio
+from cnn_jax.studies.benchmark.networks import NETWORKS
+
+log = logging.getLogger(__name__)
+
+
+def measure(
+    network: str, batch_size: int, commands: dict[str, list[str]], rounds: int, seconds: float
+) -> dict[str, Measured]:
+    """All contenders on one network, by name; one that fails is left out with a warning."""
+    running: dict[str, Contender] = {}
+    for name, command in commands.items():
+        filled = [part.format(network=network, batch=batch_size) for part in command]
+        try:
+            running[name] = Contender(name, filled)
+        except RuntimeError as error:
+            if name == OURS:
+                raise
+            log.warning("warning: %s: %s", network, error)
+    counts = {name: contender.about["parameters"] for name, contender in running.items()}
+    if len(set(counts.values())) > 1:
+        raise RuntimeError(f"{network}: not the same network everywhere: {counts} parameters")
+    for _ in range(rounds):
+        for mode in ("train", "eval"):
+            for contender in running.values():
+                contender.measure(mode, seconds, batch_size)
+        running[OURS].measure("peak", seconds / 4, batch_size)
+    return {name: contender.stop() for name, contender in running.items()}
+
+
+def benchmark(
+    networks: list[str], batch_size: int, peers: bool, rounds: int, seconds: float, write: bool
+) -> None:
+    """Measures, prints the tables, and puts them into experiments/RESULTS.md if `write`.
+
+    Raises:
+      ConfigError: an unknown network, or a number out of range.
+    """
+    for field, value in (("batch_size", batch_size), ("rounds", rounds), ("seconds", seconds)):
+        if value <= 0:
+            raise ConfigError(f"--{field}={value}: must be greater than 0")
+    for name in networks:
+        if name not in NETWORKS:
+            raise ConfigError(f"--networks={name}: must be among {', '.join(NETWORKS)}")
+    if peers:
+        install_peers()
+    commands = contenders(peers)
+    console = rich.console.Console(highlight=False)
+    results = {}
+    for name in networks or NETWORKS:
+        with console.status(f"{name}: {', '.join(commands)}"):
+            results[name] = measure(name, batch_size, commands, rounds, seconds)
+        console.print(_line(name, results[name], batch_size), soft_wrap=True)
+    if write:
+        text = table.render(results, batch_size, rounds, seconds)
+        path = RESULTS / "RESULTS.md"
+        table.put_into(path, text, batch_size)
+        console.print(f"written to {path}")
+
+
+def _line(network: str, measured: dict[str, Measured], batch_size: int) -> str:
+    ours = measured[OURS]
+    gflops, share = peak_share(network, ours)
+    text = (
+        f"{network}: {statistics.median(ours.rates['train']):,.0f} images/s in training, {gflops:,.0f} "
+        f"GFLOP/s, {share:.0%} of the matmul peak, {ours.peak_memory / 2**20:,.0f} MiB, compiled in "
+        f"{ours.compile_seconds['train']:.1f} s"
+    )
+    if peer := fastest_peer(measured, "train"):
+        text += f"; {ratio(measured, peer, 'train'):.2f} x {peer}"
+        peer = fastest_peer(measured, "eval")
+        text += f"; evaluation {ratio(measured, peer, 'eval'):.2f} x {peer}"
+    return text

@@ -1,0 +1,73 @@
+"""What `reproduce` trains, and the figures that others measured."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+from cnn_jax.common.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An experiment of the plan.
+
+    Attributes:
+      experiment: its name under experiments/, or the path of a file.
+      seeds: how many runs, with the seeds 0, 1, ...
+      lecture_train: the lecture's training accuracy after its last epoch, where it gives one.
+      lecture_test: its test accuracy.
+      keras_test: that of Keras 3.15 on TensorFlow, seed 0, with the same settings.
+      target: the mean test accuracy a better recipe is to reach.
+    """
+
+    experiment: str
+    seeds: int
+    lecture_train: float | None = None
+    lecture_test: float | None = None
+    keras_test: float | None = None
+    target: float | None = None
+
+
+LECTURE = (
+    Row("fashion_mnist/mlp", 5),
+    Row("fashion_mnist/conv_stack", 1, 0.9495, 0.8858),
+    Row("fashion_mnist/max_pool", 2, 0.9786, 0.9125),
+    Row("fashion_mnist/strided", 3, 0.9797, 0.9055, keras_test=0.886),
+    Row("fashion_mnist/same_padding", 1),
+    Row("fashion_mnist/lenet", 5, keras_test=0.897),
+    Row("fashion_mnist/fully_conv", 1),
+    Row("cifar10/lenet", 5, keras_test=0.619),
+    Row("cifar10/cifar", 1),
+)
+BETTER = (
+    Row("fashion_mnist/conv_stack_tuned", 2, target=0.8858),
+    Row("fashion_mnist/max_pool_tuned", 2, target=0.9125),
+    Row("fashion_mnist/strided_tuned", 2, target=0.9055),
+    Row("cifar10/cifar_tuned", 1),
+)
+RECORDS = (
+    Row("cifar10/speedrun", 5, target=0.94),
+    Row("fashion_mnist/record", 3, target=0.95),
+)
+# Needs no dataset from anywhere: shows in a minute that all of this works.
+EMBEDDED = (Row("quickstart", 3),)
+ROWS = (*LECTURE, *BETTER, *RECORDS, *EMBEDDED)
+
+
+def choose(rows: Sequence[Row], only: Sequence[str], seeds: int | None) -> list[Row]:
+    """The rows named in `only`, all if it is empty, each with `seeds` runs if that is given.
+
+    Raises:
+      ConfigError: there is no such row, with the nearest names, or `seeds` is less than 1.
+    """
+    names = [row.experiment for row in rows]
+    for name in only:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+            raise ConfigError(
+                f"--only={name}: not among the experiments of reproduce; nearest: {', '.join(near)}"
+            )
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"--seeds={seeds}: must be at least 1")
+    chosen = [row for row in rows if not only or row.experiment in only]
+    return [dataclasses.replace(row, seeds=seeds or row.seeds) for row in chosen]

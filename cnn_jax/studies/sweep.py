@@ -1,0 +1,331 @@
+"""Trains an experiment with every combination of some values, and says which is best.
+
+The best is chosen by validation accuracy after the last epoch, and by nothing else: a setting that
+was chosen by test accuracy would make that accuracy a training result.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import re
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cnn_jax.common.errors import CheckpointError, ConfigError, NotFiniteError
+from cnn_jax.config import Config
+from cnn_jax.config import experiment as experiments
+from cnn_jax.config.overrides import override
+from cnn_jax.config.serialize import is_of, to_json
+from cnn_jax.config.validate import validate
+from cnn_jax.studies import markdown, sweep_plot
+from cnn_jax.studies.subprocesses import CommandFailed, Processes
+from cnn_jax.train import workdir as workdirs
+
+log = logging.getLogger(__name__)
+
+_LONGEST_NAME = 200  # of a folder; file systems take 255 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What became of a setting with one seed.
+
+    Attributes:
+      seed: of the run.
+      lines: of metrics.jsonl, as far as it came.
+      problem: why it did not come to its end; empty if it did.
+    """
+
+    seed: int
+    lines: list[dict]
+    problem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One combination of values.
+
+    Attributes:
+      values: field -> value, as text.
+      assignments: the same for --set.
+      config: with them, checked.
+      runs: what became of it, by seed; empty before.
+    """
+
+    values: dict[str, str]
+    assignments: list[str]
+    config: Config
+    runs: tuple[Run, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.values.items()) or "as it is"
+
+    @property
+    def folder(self) -> str:
+        pairs = "_".join(f"{k}={v}" for k, v in self.values.items())
+        name = re.sub(r"[^\w=.+,-]", "-", pairs) or "as_it_is"
+        if len(name) <= _LONGEST_NAME:
+            return name
+        digest = hashlib.sha256(pairs.encode()).hexdigest()[:8]
+        return f"{name[: _LONGEST_NAME - 9]}_{digest}"
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if not run.problem]
+
+    def accuracies(self, split: str) -> list[float]:
+        """After the last epoch, of the runs that came to it."""
+        return [run.lines[-1][f"{split}_accuracy"] for run in self.finished]
+
+
+def settings(experiment: str, assignments: Sequence[str]) -> list[Setting]:
+    """Every combination of the values of `--set field=a,b`, in the order they are given.
+
+    A comma separates values; inside ( ) or [ ] it belongs to one. Where the field takes several
+    numbers, as data.mean does, what stands without brackets is one value: data.mean=0.1,0.2,0.3.
+
+    Raises:
+      ConfigError: an unknown experiment or field, a value that is wrong, or given twice.
+    """
+    config = experiments.load(experiment)
+    axes: dict[str, list[str]] = {}
+    for assignment in assignments:
+        path, equals, text = (part.strip() for part in assignment.partition("="))
+        if not equals:
+            raise ConfigError(f"--set {assignment}: write field=value or field=value,value")
+        if path == "seed":
+            raise ConfigError(
+                f"--set {assignment}: sweep takes --seeds, how many there are of them"
+            )
+        if path in axes:
+            raise ConfigError(
+                f"--set {assignment}: {path} is given twice; write {path}=value,value"
+            )
+        axes[path] = _values(config, path, text)
+    found = []
+    for texts in itertools.product(*axes.values()):
+        pairs = [f"{path}={text}" for path, text in zip(axes, texts, strict=True)]
+        changed = validate(override(config, pairs))
+        values = {path: _shown(_at(changed, path)) for path in axes}
+        if any(values == other.values for other in found):
+            raise ConfigError(f"--set {' --set '.join(pairs)}: is given twice")
+        found.append(Setting(values, pairs, changed))
+    return found
+
+
+def _values(config: Config, path: str, text: str) -> list[str]:
+    """The values in `text`, as texts."""
+    try:
+        if isinstance(_at(override(config, [f"{path}={text}"]), path), tuple):
+            return [text]
+    except ConfigError:  # there are several, or one that is wrong, which is told later
+        pass
+    return [part.strip() for part in re.split(r",(?![^(\[]*[)\]])", text)]
+
+
+def _at(config: Config, path: str) -> Any:
+    """The value of a dotted field."""
+
+    def inside(value: Any, name: str) -> Any:
+        is_partial = isinstance(value, functools.partial)
+        return value.keywords[name] if is_partial else getattr(value, name)
+
+    return functools.reduce(inside, path.split("."), config)
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(to_json(value))
+
+
+def sweep(
+    experiment: str,
+    assignments: Sequence[str],
+    seeds: int,
+    workdir: Path,
+    data_dir: str | None = None,
+    download: bool = False,
+) -> int:
+    """Trains what is not trained yet, prints the table, writes it and a picture into `workdir`.
+
+    Args:
+      experiment: a name or a path, as for `train`.
+      assignments: of --set, as for `settings`.
+      seeds: how many runs each setting has, with the seeds 0, 1, ...
+      workdir: each run has WORKDIR/SETTING/seed_S; beside them sweep.json, sweep.md, curves.png.
+      data_dir: where the dataset lies.
+      download: fetches it if it is not prepared.
+
+    Returns:
+      The exit code of the first run that failed; 0 if none did but by a loss that is not finite,
+      which is a result.
+
+    Raises:
+      ConfigError: as `settings`, or `seeds` is less than 1.
+      CheckpointError: the workdir cannot be written.
+      Preempted: a signal asked to end; the same call goes on.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds={seeds}: must be at least 1")
+    planned = settings(experiment, assignments)
+    workdirs.prepare(workdir)
+    blind = [setting for setting in planned if not setting.config.data.validation_examples]
+    if blind:
+        log.warning(
+            "warning: data.validation_examples=0: test accuracy is shown, and must choose nothing; "
+            "add --set data.validation_examples=5000 to have the best setting chosen"
+        )
+    done, codes = [], []
+    total = len(planned) * seeds
+    with Processes() as processes:
+        for setting in planned:
+            runs = []
+            for seed in range(seeds):
+                place = f"{len(done) * seeds + seed + 1} of {total}"
+                log.info("%s, seed %d (%s)", setting.name, seed, place)
+                folder = workdir / setting.folder / f"seed_{seed}"
+                command = ["train", f"--experiment={experiment}", f"--workdir={folder}"]
+                command += [f"--data_dir={data_dir}"] if data_dir else []
+                command += ["--download"] if download else []
+                changes = [*setting.assignments, f"seed={seed}"]
+                command += [part for change in changes for part in ("--set", change)]
+                config = dataclasses.replace(setting.config, seed=seed)
+                run, code = _run(processes, command, folder, config)
+                runs.append(run)
+                codes.append(code)
+                if run.problem:
+                    bad = "" if code == NotFiniteError.exit_code else "error: "
+                    log.info("%s%s, seed %d: %s", bad, setting.name, seed, run.problem)
+            done.append(dataclasses.replace(setting, runs=tuple(runs)))
+    _write(experiment, assignments, seeds, workdir, done, chosen_by=None if blind else "validation")
+    return next((code for code in codes if code not in (0, NotFiniteError.exit_code)), 0)
+
+
+def _run(processes: Processes, command: list[str], folder: Path, config: Config) -> tuple[Run, int]:
+    """Trains one run to its end, unless it has come to it already."""
+    if (run := _ended(folder, config)) is not None:
+        return run, NotFiniteError.exit_code if run.problem else 0
+    try:
+        processes.run(*command)
+    except CommandFailed as error:
+        if error.exit_code == NotFiniteError.exit_code and (run := _ended(folder, config)):
+            return run, error.exit_code
+        return Run(config.seed, workdirs.metrics(folder), str(error)), error.exit_code
+    return Run(config.seed, workdirs.metrics(folder), ""), 0
+
+
+def _ended(folder: Path, config: Config) -> Run | None:
+    """The run in `folder` if it is this one, and there is nothing left to do."""
+    try:
+        if not is_of(workdirs.read_config(folder)["config"], config):
+            return None
+    except CheckpointError:
+        return None
+    lines = workdirs.metrics(folder)
+    if (folder / "not_finite.json").exists():
+        what = json.loads((folder / "not_finite.json").read_text())["what"]
+        return Run(config.seed, lines, f"{what}: not finite")
+    ended = lines and lines[-1].get("epoch") == config.epochs
+    return Run(config.seed, lines, "") if ended else None
+
+
+# ------------------------------------------------------------------------------- what is shown
+
+
+def _write(
+    experiment: str,
+    assignments: Sequence[str],
+    seeds: int,
+    workdir: Path,
+    done: list[Setting],
+    chosen_by: str | None,
+) -> None:
+    best = choose(done, seeds) if chosen_by else None
+    table = markdown.markdown_table(*_table(done, seeds, best))
+    if best:
+        choice = f"Best by validation accuracy: {best.name}."
+    elif chosen_by:
+        choice = "No setting came to its end with every seed: none is chosen."
+    else:
+        choice = (
+            "Nothing is chosen: there is no validation split, and test accuracy must not choose."
+        )
+    changes = "".join(f" --set {shlex.quote(text)}" for text in assignments)
+    title = f"`./launch.sh sweep --experiment={experiment}{changes} --seeds={seeds}`"
+    note = "Accuracies are of the last epoch: mean ± standard deviation over the seeds."
+    report = {
+        "experiment": experiment,
+        "seeds": seeds,
+        "chosen_by": chosen_by,
+        "best": best.values if best else None,
+        "settings": [
+            {"values": setting.values, "runs": [_as_json(run) for run in setting.runs]}
+            for setting in done
+        ],
+    }
+    chart = sweep_plot.curves(
+        [
+            (setting.name, [run.lines for run in setting.finished or setting.runs])
+            for setting in done
+        ],
+        "validation" if chosen_by else "test",
+    )
+    try:
+        workdirs.write_json(workdir / "sweep.json", report)
+        workdirs.write_text(workdir / "sweep.md", f"{title}\n\n{table}\n\n{choice}\n{note}\n")
+        if chart:
+            (workdir / "curves.png").write_bytes(chart.light)
+    except OSError as error:
+        raise CheckpointError(f"workdir={workdir}: cannot be written: {error.strerror}") from None
+    print(f"{table}\n\n{choice}\nwritten to {workdir / 'sweep.md'}, sweep.json", end="")
+    print(" and curves.png" if chart else "")
+
+
+def _as_json(run: Run) -> dict:
+    last = run.lines[-1] if run.lines else None
+    return {"seed": run.seed, "problem": run.problem or None, "last_epoch": last}
+
+
+def choose(done: Sequence[Setting], seeds: int) -> Setting | None:
+    """The setting with the highest mean validation accuracy, of those that never failed."""
+    whole = [setting for setting in done if len(setting.finished) == seeds]
+    return max(
+        whole, key=lambda setting: statistics.fmean(setting.accuracies("validation")), default=None
+    )
+
+
+def _table(
+    done: list[Setting], seeds: int, best: Setting | None
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the fields that vary, n, accuracies, what went wrong."""
+    fields = [k for k in done[0].values if len({setting.values[k] for setting in done}) > 1]
+    splits = ["test"]
+    if any(setting.config.data.validation_examples for setting in done):
+        splits = ["validation", "test"]
+    rows = []
+    for setting in done:
+        n = len(setting.finished)
+        cells = [*(setting.values[k] for k in fields), str(n) if n == seeds else f"{n} of {seeds}"]
+        for split in splits:
+            known = n and f"{split}_accuracy" in setting.finished[0].lines[-1]
+            cells.append(markdown.spread(setting.accuracies(split)) if known else "-")
+        cells.append("best" if setting is best else _problems(setting))
+        rows.append(cells)
+    heads = [*fields, "n", *(f"{split} accuracy" for split in splits), ""]
+    return heads, rows
+
+
+def _problems(setting: Setting) -> str:
+    """What went wrong, each thing once with its seeds; sweep.json has all of it."""
+    by_text: dict[str, list[str]] = {}
+    for run in setting.runs:
+        if run.problem:
+            text = run.problem if len(run.problem) <= 80 else f"{run.problem[:79]}…"
+            by_text.setdefault(text, []).append(str(run.seed))
+    return "; ".join(f"{text} (seed {', '.join(found)})" for text, found in by_text.items())

@@ -1,0 +1,88 @@
+"""Loss and accuracy by epoch of a sweep's settings, as one picture."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from cnn_jax.analysis import plotting
+
+MOST = 16  # settings; more curves would hide each other
+
+
+def curves(settings: Sequence[tuple[str, list[list[dict]]]], split: str) -> plotting.Chart | None:
+    """A panel of loss and one of accuracy, a line a setting: means over its runs.
+
+    Args:
+      settings: the name of each, and for each of its runs the lines of metrics.jsonl.
+      split: "validation" or "test"; its curves are solid, those of training thin and dotted.
+
+    Returns:
+      The chart; None if no run ended an epoch.
+    """
+    drawn = [(name, [lines for lines in runs if lines]) for name, runs in settings]
+    drawn = [(name, runs) for name, runs in drawn if runs]
+    if not drawn:
+        return None
+    total = len(drawn)
+    if total > MOST:
+        ends = {
+            name: (means(runs, f"{split}_accuracy") or [(0, 0.0)])[-1][1] for name, runs in drawn
+        }
+        kept = sorted(ends, key=ends.get, reverse=True)[:MOST]
+        drawn = [(name, runs) for name, runs in drawn if name in kept]
+    last = max(lines[-1]["epoch"] for _, runs in drawn for lines in runs)
+
+    def paint(figure: Figure, theme: plotting.Theme) -> None:
+        panels = figure.subplots(2, 1, sharex=True)
+        for axes, metric in zip(panels, ("loss", "accuracy"), strict=True):
+            axes.grid(axis="y")
+            heights = []
+            for i, (name, runs) in enumerate(drawn):
+                colour = theme.series[i % len(theme.series)]
+                line = plotting.LINES[i // len(theme.series)]
+                for source, style in ((split, {"label": name}), ("train", {"alpha": 0.5})):
+                    points = means(runs, f"{source}_{metric}")
+                    if not points:
+                        continue
+                    epochs, values = zip(*points, strict=True)
+                    heights += values
+                    style |= {"linewidth": 1.6} if source == split else {"linewidth": 0.9}
+                    shape = line if source == split else ":"
+                    marker = plotting.MARKERS[i % 8] if source == split and last <= 25 else None
+                    axes.plot(
+                        epochs, values, shape, color=colour, marker=marker, clip_on=False, **style
+                    )
+            if metric == "loss" and heights and max(heights) > 20 * min(heights) > 0:
+                axes.set_yscale("log")
+            axes.set_ylabel(metric)
+        plotting.percent_axis(panels[1].yaxis)
+        plotting.epoch_axis(panels[1], last)
+        note = f"solid: {split}, dotted: training" + (
+            f"; the best {MOST} of {total} settings" if total > MOST else ""
+        )
+        panels[0].set_title(note, fontsize=7.5, loc="left", color=theme.muted)
+        handles, labels = panels[1].get_legend_handles_labels()
+        labels = [plotting.clip(label, 60) for label in labels]
+        columns = 2 if max(map(len, labels), default=0) < 24 else 1
+        figure.legend(handles, labels, ncols=columns, loc="outside lower left")
+
+    rows = len(drawn) if any(len(name) >= 24 for name, _ in drawn) else -(-len(drawn) // 2)
+    names = ", ".join(name for name, _ in drawn)
+    alt = f"Loss and accuracy by epoch, means over the seeds, of {names}."
+    return plotting.draw("curves", alt, 4.2 + 0.16 * rows, paint)
+
+
+def means(runs: list[list[dict]], key: str) -> list[tuple[int, float]]:
+    """(epoch, mean over the runs) for the epochs in which every one of them has a finite value."""
+    values: dict[int, list[float]] = {}
+    for lines in runs:
+        for line in lines:
+            if key in line and math.isfinite(line[key]):
+                values.setdefault(line["epoch"], []).append(line[key])
+    return [
+        (epoch, statistics.fmean(found))
+        for epoch, found in sorted(values.items())
+        if len(found) == len(runs)
+    ]

@@ -1,0 +1,169 @@
+"""The optimizer of a run: schedules and masks on top of Optax."""
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config import Config
+
+
+def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up from 0, then constant, cosine or linear."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    rest = max(config.epochs * steps_per_epoch - warmup, 1)
+    peak, end = config.learning_rate, config.final_learning_rate
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=end / peak),
+        "linear": optax.linear_schedule(peak, end, rest),
+    }[config.schedule]
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """The Optax chain of `config`: clipping, weight decay of kernels, the optimizer, its schedule.
+
+    Raises:
+      ConfigError: the factory returns something else.
+    """
+    arguments = {"learning_rate": make_schedule(config, steps_per_epoch)}
+    chain = []
+    if config.clip_norm is not None:
+        chain.append(optax.clip_by_global_norm(config.clip_norm))
+    takes = inspect.signature(config.optimizer).parameters
+    masks = {"mask", "weight_decay_mask"} & takes.keys()
+    if "weight_decay" in takes and masks:  # given always: its own default may be other than 0
+        arguments |= {"weight_decay": config.weight_decay, **dict.fromkeys(masks, kernels)}
+    elif config.weight_decay:
+        chain.append(optax.add_decayed_weights(config.weight_decay, kernels))
+    optimizer = config.optimizer(**arguments)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        kind = type(optimizer).__name__
+        raise ConfigError(f"optimizer: returns {kind}, must return an optax.GradientTransformation")
+    return optax.chain(*chain, optimizer)
+
+
+def kernels(params: dict) -> dict:
+    """True for the arrays that weight decay concerns: two dimensions or more, so no bias or scale."""
+    return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
+
+
+# ---------------------------------------------------------------------------------- the speedrun
+
+
+def muon_and_sgd(
+    learning_rate: optax.Schedule,
+    *,
+    bias_learning_rate: float,
+    head_learning_rate: float,
+    decay: float,
+    muon_momentum: float = 0.6,
+    momentum: float = 0.85,
+    whitening_share: float = 3 / 8,
+) -> optax.GradientTransformation:
+    """The CIFAR-10 speedrun's optimizer: Muon for filters, Nesterov's momentum for all else.
+
+    Source: airbench94_muon of KellerJordan/cifar10-airbench, whose losses are sums over a batch; here
+    they are means, so its rates for biases and head are multiplied by its batch.
+
+    Args:
+      learning_rate: of the filters, a schedule; the other rates follow its course.
+      bias_learning_rate: the first one.
+      head_learning_rate: the first one, of kernels with two dimensions.
+      decay: the share of a bias or a weight of the head that a step takes away at the first rate,
+        before momentum. The filters keep their norm anyway.
+      muon_momentum: of the filters.
+      momentum: of biases and head.
+      whitening_share: of a run whose rate falls linearly to 0, during which the bias of a layer named
+        "whitening" is trained; its kernel never is.
+
+    Raises:
+      ConfigError: the schedule begins at 0, which the other rates would be divided by.
+    """
+    first = float(learning_rate(0))
+    if not first:
+        raise ConfigError(
+            "warmup_epochs: must be 0, as muon_and_sgd follows the rate from its first"
+        )
+
+    def course(step: jax.Array) -> jax.Array:
+        return learning_rate(step) / first
+
+    def whitening_course(step: jax.Array) -> jax.Array:
+        return jnp.maximum(0, 1 - (1 - course(step)) / whitening_share)
+
+    def sgd(rate: float, course: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale(rate),
+            optax.add_decayed_weights(decay),
+            optax.trace(momentum, nesterov=True),
+            optax.scale_by_schedule(lambda step: -course(step)),
+        )
+
+    filters = optax.chain(
+        optax.contrib.scale_by_muon(
+            ns_coeffs=(3.4445, -4.7750, 2.0315),
+            ns_steps=3,
+            beta=muon_momentum,
+            eps=1e-7,
+            weight_dimension_numbers=_filters_as_matrices,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+        renormalise(),
+    )
+    return optax.multi_transform(
+        {
+            "filters": filters,
+            "biases": sgd(bias_learning_rate, course),
+            "head": sgd(head_learning_rate, course),
+            "whitening bias": sgd(bias_learning_rate, whitening_course),
+            "whitening": optax.set_to_zero(),
+        },
+        _speedrun_groups,
+    )
+
+
+def airbench(batch_size: int) -> functools.partial:
+    """`muon_and_sgd` with airbench94_muon's rates for such batches, to be a Config's optimizer."""
+    return functools.partial(
+        muon_and_sgd,
+        bias_learning_rate=0.053 * batch_size,
+        head_learning_rate=0.67 * batch_size,
+        decay=2e-6 * batch_size,
+    )
+
+
+def renormalise() -> optax.GradientTransformation:
+    """Brings each kernel [..., features] to the norm sqrt(features) before the update is added."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def one(update: jax.Array, kernel: jax.Array) -> jax.Array:
+            target = kernel * (kernel.shape[-1] ** 0.5 / jnp.linalg.norm(kernel))
+            return update + target - kernel
+
+        return jax.tree.map(one, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _filters_as_matrices(updates: Any) -> Any:
+    """Kernels [h, w, in, out] as matrices of h * w * in by out."""
+    numbers = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+    return jax.tree.map(lambda _: numbers, updates)
+
+
+def _speedrun_groups(params: dict) -> dict:
+    def group(path: tuple, array: jax.Array) -> str:
+        if any(entry.key == "whitening" for entry in path):
+            return "whitening" if jnp.ndim(array) > 1 else "whitening bias"
+        return {1: "biases", 2: "head"}.get(jnp.ndim(array), "filters")
+
+    return jax.tree_util.tree_map_with_path(group, params)

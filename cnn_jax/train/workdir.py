@@ -1,0 +1,229 @@
+"""A run's folder: config.json, metrics.jsonl, the lock; checkpoints/ is checkpoint.py's.
+
+A workdir is self-sufficient: evaluate, predict and report need nothing but it and the data.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cnn_jax.common.errors import CheckpointError, ConfigError
+from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
+from cnn_jax.config.serialize import changes, differences, to_json
+from cnn_jax.train import parallel
+
+NEEDED = {"experiment", "config", "class_names", "image_shape"}
+NEEDED_OF_CONFIG = {"model", "data", "eval_batch_size", "compute_dtype"}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+def prepare(workdir: Path) -> None:
+    """Makes the folder.
+
+    Raises:
+      CheckpointError: it is a file, or cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise CheckpointError(f"workdir={workdir}: is a file or below one; name a folder") from None
+    except OSError as error:
+        raise CheckpointError(f"workdir={workdir}: cannot be made: {error.strerror}") from None
+    try:
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"workdir={workdir}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[Callable[[], None]]:
+    """Holds the workdir for one training run; the system frees it when the process ends or dies.
+
+    Yields:
+      A function that raises CheckpointError once the workdir was deleted or moved. What is written
+      after that would begin another one in its place.
+
+    Raises:
+      CheckpointError: another process holds it; names that process.
+    """
+    if not parallel.is_main_process():
+        yield lambda: None
+        return
+    path = workdir / "lock"
+    with contextlib.ExitStack() as stack:
+        with _written(path):
+            file = stack.enter_context(open(path, "ab+", buffering=0))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace") or "another process"
+            raise CheckpointError(
+                f"workdir={workdir}: in use by {holder}; wait for it, or choose another workdir"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be locked: {error.strerror}") from None
+        with _written(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+        def check() -> None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    return
+            raise CheckpointError(f"workdir={workdir}: was deleted or moved during the run")
+
+        yield check
+
+
+def write_config(workdir: Path, config: Config, experiment: str, about: dict) -> None:
+    """Writes config.json: what was asked for, the data, versions, device.
+
+    Each call of `train` that goes on with a run writes it anew, so it tells of the last one. What
+    may differ from the call before is only what `check_same_run` lets pass.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    device = jax.devices()[0]
+    saved = {
+        "experiment": experiment,
+        "config": to_json(config),
+        **about,
+        "versions": {"python": platform.python_version(), **versions},
+        "device": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": jax.device_count(),
+        },
+    }
+    path = workdir / "config.json"
+    with _written(path):
+        write_json(path, saved)
+
+
+def read_config(workdir: Path) -> dict:
+    """The content of config.json.
+
+    Raises:
+      CheckpointError: no run has been started in `workdir`, or the file is damaged.
+    """
+    path = workdir / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+        config = saved.get("config", {})
+        missing = [*(NEEDED - saved.keys()), *(NEEDED_OF_CONFIG - config.keys())]
+        if missing or not all(isinstance(config[part], dict) for part in ("model", "data")):
+            raise ValueError("incomplete")
+        shape = saved["image_shape"]
+        if len(shape) != 3 or not all(isinstance(length, int) and length > 0 for length in shape):
+            raise ValueError(f"image_shape is {shape}")
+        return saved
+    except FileNotFoundError:
+        there = "holds no config.json" if workdir.is_dir() else "no such folder"
+        raise CheckpointError(f"workdir={workdir}: {there}, so no run to read") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
+
+
+def check_same_run(workdir: Path, config: Config, about: dict) -> None:
+    """Refuses a workdir that holds another run than an earlier part of this one.
+
+    Args:
+      workdir: of the run; it may hold none yet.
+      config: of the run. It may change the fields in config.CHANGEABLE_ON_RESUME, and `epochs`
+        where the learning rate does not depend on them.
+      about: what config.json is to say of the data; all of it must be the same.
+
+    Raises:
+      ConfigError: it holds another run, with the fields that differ; or more epochs than asked for.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    saved = read_config(workdir)
+    free = {*CHANGEABLE_ON_RESUME, *(["epochs"] if config.schedule == "constant" else [])}
+    lines = changes(saved["config"], config, free)
+    lines += differences({name: saved.get(name) for name in about}, json.loads(json.dumps(about)))
+    if lines:
+        raise ConfigError(
+            f"workdir={workdir}: holds another run; {'; '.join(lines)} (choose another --workdir)"
+        )
+    done = max((line.get("epoch", 0) for line in metrics(workdir)), default=0)
+    if done > config.epochs:
+        raise ConfigError(
+            f"epochs={config.epochs}: must be at least the {done} that workdir={workdir} has done "
+            "(or choose another --workdir)"
+        )
+
+
+def metrics(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, one an epoch; a line cut short by a crash is left out."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in (workdir / "metrics.jsonl").read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
+    return lines
+
+
+def keep_metrics_until(workdir: Path, step: int) -> None:
+    """Drops the lines of epochs that end after `step`, which will be trained again.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    kept = [line for line in metrics(workdir) if line["step"] <= step]
+    path = workdir / "metrics.jsonl"
+    with _written(path):
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def append_metrics(workdir: Path, line: dict[str, Any]) -> None:
+    """Adds an epoch's line.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    path = workdir / "metrics.jsonl"
+    with _written(path), open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file as a whole: a reader, or a crash, sees the old text or the new one."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text)
+        os.replace(scratch, path)
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: the half of it that was written
+            scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk, or a folder that is gone, into the error that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,78 @@
+"""One run of two processes with one CPU device each."""
+
+import signal
+import socket
+
+import numpy as np
+import pytest
+
+from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.checkpoint import Checkpoints
+from tests.faults import runs
+from tests.faults.runs import finish, lines_of, start
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory, tfds_dir):
+    path = tmp_path_factory.mktemp("experiment") / "small.py"
+    path.write_text(runs.EXPERIMENT)
+    return (
+        "train",
+        f"--experiment={path}",
+        f"--data_dir={tfds_dir}",
+        "--set=epochs=2",
+        "--set=log_every_steps=4",
+        "--set=heartbeat_seconds=5",
+    )
+
+
+def start_two(flags, *more):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    joined = f"--coordinator=127.0.0.1:{port}", "--processes=2"
+    return [start(*flags, *joined, f"--process={i}", *more) for i in range(2)]
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_killed(flags, tmp_path):
+    whole, two, cut = tmp_path / "whole", tmp_path / "two", tmp_path / "cut"
+    code, _, errors = finish(start(*flags, f"--workdir={whole}"))
+    assert code == 0, errors
+
+    pair = start_two(flags, f"--workdir={two}")
+    results = [finish(process) for process in pair]
+    assert [code for code, _, _ in results] == [0, 0], [errors for _, _, errors in results]
+    assert "test accuracy" in results[0][1]
+    assert "test accuracy" not in results[1][1]
+    assert len(lines_of(two)) == 2
+    for one, other in zip(lines_of(whole), lines_of(two), strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert other[name] == pytest.approx(one[name], abs=1e-5), name
+    arrays = Checkpoints(two).newest().arrays
+    for name, array in Checkpoints(whole).newest().arrays.items():
+        np.testing.assert_allclose(arrays[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+
+    pair = start_two(flags, f"--workdir={cut}")
+    runs.wait_until(runs.has_saved(cut, 6), pair[0])
+    pair[1].send_signal(signal.SIGKILL)
+    code, _, _ = finish(pair[0], 120)
+    finish(pair[1])
+    assert code != 0
+    assert Checkpoints(cut).newest().step >= 6
+    code, output, errors = finish(start(*flags, f"--workdir={cut}"))
+    assert (code, "resumed from step" in output) == (0, True), errors
+    for one, other in zip(lines_of(whole), lines_of(cut), strict=True):
+        for name in one:
+            assert other[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+def test_a_process_that_fails_alone_is_not_waited_for(flags, tmp_path):
+    """The workdir is in use, which the first process notices while the second waits for it."""
+    with workdirs.locked(tmp_path):
+        pair = start_two(flags, f"--workdir={tmp_path}")
+        (code, _, errors), (other, _, _) = [finish(process) for process in pair]
+    assert code == 4
+    assert "in use by process" in errors
+    assert other != 0
+    assert not (tmp_path / "config.json").exists()

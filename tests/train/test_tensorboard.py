@@ -1,0 +1,117 @@
+import errno
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.models import MLP
+from cnn_jax.train import loop
+from cnn_jax.train.tensorboard import Curves
+from tests.quick import unoptimised
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The checksum of TFRecord files, bit by bit from its polynomial."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def events(path) -> list[Event]:
+    """What a TFRecord file holds, every checksum checked."""
+    data, found = path.read_bytes(), []
+    assert (
+        masked_crc32c(b"123456789") == ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) % 2**32
+    )
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event, end = data[12 : 12 + length], 12 + length
+        assert struct.unpack("<I", data[8:12]) == (masked_crc32c(data[:8]),)
+        assert struct.unpack("<I", data[end : end + 4]) == (masked_crc32c(event),)
+        found.append(Event.FromString(event))
+        data = data[end + 4 :]
+    return found
+
+
+def only_file(workdir):
+    (path,) = (workdir / "tensorboard").iterdir()
+    return path
+
+
+def test_curves_and_pictures_are_there_as_soon_as_they_are_drawn(tmp_path):
+    curves = Curves(tmp_path)
+    assert not (tmp_path / "tensorboard").exists()  # nothing to show yet
+    picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    curves.scalars({"train_loss": 0.5, "test_loss": 0.25}, 7)
+    curves.images({"kernels": picture}, 8)
+    head, session, *rest = events(only_file(tmp_path))
+    assert head.file_version == "brain.Event:2"
+    assert (session.session_log.status, session.step) == (SessionLog.START, 7)
+    shown = [(e.step, e.summary.value[0].tag, e.summary.value[0].simple_value) for e in rest[:2]]
+    assert shown == [(7, "train_loss", 0.5), (7, "test_loss", 0.25)]
+    assert (rest[2].step, rest[2].summary.value[0].tag) == (8, "kernels")
+    encoded = rest[2].summary.value[0].image.encoded_image_string
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), picture)
+    curves.close()
+    curves.close()
+
+
+@pytest.mark.parametrize("fails", ["mkdir", "open", "write"])
+def test_a_full_disk_costs_one_warning_and_the_curves(tmp_path, monkeypatch, caplog, fails):
+    curves = Curves(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    if fails == "write":
+        curves.scalars({"loss": 1.0}, 1)
+        file = curves._file
+
+        class Full:
+            close = file.close
+
+            def write(self, data):
+                raise full
+
+        curves._file = Full()
+    elif fails == "open":
+        (tmp_path / "tensorboard").write_text("in the way")
+    else:
+        curves = Curves(tmp_path / "gone")
+    for step in range(2, 30):
+        curves.scalars({"loss": 1.0}, step)
+        curves.images({"kernels": np.zeros((2, 2, 3), np.uint8)}, step)
+    curves.close()
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"warning: {curves._folder}: cannot be written: ")
+    assert record.getMessage().endswith("; no more curves")
+
+
+def test_what_a_run_draws(splits, tmp_path):
+    config = Config(
+        MLP(),
+        DataConfig("tiny"),
+        epochs=2,
+        batch_size=32,
+        eval_batch_size=48,
+        log_every_steps=2,
+        devices=1,
+    )
+    with unoptimised():
+        lines = loop.train(config, tmp_path, splits=splits)
+        loop.train(config, tmp_path, splits=splits)  # nothing left to do, nothing to draw
+    drawn = {}
+    for event in events(only_file(tmp_path))[2:]:
+        value = event.summary.value[0]
+        drawn.setdefault(value.tag, []).append((event.step, value.simple_value))
+    assert [step for step, _ in drawn.pop("step_loss")] == [2, 4, 5, 7, 9, 10]
+    assert [step for step, _ in drawn.pop("confusion")] == [5, 10]
+    drawn.pop("kernels", None)
+    assert drawn.keys() == lines[0].keys() - {"step", "epoch"}
+    for name, points in drawn.items():
+        assert points == [(line["step"], np.float32(line[name])) for line in lines], name
