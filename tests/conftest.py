@@ -13,6 +13,7 @@ os.environ["CNN_JAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="cnn_jax_tests_")
 import pytest
 
 from cnn_jax.data.splits import Splits
+from cnn_jax.data.tfds_builder import tensorflow_is_installed
 from tests.tiny import make_examples, prepare_tiny_squares
 
 
@@ -35,6 +36,10 @@ def pytest_terminal_summary(terminalreporter):
 
     Here and not in faults/, because under pytest-xdist only this file is loaded where it prints.
     """
+    if not tensorflow_is_installed():
+        terminalreporter.write_line(
+            "no TensorFlow: TFRECORD files and TFDS's own builders were not tried"
+        )
     totals = collections.defaultdict(lambda: [0, 0])
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):

@@ -73,3 +73,12 @@ def run_command(*arguments: str, **environment: str):
         capture_output=True,
         timeout=300,
     )
+
+
+def run_python(code: str, *arguments: object, **environment: str) -> str:
+    """What `code` prints in a process of its own; its warnings are errors too."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,20 +1,18 @@
 """TFDS builders: found by name, prepared where that is asked for, and what their images look like.
 
-Only `prepare` imports TensorFlow, and only for a dataset of TFDS's own.
+Only `prepare` imports TensorFlow, and only for a dataset of TFDS's own that raw_files.py cannot read.
 """
 
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import json
 import logging
 import os
 import re
 import textwrap
-import threading
-import time
-import urllib.parse
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +28,10 @@ log = logging.getLogger(__name__)
 
 EMBEDDED = "garments"
 CHANNELS = (1, 3, 4)
-CONNECT_SECONDS = 2.0
+NO_TENSORFLOW = (
+    "needs TensorFlow, which is not installed; add it with ./launch.sh setup --with=prepare "
+    "or pip install 'cnn_jax[prepare]'"
+)
 # TFDS also takes namespaces ("huggingface:mnist"), which it would fetch code for, and arguments.
 NAME = re.compile(r"(?P<dataset>[A-Za-z]\w*)(/\w[\w+.-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
@@ -52,6 +53,11 @@ class Layout:
     class_names: tuple[str, ...]
     stored_size: tuple[int | None, int | None]
     image_shape: tuple[int, int, int]
+
+
+def tensorflow_is_installed() -> bool:
+    """Whether TensorFlow can be imported, found out without doing so."""
+    return importlib.util.find_spec("tensorflow") is not None
 
 
 def dataset_name(name: str) -> str:
@@ -117,30 +123,20 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
     if _is_prepared(builder):
         return builder
     if name != EMBEDDED:
-        there = "://" in data_dir or Path(data_dir).is_dir()
-        advice = (
-            f"data.name={name}: not prepared in data_dir={data_dir}"
-            f"{'' if there else ' (no such folder)'}; fetch and prepare it with train --download, "
-            "or name another folder with --data_dir or TFDS_DATA_DIR; without a network the embedded "
-            "dataset works: --experiment=quickstart"
-        )
-        if not download:
-            raise DataError(advice)
-        if silent := _silent_hosts(builder, data_dir):
-            raise DataError(f"{advice} (--download: {', '.join(silent)} cannot be reached)")
+        _check_download(builder, name, data_dir, download)
     log.info("preparing %s in %s", name, data_dir)
-    with quiet(), _no_output() if name == EMBEDDED else contextlib.nullcontext():
-        try:
-            if "://" not in data_dir:
-                Path(data_dir).mkdir(parents=True, exist_ok=True)
-                builder = open_builder(name, data_dir)  # in a folder that can be named now
-            # TFDS's default is TFRECORD, which only TensorFlow reads, and only from front to back.
-            builder.download_and_prepare(file_format="array_record")
-        except Exception as error:
-            if not _is_prepared(open_builder(name, data_dir)):  # else another process was faster
-                raise DataError(
-                    f"data.name={name}: cannot be prepared in data_dir={data_dir}: {_reason(error)}"
-                ) from error
+    try:
+        if "://" not in data_dir:
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
+            builder = open_builder(name, data_dir)  # in a folder that can be named now
+        _prepare(builder, data_dir)
+    except DataError:
+        raise
+    except Exception as error:
+        if not _is_prepared(open_builder(name, data_dir)):  # else another process was faster
+            raise DataError(
+                f"data.name={name}: cannot be prepared in data_dir={data_dir}: {_reason(error)}"
+            ) from error
     builder = open_builder(name, data_dir)
     if not _is_prepared(builder):  # TFDS keeps a folder that lost its dataset_info.json
         raise DataError(
@@ -221,38 +217,62 @@ def _is_prepared(builder: Any) -> bool:
         return builder.is_prepared()
 
 
+def _check_download(builder: Any, name: str, data_dir: str, download: bool) -> None:
+    """Refuses at once what would fail after minutes or hours."""
+    there = "://" in data_dir or Path(data_dir).is_dir()
+    advice = (
+        f"data.name={name}: not prepared in data_dir={data_dir}"
+        f"{'' if there else ' (no such folder)'}; fetch and prepare it with train --download, "
+        "or name another folder with --data_dir or TFDS_DATA_DIR; without a network the embedded "
+        "dataset works: --experiment=quickstart"
+    )
+    if not download:
+        raise DataError(advice)
+    from cnn_jax.data import raw_files
+
+    of_tfds = builder.__module__.startswith("tensorflow_datasets.")
+    if of_tfds and not raw_files.is_known(builder) and not tensorflow_is_installed():
+        raise DataError(f"data.name={name}: preparing it {NO_TENSORFLOW}")
+    if silent := _silent_hosts(builder, data_dir):
+        raise DataError(f"{advice} (--download: {', '.join(silent)} cannot be reached)")
+
+
+def _prepare(builder: Any, data_dir: str) -> None:
+    from cnn_jax.data import raw_files
+
+    known = raw_files.is_known(builder)
+    with contextlib.ExitStack() as stack:
+        if known:
+            stack.enter_context(raw_files.source(builder, _downloads(data_dir)))
+        stack.enter_context(quiet())
+        if known or builder.name == EMBEDDED:
+            stack.enter_context(_no_output())
+        # TFDS's default is TFRECORD, which only TensorFlow reads, and only from front to back.
+        builder.download_and_prepare(file_format="array_record")
+
+
+def _downloads(data_dir: str) -> Path:
+    """TFDS's folder for what it fetches; a local one where `data_dir` is in a bucket."""
+    return Path(
+        data_dir if "://" not in data_dir else Path.home() / "tensorflow_datasets", "downloads"
+    )
+
+
 def _silent_hosts(builder: Any, data_dir: str) -> list[str]:
     """The hosts that the dataset is fetched from, if none of them answers; TFDS tries for minutes.
 
     Empty too where some of the files were fetched before, which may be all that is needed.
     """
-    import requests  # as TFDS does: it heeds the same proxies and certificates
+    from cnn_jax.data import raw_files
+    from cnn_jax.data.download import silent_hosts
 
-    downloads = Path(data_dir, "downloads")
+    downloads = _downloads(data_dir)
+    if raw_files.is_known(builder):
+        missing = raw_files.missing(builder, downloads)
+        return silent_hosts(url for file in missing for url in file.urls)
     if any(downloads.glob("manual/*")) or any(downloads.glob(f"{builder.name}/**/*.INFO")):
         return []
-    urls = {urllib.parse.urlsplit(url).hostname: url for url in builder.url_infos or ()}
-    urls = {host: url for host, url in urls.items() if host and url.startswith("http")}
-    answered = threading.Event()
-
-    def call(url: str) -> None:
-        try:
-            requests.head(url, timeout=(CONNECT_SECONDS, CONNECT_SECONDS / 2))
-        except requests.exceptions.ReadTimeout:
-            pass  # slow, but there
-        except requests.exceptions.RequestException:
-            return
-        answered.set()
-
-    # Threads, because looking a name up has no time limit.
-    callers = [threading.Thread(target=call, args=(u,), daemon=True) for u in urls.values()]
-    for caller in callers:
-        caller.start()
-    deadline = time.monotonic() + 1.6 * CONNECT_SECONDS
-    for caller in callers:
-        if not answered.is_set():
-            caller.join(max(0.0, deadline - time.monotonic()))
-    return [] if answered.is_set() else sorted(urls)
+    return silent_hosts(builder.url_infos or ())
 
 
 def _damaged_json(folder: Path) -> Path | None:
@@ -267,6 +287,8 @@ def _damaged_json(folder: Path) -> Path | None:
 
 def _reason(error: Exception) -> str:
     """TFDS's error in one short line, without the dataset's name and arguments repeated."""
+    if isinstance(error, ImportError) and error.name == "tensorflow":
+        return NO_TENSORFLOW
     text = " ".join(str(error).rpartition('}": ')[2].split())
     text = re.sub(r" Here are \d+ .* match:$", "", text) or type(error).__name__
     return textwrap.shorten(text, 200, placeholder=" ...")

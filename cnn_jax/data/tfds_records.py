@@ -59,6 +59,10 @@ class Records:
                 f"{self.folder}: {file_format} files; array_record and tfrecord are read"
             )
         self.random_access = file_format == "array_record"
+        if not self.random_access and not tfds_builder.tensorflow_is_installed():
+            raise DataError(
+                f"{self.folder}: TFRECORD files; reading them {tfds_builder.NO_TENSORFLOW}"
+            )
         with tfds_builder.quiet():
             try:
                 self.shards = builder.info.splits[split].file_instructions
