@@ -233,7 +233,7 @@ case $command in
       shift
       if [ "$name" = --faults ]; then faults=(-m ''); else set -- "$@" "$name"; fi
     done
-    asked_options="test prepare"
+    asked_options='test'
     is_ready || set_up
     cd -- "$root"
     exec "$venv/bin/python" -m pytest -n logical --maxprocesses=4 --dist worksteal "${faults[@]}" "$@"

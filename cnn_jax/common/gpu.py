@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from cnn_jax import CHECKOUT, PROGRAM
+
 log = logging.getLogger(__name__)
 
 # JAX looks for a GPU only where one of these exists: Linux, containers, WSL.
@@ -42,7 +44,8 @@ def tell_unused() -> None:
 
 def _reason() -> str:
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-        return "JAX is installed without CUDA; ./launch.sh setup adds it"
+        command = f"{PROGRAM} setup" if CHECKOUT else "pip install 'jax[cuda13]' (or cuda12)"
+        return f"JAX is installed without CUDA; {command} adds it"
     if not any(Path(name).exists() for name in DEVICE_FILES):
         return f"{DEVICE_FILES[0]} does not exist; a container must be started with its GPUs"
     try:

@@ -9,17 +9,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cnn_jax
+from cnn_jax import CHECKOUT, EXPERIMENTS, PROGRAM
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.overrides import override
 from cnn_jax.config.schema import Config
 from cnn_jax.config.validate import validate
 
-_BESIDE = Path(cnn_jax.__file__).resolve().parent.parent
-# setup.cfg installs experiments/ under this name.
-_INSTALLED = _BESIDE / "cnn_jax_experiments"
-FOLDER = _INSTALLED if _INSTALLED.is_dir() else _BESIDE / "experiments"
-CHECKOUT = (_BESIDE / "launch.sh").is_file()
+FOLDER = EXPERIMENTS
 # Where RESULTS.md and the records are written: an installed package is no place for them.
 RESULTS = FOLDER if CHECKOUT else Path("runs", "results")
 
@@ -61,7 +57,7 @@ def find(experiment: str) -> Path:
         raise ConfigError(
             f"--experiment={experiment}: no such experiment; "
             f"{'nearest' if near else 'there are'}: {', '.join(near or known)} "
-            "(./launch.sh list shows all; a file of your own ends in .py)"
+            f"({PROGRAM} list shows all; a file of your own ends in .py)"
         )
     return FOLDER / f"{experiment}.py"
 

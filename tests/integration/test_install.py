@@ -74,10 +74,12 @@ def test_the_installed_program_runs_without_the_checkout(installed, tmp_path, wa
     assert str(installed) in run([sys.executable, "-P", "-c", where], installed, tmp_path)
 
 
-def test_the_installed_program_trains_in_an_empty_folder(installed, tmp_path):
-    start = [sys.executable, "-P", installed / "bin/cnn_jax"]
-    run([*start, "train", "--experiment=quickstart", "--dry_run"], installed, tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_the_installed_program_trains_in_an_empty_folder(installed, tfds_dir, tmp_path):
+    start = [sys.executable, "-P", installed / "bin/cnn_jax", "train"]
+    settings = ["--set", "data.name=tiny_squares", "--set", "epochs=1", "--data_dir", tfds_dir]
+    printed = run([*start, "--experiment=fashion_mnist/mlp", *settings], installed, tmp_path)
+    assert "test accuracy" in printed
+    assert (tmp_path / "runs/fashion_mnist/mlp/metrics.jsonl").is_file()
 
 
 def test_every_imported_package_is_required(settings):

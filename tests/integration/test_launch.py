@@ -299,10 +299,10 @@ def test_tests_add_their_tools_once(ready_house, tmp_path):
     assert arguments[-2:] == ["-k", "a or b"]
     ready_house.run("test")
     ready_house.run("list")
-    assert ready_house.steps() == ["pip .[test,prepare]"]
+    assert ready_house.steps() == ["pip .[test]"]
     ready_house.change_setup_cfg()
     ready_house.run("list")
-    assert ready_house.steps() == ["pip .[test,prepare]"]
+    assert ready_house.steps() == ["pip .[test]"]
 
 
 def test_faults_selects_every_test_before_other_arguments(ready_house):
@@ -473,7 +473,7 @@ def test_the_tests_tools_are_added_for_the_same_device(house):
     house.add_gpu("580.65.06")
     house.run("list")
     house.run("test")
-    assert house.steps() == ["venv", "pip .[cuda13]", "pip .[test,prepare,cuda13]"]
+    assert house.steps() == ["venv", "pip .[cuda13]", "pip .[test,cuda13]"]
 
 
 def test_setup_looks_again_for_a_gpu(ready_house):

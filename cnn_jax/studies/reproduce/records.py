@@ -12,9 +12,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from cnn_jax import CHECKOUT
 from cnn_jax.common.errors import CheckpointError
 from cnn_jax.config import Config
-from cnn_jax.config.experiment import CHECKOUT, FOLDER, short_name
+from cnn_jax.config.experiment import FOLDER, short_name
 from cnn_jax.models import summary
 from cnn_jax.train import workdir as workdirs
 
