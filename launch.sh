@@ -4,21 +4,16 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-./launch.sh                         sets up what is missing, then runs the quick start: a small training run
-./launch.sh COMMAND [--flags...]    sets up what is missing, then runs a command, for example list, or
-                                    train --experiment=fashion_mnist/lenet --workdir=runs/lenet
-./launch.sh test [--faults] [...]   runs the tests with these pytest arguments; --faults adds the long fault-injection
-                                    runs. Paths are relative to the repository; -n 0 runs in one process.
+./launch.sh                        sets up what is missing, then runs the quick start: a small training run
+./launch.sh COMMAND [--flags]      sets up what is missing, then runs a command; ./launch.sh list is one
+./launch.sh test [--faults] [...]  runs the tests with these arguments of pytest; --faults adds the long fault injections
 ./launch.sh setup [--pinned] [--with=prepare] [--with=test]
-                                    only sets up, and looks again for a GPU or TPU. --pinned: the versions that passed
-                                    the tests (.ci/constraints.txt). --with=prepare: TensorFlow, which prepares most
-                                    public datasets. --with=test: the tests' tools.
+    only sets up, and looks again for a GPU or TPU. --pinned: with the versions that passed the tests.
+    --with=prepare: with TensorFlow, which prepares most public datasets. --with=test: with the tests' tools.
 Environment:
-CNN_JAX_PLATFORM=cpu|cuda|cuda12|cuda13|tpu
-                                    what JAX is installed for (default: cuda where nvidia-smi finds a GPU, tpu on a TPU
-                                    VM, else cpu; cuda is CUDA 13 or 12, as driver and GPU allow)
-PYTHON=...                          the Python that .venv is made with (default: the newest of 3.11 to 3.13, else 3.14,
-                                    on PATH, in pyenv's or uv's folder, /usr/local/bin or /opt/*/bin)
+CNN_JAX_PLATFORM=cpu|cuda|cuda12|cuda13|tpu   what JAX is installed for (default: what is found)
+PYTHON=...   makes .venv (default: the newest of 3.11 to 3.13, else 3.14; on PATH, in pyenv's or uv's folder,
+             /usr/local/bin or /opt/*/bin)
 END
 }
 
@@ -83,9 +78,11 @@ find_python() {
 # The smallest value among the GPUs. A broken driver can hang nvidia-smi.
 smi() { timeout 30 nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | LC_ALL=C sort -n | head -n 1 || true; }
 
-# Sets platform, and why. What CUDA needs: docs.jax.dev, Installation.
+# Sets platform, and why: $1, that of .venv, if that is what is asked for. What CUDA needs: docs.jax.dev, Installation.
 choose_platform() {
   local driver gpu
+  platform=$1 why="as before"
+  [[ $platform =~ ^(cpu|cuda1.|tpu)$ && $platform == "$asked_platform"* ]] && return
   platform=$asked_platform why="as CNN_JAX_PLATFORM says"
   [[ $platform == '' || $platform == cuda ]] || return 0
   driver=$(smi driver_version) gpu=$(smi compute_cap)
@@ -149,11 +146,7 @@ make_venv() {
 # Installs into .venv what is asked for beside what is there.
 install() {
   local options=$was_options extras='' pip=(-m pip install) name reason status=0
-  if [[ $was_platform =~ ^(cpu|cuda1.|tpu)$ && $was_platform == "$asked_platform"* ]]; then
-    platform=$was_platform why="as before"
-  elif [ -z "$why" ]; then
-    choose_platform
-  fi
+  [ -n "$why" ] || choose_platform "$was_platform"
   for name in $asked_options; do [[ " $options " == *" $name "* ]] || options=${options:+$options }$name; done
   for name in $options ${platform#cpu}; do [ "$name" = pinned ] || extras=${extras:+$extras,}$name; done
   python=${asked_python:-$was_python} reason=$(reason_to_rebuild)
@@ -219,7 +212,7 @@ case $command in
     ;;
   setup)
     [ $# -eq 0 ] || die 2 "setup takes --pinned, --with=prepare and --with=test, got '$1'"
-    choose_platform
+    choose_platform ''
     asked_platform=$platform
     is_ready || set_up
     is_ready
@@ -228,15 +221,10 @@ case $command in
     ;;
   test)
     shift
-    faults=()
-    for name; do
-      shift
-      if [ "$name" = --faults ]; then faults=(-m ''); else set -- "$@" "$name"; fi
-    done
     asked_options='test'
     is_ready || set_up
     cd -- "$root"
-    exec "$venv/bin/python" -m pytest -n logical --maxprocesses=4 --dist worksteal "${faults[@]}" "$@"
+    exec "$venv/bin/python" -m pytest -n logical --maxprocesses=4 --dist worksteal "${@/#--faults/-mfaults or not faults}"
     ;;
 esac
 

@@ -3,13 +3,14 @@
 import ast
 import configparser
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.tiny import REPOSITORY
 
@@ -82,16 +83,15 @@ def test_the_installed_program_trains_in_an_empty_folder(installed, tfds_dir, tm
     assert (tmp_path / "runs/fashion_mnist/mlp/metrics.jsonl").is_file()
 
 
+def requirements(settings: configparser.ConfigParser) -> list[Requirement]:
+    """All that launch.sh installs but what a GPU or TPU needs."""
+    extras = settings["options.extras_require"]
+    text = "\n".join((settings["options"]["install_requires"], extras["prepare"], extras["test"]))
+    lines = [line for line in text.split("\n") if line and not line.startswith("#")]
+    return [Requirement(line) for line in lines]
+
+
 def test_every_imported_package_is_required(settings):
-    required = {
-        re.match(r"[\w-]+", line)[0].lower().replace("_", "-")
-        for text in (
-            settings["options"]["install_requires"],
-            *settings["options.extras_require"].values(),
-        )
-        for line in text.split("\n")
-        if line and not line.startswith("#")
-    }
     imported = set()
     for path in (REPOSITORY / "cnn_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -100,4 +100,20 @@ def test_every_imported_package_is_required(settings):
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
     imported -= {"cnn_jax", *PEERS, *sys.stdlib_module_names}
-    assert {PACKAGES.get(name, name).lower().replace("_", "-") for name in imported} <= required
+    required = {canonicalize_name(requirement.name) for requirement in requirements(settings)}
+    assert {canonicalize_name(PACKAGES.get(name, name)) for name in imported} <= required
+
+
+@pytest.mark.parametrize(("python", "jax"), [("3.11", "0.10.1"), ("3.13", "0.12.0.1")])
+def test_pinned_versions_are_allowed_and_complete(settings, python, jax):
+    pins = {}
+    for line in (REPOSITORY / ".ci/constraints.txt").read_text().splitlines():
+        pin = Requirement(line) if not line.startswith("#") else None
+        if pin and (pin.marker is None or pin.marker.evaluate({"python_version": python})):
+            (version,) = pin.specifier
+            assert version.operator == "=="
+            assert pins.setdefault(canonicalize_name(pin.name), version.version) == version.version
+    assert pins["jax"] == pins["jaxlib"] == jax
+    for requirement in requirements(settings):
+        if requirement.name not in ("pip", "setuptools"):
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)])
