@@ -26,6 +26,8 @@ from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from tests.tiny import make_examples
 
+pytestmark = pytest.mark.oldest
+
 STEPS = 5  # of an epoch: 160 examples, 32 at a time
 TIMES = ("epoch_seconds", "images_per_second")
 

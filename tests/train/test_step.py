@@ -17,6 +17,8 @@ from cnn_jax.train.preprocess import alternate_flip, augment, normalise
 from tests.quick import noisy_state, quick_jit
 from tests.tiny import make_examples
 
+pytestmark = pytest.mark.oldest
+
 DATA = DataConfig("tiny")
 SHAPE = (6, 5, 2)
 
