@@ -16,7 +16,7 @@ from cnn_jax.config.serialize import to_json
 from cnn_jax.models import summary
 from cnn_jax.models.convolutional import convolutional
 from cnn_jax.models.receptive_field import Field
-from cnn_jax.train import checkpoint
+from cnn_jax.train import checkpoint, parallel
 from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
@@ -162,7 +162,7 @@ def _compare(dense: RestoredRun, made: RestoredRun) -> tuple[float, float]:
     noise = np.random.default_rng(0).integers(0, 256, (IMAGES, *dense.image_shape), np.uint8)
 
     def logits(run: RestoredRun) -> np.ndarray:
-        model = jax.jit(
+        model = parallel.jit(
             lambda variables, image: forward(run.model, variables, normalise(image, run.data))
         )
         return np.asarray(model(run.variables, noise), np.float32).reshape(IMAGES, -1)

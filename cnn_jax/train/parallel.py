@@ -180,7 +180,7 @@ def _copy_to(mesh: Mesh) -> Callable:
 
 def make_replicated(make: Callable, mesh: Mesh, *arguments: Any) -> Any:
     """What `make(*arguments)` returns, computed in one program, on every device of the mesh."""
-    return jax.jit(make, out_shardings=replicated(mesh))(*arguments)
+    return jit(make, out_shardings=replicated(mesh))(*arguments)
 
 
 def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -220,9 +220,27 @@ def agree(value: int) -> bool:
     return largest(value) == -largest(-value)
 
 
+# What YNN, the library of fused kernels that XLA:CPU calls by default, does in float32. The first two
+# columns are tests' (tests/train/test_parallel.py), on an Intel Xeon; networks are convolutions:
+#   jaxlib    sums of squares (jax-ml/jax#39103)   arctan of 50 and more (#39352)   plain convolutions
+#   0.10.1    right                                right                            up to 8 times slower
+#   0.10.2    wrong                                wrong                            (excluded)
+#   0.11.2    right                                right                            slower
+#   0.12.0.1  right                                right                            slower
+# So every program that computes a network leaves it off, and programs of others keep it.
+#
 # XLA:CPU forgets barriers before it fuses loops. `ops.formulations` puts them between those that are
-# faster apart: this keeps them there, for 2 to 15 % more images a second.
-_CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+# faster apart: the second option keeps them there, for 2 to 15 % more images a second.
+_CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
+
+
+def jit(function: Callable, **options: Any) -> Callable:
+    """`jax.jit` with the compiler's options for this platform, for what computes a network."""
+    on_cpu = jax.default_backend() == "cpu"
+    return jax.jit(function, compiler_options=_CPU_OPTIONS if on_cpu else None, **options)
 
 
 def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
@@ -231,13 +249,11 @@ def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
     One step a call: in a scan over eight, XLA:CPU computes convolutions in scalar loops. It trained
     LeNet at a fifth of the speed, though the MLP at 1.4 times.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jax.jit(
+    return jit(
         step,
         in_shardings=(replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate else (),
-        compiler_options=_CPU_OPTIONS if on_cpu else None,
     )
 
 
