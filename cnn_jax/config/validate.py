@@ -13,6 +13,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.schema import Config, DataConfig
 from cnn_jax.config.serialize import to_json
 from cnn_jax.config.types import check_types
+from cnn_jax.models.shapes import takes_no, too_small
 
 
 def validate(config: Config) -> Config:
@@ -103,28 +104,6 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: in
             "classes of the dataset"
         )
     return logits.shape[-1]
-
-
-def takes_no(image_shape: tuple[int, ...], model: nn.Module, error: Exception) -> ConfigError:
-    """What to raise where `model` fails on such images; one of its own mistakes is called by name."""
-    reason = " ".join(str(error).splitlines()[:1])[:200]
-    if not isinstance(error, ValueError):
-        reason = f"{type(error).__name__}: {reason}; --debug shows where"
-    return ConfigError(
-        f"model={type(model).__name__}: takes no images of {_shown(image_shape)} ({reason})"
-    )
-
-
-def too_small(image_shape: tuple[int, ...], model: nn.Module) -> ConfigError:
-    """What to raise where the layers of `model` leave nothing of such images."""
-    name = type(model).__name__
-    return ConfigError(
-        f"model={name}: images of {_shown(image_shape)} are too small for its layers"
-    )
-
-
-def _shown(image_shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, image_shape))
 
 
 def check_images(data: DataConfig, image_shape: tuple[int, int, int]) -> None:

@@ -33,6 +33,7 @@ from cnn_jax.config import Config
 from cnn_jax.config.validate import check_images, check_model, validate
 from cnn_jax.data import loader
 from cnn_jax.data.splits import Splits, load_splits
+from cnn_jax.models.kernels import first_kernel
 from cnn_jax.train import checkpoint, optim, parallel
 from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.progress import Progress
@@ -348,7 +349,7 @@ class _Run:
         try:
             params, shape = self.state.params, self.splits.train.image_shape
             images = {"confusion": pictures.draw_confusion(confusion)}
-            if kernel := pictures.first_kernel(self.config.model, shape, params):
+            if kernel := first_kernel(self.config.model, shape, params):
                 images["kernels"] = pictures.draw_kernels(kernel[1])
             self.curves.images(images, step)
         except Exception as error:  # a picture is not worth a run
