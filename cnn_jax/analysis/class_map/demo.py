@@ -21,7 +21,7 @@ from cnn_jax.data import sources
 from cnn_jax.models import summary
 from cnn_jax.models.convolutional import gives_class_map
 from cnn_jax.models.receptive_field import Field
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.workdir import write_json
 
 LARGEST = 2048  # pixels; the first layer's map of it takes half a gigabyte
 
@@ -130,7 +130,7 @@ def demonstrate(
     picture = class_map_picture.draw(canvas.image, class_map, field, run.class_names, boxes)
     with files.writing(folder):
         picture.save(folder / "class_map.png")
-        workdirs.write_json(folder / "class_map.json", report)
+        write_json(folder / "class_map.json", report)
     return report
 
 

@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from cnn_jax.analysis.explain.explanation import Explanation, Grid
+from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.models.receptive_field import Field
 
@@ -33,10 +34,8 @@ def save(explanation: Explanation, path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"--output={path}: must end in .png")
-    try:
+    with files.written(f"--output={path}", ConfigError):
         draw(explanation).save(path)
-    except OSError as error:
-        raise ConfigError(f"--output={path}: cannot be written: {error.strerror}") from None
 
 
 def draw(explanation: Explanation) -> Image.Image:

@@ -21,7 +21,7 @@ from cnn_jax.config.serialize import to_json
 from cnn_jax.data import sources
 from cnn_jax.models import summary
 from cnn_jax.train import parallel, step
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.workdir import metrics, read_config
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def gather(
       ConfigError: the model is not known without `own`.
       DataError: the dataset is missing, damaged, or does not fit the model.
     """
-    saved = workdirs.read_config(workdir)
+    saved = read_config(workdir)
     model = _own_model(saved, own)
     run = load_run(workdir, which, model, verify)
     layers = summary.summarise(run.model, run.image_shape)
@@ -117,7 +117,7 @@ def gather(
     log.info("evaluating %s on %s test examples", workdir, f"{len(test):,}")
     result, predictions = _evaluate(run, test)
     command, note = command_of(workdir, saved, own)
-    lines = workdirs.metrics(workdir)
+    lines = metrics(workdir)
     return Facts(run, lines, layers, test, result, predictions, command, note)
 
 
