@@ -8,12 +8,12 @@ import os
 
 # The YNN fusions of jaxlib 0.10 run many float32 convolutions on CPU up to 8 times slower than Eigen,
 # and in jaxlib 0.10.2 they return wrong numbers (jax-ml/jax#39103): an empty list turns them off.
-_XLA_FLAGS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+XLA_FLAGS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def _append_xla_flags() -> None:
     present = os.environ.get("XLA_FLAGS", "")
-    missing = [f"--{flag}={value}" for flag, value in _XLA_FLAGS.items() if flag not in present]
+    missing = [f"--{flag}={value}" for flag, value in XLA_FLAGS.items() if flag not in present]
     os.environ["XLA_FLAGS"] = " ".join([present, *missing]).strip()
 
 

@@ -56,7 +56,7 @@ def noisy_state(model, optimizer, shape: tuple[int, ...], seed: int = 0) -> step
     return step.TrainState(
         step=np.int32(0),
         params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
+        model_state=step.model_state_of(variables),
         opt_state=quick_jit(optimizer.init)(variables["params"]),
         rng=np.array([1, seed], np.uint32),
         sums=jax.tree.map(np.asarray, step.empty_sums()),

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -13,12 +12,13 @@ from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.serialize import to_json
-from cnn_jax.data.loader import normalise
 from cnn_jax.models import summary
 from cnn_jax.models.convolutional import convolutional
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.train import checkpoint
-from cnn_jax.train.workdir import metrics, write_json, write_text
+from cnn_jax.train.preprocess import normalise
+from cnn_jax.train.step import forward
+from cnn_jax.train.workdir import line_of, metrics, write_json, write_text
 
 IMAGES = 64
 # Of the largest logit: the sums are the same, but added in another order.
@@ -76,7 +76,7 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
         checkpoints.save({"step": np.int32(run.step), **made.variables}, {})
         checkpoints.close()
         lines = [line for line in metrics(run.workdir) if line["step"] <= run.step]
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(folder / "metrics.jsonl", "".join(map(line_of, lines)))
         write_json(folder / "config.json", saved)
     after = checkpoint.names(made.variables["params"])
     kernels = tuple(
@@ -116,7 +116,7 @@ def _compare(dense: RestoredRun, made: RestoredRun) -> tuple[float, float]:
 
     def logits(run: RestoredRun) -> np.ndarray:
         model = jax.jit(
-            lambda variables, image: run.model.apply(variables, normalise(image, run.data))
+            lambda variables, image: forward(run.model, variables, normalise(image, run.data))
         )
         return np.asarray(model(run.variables, noise), np.float32).reshape(IMAGES, -1)
 

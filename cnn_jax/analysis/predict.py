@@ -212,7 +212,7 @@ def _scores(
 def _write_csv(path: Path, predictions: list[Prediction]) -> None:
     places = range(1, len(predictions[0].classes) + 1)
     header = ["file", *(f"{kind}_{i}" for i in places for kind in ("class", "probability"))]
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for prediction in predictions:

@@ -12,7 +12,7 @@ from cnn_jax.common.errors import CheckpointError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.serialize import data_from_json, model_from_json
 from cnn_jax.config.validate import validate
-from cnn_jax.train import checkpoint
+from cnn_jax.train import checkpoint, step
 from cnn_jax.train.workdir import read_config
 
 
@@ -30,7 +30,7 @@ class RestoredRun:
       batch_size: examples a step of evaluation.
       compute_dtype: of the activations.
       step: of the checkpoint.
-      variables: "params" and "batch_stats" as NumPy arrays.
+      variables: "params" and the model's other collections as NumPy arrays.
       saved: the whole of config.json.
     """
 
@@ -74,11 +74,16 @@ def load_run(
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{workdir / 'config.json'}: damaged ({reason})") from None
-    validate(Config(model, data, eval_batch_size=batch_size, compute_dtype=compute_dtype))
+    fields = {"eval_batch_size": batch_size, "compute_dtype": compute_dtype}
+    validate(Config(model, data, **fields), trained=True)
     restored = checkpoint.Checkpoints(workdir).select(which, verify=verify)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    template = {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
+    template = {"params": shapes.get("params", {}), **step.model_state_of(shapes)}
+    if any(name.startswith("eval_params/") for name in restored.arrays):
+        template["eval_params"] = template["params"]
+    variables = checkpoint.fill(template, restored)
+    variables["params"] = variables.pop("eval_params", variables["params"])
     return RestoredRun(
         workdir=workdir,
         experiment=experiment,
@@ -89,6 +94,6 @@ def load_run(
         batch_size=batch_size,
         compute_dtype=compute_dtype,
         step=restored.step,
-        variables=checkpoint.fill(template, restored),
+        variables=variables,
         saved=saved,
     )

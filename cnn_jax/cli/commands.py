@@ -7,6 +7,7 @@ from pathlib import Path
 from absl import flags
 
 from cnn_jax.cli.flags import FLAGS, REQUIRED, SEVERAL, Command
+from cnn_jax.common import environment, files
 from cnn_jax.common.errors import ConfigError
 
 COMMANDS: dict[str, Command] = {}
@@ -88,14 +89,18 @@ def train(values: flags.FlagValues) -> None:
             parallel.start_processes(
                 values.coordinator, values.processes, values.process, config.heartbeat_seconds
             )
+        environment.check_devices()
     if values.dry_run:
-        loop.dry_run(config, values.data_dir, values.download)
+        from cnn_jax.train import dry_run
+
+        dry_run.dry_run(config, values.data_dir, values.download)
         return
     name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
-    lines = loop.train(
-        config, workdir, name, values.data_dir, values.download, verify=values.verify
-    )
+    with parallel.naming_the_lost():
+        lines = loop.train(
+            config, workdir, name, values.data_dir, values.download, verify=values.verify
+        )
     if not parallel.is_main_process():
         return
     if lines and "test_accuracy" in (last := lines[-1]):
@@ -108,17 +113,29 @@ def train(values: flags.FlagValues) -> None:
 
 
 @command(
-    "workdir", "checkpoint", "split", "dataset", "data_dir", "experiment", "verify", experiment=None
+    "workdir",
+    "checkpoint",
+    "split",
+    "dataset",
+    "data_dir",
+    "output",
+    "experiment",
+    "verify",
+    experiment=None,
 )
 def evaluate(values: flags.FlagValues) -> None:
     """Restores a checkpoint and evaluates it on every example of a split."""
     from cnn_jax.analysis import evaluate as evaluation
     from cnn_jax.cli import tables
 
+    output = _path(values.output) if values.output else None
+    if output:
+        files.check_folder(output)
     run = _load_run(values)
     report = evaluation.evaluate(run, values.split, values.dataset, values.data_dir)
     tables.print_evaluation(report)
-    print(f"written to {run.workdir / 'evaluation.json'}")
+    if path := evaluation.write(report, run, output):
+        print(f"written to {path}")
 
 
 @command(
@@ -146,6 +163,7 @@ def summary(values: flags.FlagValues) -> None:
     from cnn_jax.data.sources import input_shape
     from cnn_jax.models.summary import summarise
 
+    environment.check_devices()
     if not (values.experiment or values.workdir):
         raise ConfigError("--experiment: summary needs it, or --workdir, the folder of a run")
     config = experiment.load(values.experiment, values.set) if values.experiment else None
@@ -186,8 +204,7 @@ def benchmark(values: flags.FlagValues) -> None:
 def _path(text: str) -> Path:
     if "://" in text:
         raise ConfigError(f"{text}: must be a local or a mounted folder")
-    # The shell leaves the ~ of --workdir=~/runs as it is.
-    return Path(text).expanduser()
+    return files.user_path(text)
 
 
 def _load_run(values: flags.FlagValues):
@@ -195,6 +212,7 @@ def _load_run(values: flags.FlagValues):
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.config import experiment
 
+    environment.check_devices()
     model = experiment.load(values.experiment).model if values.experiment else None
     return load_run(_path(values.workdir), values.checkpoint, model, values.verify)
 
@@ -213,6 +231,7 @@ def report(values: flags.FlagValues) -> None:
     """Draws what a run learned, or how several compare, as one HTML page."""
     from cnn_jax.analysis.report import page
 
+    environment.check_devices()
     path = page.report(
         [_path(workdir) for workdir in values.workdir],
         values.checkpoint,
@@ -290,6 +309,7 @@ def explain(values: flags.FlagValues) -> None:
         from cnn_jax.data.sources import input_shape
         from cnn_jax.models.summary import summarise
 
+        environment.check_devices()
         topics.check(values.topic, given, own)
         config = experiment.load(values.experiment or "fashion_mnist/lenet")
         shape = input_shape(config.data, values.input_size, values.data_dir)

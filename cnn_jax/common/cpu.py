@@ -30,7 +30,12 @@ def identity() -> str:
 
 
 def description() -> str:
-    """Its name, family and instruction sets, and how many cores there are to use."""
+    """`name`, and how many cores there are to use."""
+    return f"{name()}, {cores()} core" + ("" if cores() == 1 else "s")
+
+
+def name() -> str:
+    """Its name, family and instruction sets."""
     facts = {}
     for line in _cpuinfo():
         key, _, value = line.partition(":")
@@ -42,8 +47,7 @@ def description() -> str:
     sets = [name for feature, name in known.items() if feature in features()]
     about += [", ".join(sets)] if sets else []
     name = facts.get("model name") or platform.processor() or platform.machine() or "unknown"
-    number = f"{cores()} core" if cores() == 1 else f"{cores()} cores"
-    return f"{name} ({'; '.join(about)}), {number}" if about else f"{name}, {number}"
+    return f"{name} ({'; '.join(about)})" if about else name
 
 
 def _cpuinfo() -> list[str]:

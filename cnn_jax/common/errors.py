@@ -33,7 +33,7 @@ class CheckpointError(WorkdirError):
 
 
 class NotFiniteError(CnnJaxError):
-    """The training loss became infinite or NaN."""
+    """A loss, parameters or an evaluation became infinite or NaN."""
 
     exit_code = 5
 

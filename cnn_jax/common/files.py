@@ -15,6 +15,20 @@ _LITERAL = re.compile(r"[\w ./+=,~:-]*")
 _OPEN_FOLDERS = Path("/proc/self/fd")
 
 
+def user_path(text: str) -> Path:
+    """`text` as a path; the shell leaves the ~ of --workdir=~/runs as it is.
+
+    Raises:
+      ConfigError: it begins with the home folder of a user that there is not.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{text}: the home folder {Path(text).parts[0]} is not known; write the whole path"
+        ) from None
+
+
 def library_path(folder: Path) -> Path:
     """A path to the same folder that Orbax, TensorStore and TFDS take literally.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cnn_jax.common.errors import ConfigError
+from cnn_jax.common.files import user_path
 from cnn_jax.config.overrides import override
 from cnn_jax.config.schema import Config
 from cnn_jax.config.validate import validate
@@ -25,7 +26,7 @@ def names() -> list[str]:
 
 def title(name: str) -> str:
     """The first line of an experiment's docstring; its code is not run."""
-    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")))
     return (docstring or "").partition("\n")[0]
 
 
@@ -44,7 +45,7 @@ def find(experiment: str) -> Path:
       ConfigError: there is none; names the nearest.
     """
     if experiment.endswith(".py"):
-        path = Path(experiment).expanduser().absolute()
+        path = user_path(experiment).absolute()
         if not path.is_file():
             raise ConfigError(f"--experiment={experiment}: no such file")
         return path

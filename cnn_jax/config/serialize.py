@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -23,6 +24,8 @@ def to_json(value: Any) -> Any:
         return head | {name: to_json(getattr(value, name)) for name in fields_of(value)}
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such number
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return _name(value)

@@ -8,16 +8,21 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.schema import Config, DataConfig
 from cnn_jax.config.serialize import to_json
-from cnn_jax.config.types import check_types
+from cnn_jax.config.types import check_types, fields_of
 from cnn_jax.models.shapes import takes_no, too_small
 
 
-def validate(config: Config) -> Config:
-    """`config`, after checking every field's range.
+def validate(config: Config, trained: bool = False) -> Config:
+    """`config`, after checking every field's range, and that each has an effect beside the others.
+
+    Args:
+      config: of a run.
+      trained: whether it has been trained so: what was only unwise can be read all the same.
 
     Raises:
       ConfigError: the first field that is out of range: its name, its value, what is allowed.
@@ -39,6 +44,7 @@ def validate(config: Config) -> Config:
     check(not fixed, "optimizer", f"without {', '.join(sorted(fixed))}: set the field of that name")
     classes = getattr(config.model, "num_classes", 1)
     check(not isinstance(classes, int) or classes >= 1, "model.num_classes", "at least 1")
+    _check_axis_names(config.model, "model.")
     check(0 <= config.seed < 2**31, "seed", "from 0 to 2**31 - 1")
     check(1 <= config.epochs < 2**31, "epochs", "from 1 to 2**31 - 1")
     for field in (
@@ -81,7 +87,34 @@ def validate(config: Config) -> Config:
         "data.std",
         "numbers greater than 0 and finite",
     )
+    if not trained:
+        check(all(0 <= m <= 1 for m in mean), "data.mean", "from 0 to 1, as pixels are")
+        check(all(s <= 1 for s in std), "data.std", "at most 1, as pixels are from 0 to 1")
+    if config.final_learning_rate:
+        check(
+            config.schedule != "constant",
+            "final_learning_rate",
+            "0 with schedule=constant, which does not end elsewhere; choose cosine or linear",
+        )
+        check(
+            config.warmup_epochs < config.epochs,
+            "final_learning_rate",
+            f"0 with warmup_epochs={config.warmup_epochs:g} of epochs={config.epochs}, as the schedule "
+            "begins after them",
+        )
     return config
+
+
+def _check_axis_names(value: object, prefix: str) -> None:
+    """Refuses a module's axis of jax.pmap: training is one jit over all devices and has none."""
+    for name in fields_of(value):
+        inside = value.keywords[name] if isinstance(value, functools.partial) else vars(value)[name]
+        if name.endswith("axis_name") and inside is not None:
+            raise ConfigError(
+                f"{prefix}{name}={inside}: must be none; only parallel.pmap_step has a named axis, "
+                "and statistics over the whole batch need none in training"
+            )
+        _check_axis_names(inside, f"{prefix}{name}.")
 
 
 def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: int) -> int:
@@ -104,6 +137,22 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: in
             "classes of the dataset"
         )
     return logits.shape[-1]
+
+
+def check_init_examples(config: Config, image_shape: tuple[int, int, int]) -> None:
+    """Refuses examples for an initialisation that does not look at them.
+
+    Raises:
+      ConfigError: the fields `init_examples` and `model`.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    program = jax.make_jaxpr(config.model.init)(jax.random.key(0), image).jaxpr
+    _, (_, looks_at_images) = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    if not looks_at_images:
+        raise ConfigError(
+            f"init_examples={config.init_examples}: must be 0 with model={type(config.model).__name__}, "
+            "whose first parameters do not depend on images"
+        )
 
 
 def check_images(data: DataConfig, image_shape: tuple[int, int, int]) -> None:

@@ -86,9 +86,48 @@ class OnDemand:
         return OnDemand(self.records, self.indices[indices])
 
 
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+    """Examples whose labels count in another order.
+
+    Attributes:
+      examples: with labels of their own.
+      class_names: in the order of the new labels.
+      new_label: int32 [classes of `examples`].
+    """
+
+    examples: Examples
+    class_names: tuple[str, ...]
+    new_label: np.ndarray
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.examples.image_shape
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        batch = self.examples[indices]
+        return batch | {"label": self.new_label[batch["label"]]}
+
+    def take(self, indices: np.ndarray) -> "Relabelled":
+        return dataclasses.replace(self, examples=self.examples.take(indices))
+
+
+def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
+    """`examples` with labels that count in the order of `class_names`, which hold all of theirs."""
+    if examples.class_names == class_names[: len(examples.class_names)]:
+        return examples
+    new_label = np.array([class_names.index(name) for name in examples.class_names], np.int32)
+    if isinstance(examples, InMemory):
+        return InMemory(examples.image, new_label[examples.label], class_names)
+    return Relabelled(examples, class_names, new_label)
+
+
 def default_data_dir() -> str:
     """TFDS_DATA_DIR, else TFDS's own folder."""
-    return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
+    return os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
 
 
 def load_examples(

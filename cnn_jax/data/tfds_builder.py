@@ -36,6 +36,10 @@ NO_TENSORFLOW = (
 NAME = re.compile(r"(?P<dataset>[A-Za-z]\w*)(/\w[\w+.-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
 
+class SizesDiffer(DataError):
+    """The images of a dataset differ in size, and nothing says which one they are to have."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """What the records of a dataset hold.
@@ -177,8 +181,8 @@ def layout(builder: Any, data: DataConfig) -> Layout:
             "must be uint8 with 1, 3 or 4"
         )
     if data.image_size is None and None in (height, width):
-        raise DataError(
-            f"data.name={data.name}: its images differ in size; set one, as in "
+        raise SizesDiffer(
+            f"data.name={data.name}: its images differ in size; set one: train and summary take "
             "--set data.image_size=64,64"
         )
     return Layout(

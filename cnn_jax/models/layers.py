@@ -17,6 +17,9 @@ from flax.typing import Initializer, PaddingLike
 
 from cnn_jax.ops import conv, dense, pool
 
+# Under pmap, where a stream's key differs by device, that of `Dropout` alone is equal on all.
+WHOLE_BATCH_DROPOUT = "whole_batch_dropout"
+
 glorot_uniform = nn.initializers.glorot_uniform()
 
 
@@ -71,10 +74,11 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if not train or self.rate == 0.0:
             return x
-        place = jnp.arange(x.shape[0])
+        place, stream = jnp.arange(x.shape[0]), "dropout"
         if self.axis_name is not None:
             place += jax.lax.axis_index(self.axis_name) * x.shape[0]
-        keys = jax.vmap(functools.partial(jax.random.fold_in, self.make_rng("dropout")))(place)
+            stream = WHOLE_BATCH_DROPOUT
+        keys = jax.vmap(functools.partial(jax.random.fold_in, self.make_rng(stream)))(place)
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
 
@@ -84,22 +88,27 @@ def one_image_size(call: Callable) -> Callable:
 
     Its parameters fit one image size. For any other, Flax reports a kernel of another shape; this
     names the image sizes instead, and an architecture that takes any. Where the layers leave nothing
-    of an image, the initialisation divides by zero; this says so.
+    of an image, the initialisation divides by zero, or makes kernels without weights in later versions
+    of Flax; this says so.
     """
 
     @functools.wraps(call)
     def checked(self: nn.Module, image: jax.Array, train: bool = False) -> jax.Array:
         got = "x".join(map(str, image.shape[1:]))
+        nothing = ValueError(f"{type(self).__name__} is left nothing of images of {got}")
         try:
-            return call(self, image, train)
-        except ZeroDivisionError:
-            raise ValueError(f"{type(self).__name__} is left nothing of images of {got}") from None
+            logits = call(self, image, train)
+        except ZeroDivisionError:  # of Flax up to 0.12.8, where a kernel would have no weights
+            raise nothing from None
         except flax.errors.ScopeParamShapeError:
             fitting = images_that_fit(self.clone(parent=None, name=None), self.variables["params"])
             raise ValueError(
                 f"{type(self).__name__} was initialised for images of {fitting}, got {got}: "
                 "flatten + dense fixes the size; FullyConvCNN takes any size from 28x28"
             ) from None
+        if any(leaf.size == 0 for leaf in jax.tree.leaves(self.variables.get("params", {}))):
+            raise nothing
+        return logits
 
     checked.one_image_size = True
     return checked

@@ -26,7 +26,7 @@ def put_section(path: Path, mark: str, text: str, first: bool = False) -> None:
     """
     section = f"<!-- {mark} -->\n{text.rstrip()}\n<!-- end of {mark} -->\n"
     with written(path, WorkdirError):
-        old = path.read_text() if path.exists() else TITLE
+        old = path.read_text(encoding="utf-8") if path.exists() else TITLE
         write_text(path, _with_section(old, mark, section, first))
 
 

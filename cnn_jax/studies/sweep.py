@@ -230,7 +230,7 @@ def _ended(folder: Path, config: Config) -> Run | None:
         return None
     lines = metrics(folder)
     if (folder / "not_finite.json").exists():
-        what = json.loads((folder / "not_finite.json").read_text())["what"]
+        what = json.loads((folder / "not_finite.json").read_text(encoding="utf-8"))["what"]
         return Run(config.seed, lines, f"{what}: not finite")
     ended = lines and lines[-1].get("epoch") == config.epochs
     return Run(config.seed, lines, "") if ended else None
@@ -325,6 +325,15 @@ def _problems(setting: Setting) -> str:
     by_text: dict[str, list[str]] = {}
     for run in setting.runs:
         if run.problem:
-            text = run.problem if len(run.problem) <= 80 else f"{run.problem[:79]}…"
-            by_text.setdefault(text, []).append(str(run.seed))
+            by_text.setdefault(_short(run.problem), []).append(str(run.seed))
     return "; ".join(f"{text} (seed {', '.join(found)})" for text, found in by_text.items())
+
+
+def _short(problem: str) -> str:
+    """A reason as a table holds it: of long paths their last part, and then 120 letters."""
+
+    def last_part(path: re.Match) -> str:
+        return path[0] if len(path[0]) <= 30 else "…/" + path[0].rstrip("/").rpartition("/")[2]
+
+    text = re.sub(r"[^\s:;,=()]*/[^\s:;,()]*", last_part, problem)
+    return text if len(text) <= 120 else f"{text[:119]}…"

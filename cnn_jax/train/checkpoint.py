@@ -1,7 +1,7 @@
 """Checkpoints that prove themselves. The only file that says orbax.
 
 checkpoints/STEP/ holds, as Orbax items:
-  variables  the model's params and batch_stats
+  variables  the model's params and its other collections, as batch_stats; eval_params where they differ
   training   the rest of the TrainState: step, opt_state, rng, sums
   manifest   shape, dtype and SHA-256 of every array above, what the run noted, and its own SHA-256
 
@@ -24,12 +24,14 @@ what a killed run left of a save or of a deletion, which the next run clears awa
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ from cnn_jax.train.step import TrainState
 log = logging.getLogger(__name__)
 
 STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
-VARIABLES = ("params", "batch_stats")
+TRAINING = ("step", "opt_state", "rng", "sums")
 Arrays = dict[str, np.ndarray]
 
 
@@ -115,11 +117,13 @@ class Checkpoints:
             if manifest["step"] != step:
                 raise ValueError(f"its manifest is that of step {manifest['step']}")
             expected = manifest["arrays"]
-            variables = [name for name in expected if _is_variable(name)]
             given = library_path(folder)
-            arrays = _read(given / "variables", variables)
+            full = [name for name, about in expected.items() if 0 not in about["shape"]]
+            arrays = _read(given / "variables", filter(_is_variable, full))
             if training:
-                arrays |= _read(given / "training", [n for n in expected if not _is_variable(n)])
+                arrays |= _read(given / "training", itertools.filterfalse(_is_variable, full))
+                empty = {name: about for name, about in expected.items() if name not in full}
+                arrays |= {n: np.zeros(a["shape"], a["dtype"]) for n, a in empty.items()}
             for name, array in arrays.items():
                 if verify and _describe(array) != expected[name]:
                     raise ValueError(f"{name} differs from its checksum")
@@ -230,8 +234,9 @@ class Checkpoints:
 
     def _start(self, arrays: Arrays, manifest: dict) -> None:
         """Hands the arrays to Orbax, which writes them in threads of its own."""
-        variables = {name: a for name, a in arrays.items() if _is_variable(name)}
-        training = {name: a for name, a in arrays.items() if name not in variables}
+        full = {name: a for name, a in arrays.items() if a.size}  # Orbax refuses the others
+        variables = {name: a for name, a in full.items() if _is_variable(name)}
+        training = {name: a for name, a in full.items() if name not in variables}
         if not self.folder.is_dir():  # Orbax would make it anew
             raise FileNotFoundError(f"{self.folder} is gone")
         if self._writer is None:
@@ -382,28 +387,32 @@ def verify(workdir: Path) -> int:
 
 
 def names(state: Any) -> dict[str, Any]:
-    """The leaves of a TrainState by name, as in "opt_state/0/mu/Conv_0/kernel"."""
+    """The leaves of a TrainState by name, as in "opt_state/0/mu/Conv_0/kernel".
+
+    Those of its model_state begin with their collection, as in "batch_stats/BatchNorm_0/mean".
+    """
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {name.removeprefix("model_state/"): leaf for name, leaf in named.items()}
 
 
 def fill(template: Any, restored: Restored) -> Any:
     """`template` with its leaves replaced by the restored arrays of the same names.
 
     Args:
-      template: a TrainState, or a part of one such as {"params": ..., "batch_stats": ...}, of arrays
-        or shapes.
+      template: a TrainState, or variables such as {"params": ..., "batch_stats": ...}, of arrays or
+        shapes.
       restored: the checkpoint.
 
     Raises:
       CheckpointError: names, shapes or types differ; lists how. Nothing is cast or left out.
     """
     wanted = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in names(template).items()}
-    tops = {name.split("/")[0] for name in wanted} | set(VARIABLES)
+    tops = {name.split("/")[0] for name in wanted}
     found = {
         name: (array.shape, str(array.dtype))
         for name, array in restored.arrays.items()
-        if name.split("/")[0] in tops
+        if _is_variable(name) or name.split("/")[0] in tops
     }
     lines = [
         f"{name}: {_shown(found.get(name))} saved, {_shown(wanted.get(name))} expected"
@@ -432,7 +441,7 @@ def _make_writer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(handler, async_options=options)
 
 
-def _read(folder: Path, names: list[str]) -> Arrays:
+def _read(folder: Path, names: Iterable[str]) -> Arrays:
     """Arrays of an Orbax item by name: zarr arrays in one OCDBT database."""
     context = tensorstore.Context()  # a cache of its own: the files may have changed since
     database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
@@ -447,7 +456,7 @@ def _read(folder: Path, names: list[str]) -> Arrays:
 
 
 def _is_variable(name: str) -> bool:
-    return name.split("/")[0] in VARIABLES
+    return name.split("/")[0] not in TRAINING
 
 
 def _reason(error: Exception) -> str:

@@ -11,11 +11,21 @@ import optax.contrib
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
+from cnn_jax.train.optax_adapter import adapt
 
 
 def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up from 0, then constant, cosine or linear."""
+    """Learning rate by step: a linear warm-up from 0, then constant, cosine or linear.
+
+    Raises:
+      ConfigError: the warm-up is shorter than a step.
+    """
     warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.warmup_epochs and not warmup:
+        raise ConfigError(
+            f"warmup_epochs={config.warmup_epochs}: must be 0, or at least {1 / steps_per_epoch:g}, "
+            "which is one step"
+        )
     rest = max(config.epochs * steps_per_epoch - warmup, 1)
     peak, end = config.learning_rate, config.final_learning_rate
     after = {
@@ -32,7 +42,7 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
     """The Optax chain of `config`: clipping, weight decay of kernels, the optimizer, its schedule.
 
     Raises:
-      ConfigError: the factory returns something else.
+      ConfigError: the factory fails, or returns something else.
     """
     arguments = {"learning_rate": make_schedule(config, steps_per_epoch)}
     chain = []
@@ -41,19 +51,28 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
     takes = inspect.signature(config.optimizer).parameters
     masks = {"mask", "weight_decay_mask"} & takes.keys()
     if "weight_decay" in takes and masks:  # given always: its own default may be other than 0
-        arguments |= {"weight_decay": config.weight_decay, **dict.fromkeys(masks, kernels)}
+        free = masks - getattr(config.optimizer, "keywords", {}).keys()  # a mask of the user's wins
+        arguments |= {"weight_decay": config.weight_decay, **dict.fromkeys(free, kernels)}
     elif config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, kernels))
-    optimizer = config.optimizer(**arguments)
-    if not isinstance(optimizer, optax.GradientTransformation):
-        kind = type(optimizer).__name__
-        raise ConfigError(f"optimizer: returns {kind}, must return an optax.GradientTransformation")
-    return optax.chain(*chain, optimizer)
+    return optax.chain(*chain, adapt(config.optimizer, **arguments))
 
 
 def kernels(params: dict) -> dict:
-    """True for the arrays that weight decay concerns: two dimensions or more, so no bias or scale."""
-    return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
+    """True for the arrays that weight decay concerns.
+
+    A name that ends in "bias" or "scale" says what the array is, as flax.linen's layers name them:
+    attention's biases have two dimensions, and stacked layers one more. A "kernel" is one whatever its
+    dimensions; arrays of other names are taken for kernels from two dimensions on.
+    """
+
+    def decays(path: tuple, array: jax.Array) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return name.endswith("kernel") or (
+            jnp.ndim(array) >= 2 and not name.endswith(("bias", "scale"))
+        )
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 # ---------------------------------------------------------------------------------- the speedrun

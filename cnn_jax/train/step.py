@@ -3,16 +3,25 @@
 Given `axis_name`, the same train step runs under jax.pmap, each device on its part of the batch.
 """
 
+import zlib
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import flax.core
+import flax.errors
 import flax.linen as nn
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
+from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.data.loader import alternate_flip, augment, normalise, test_views
+from cnn_jax.models.layers import WHOLE_BATCH_DROPOUT
+from cnn_jax.train.optax_adapter import eval_params
+from cnn_jax.train.preprocess import alternate_flip, augment, normalise, test_views
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -25,18 +34,25 @@ class TrainState:
     Attributes:
       step: int32 [], training steps done.
       params: the model's parameters, float32.
-      batch_stats: running statistics of its BatchNorm layers; empty without.
+      model_state: its other variables by collection, as {"batch_stats": ...} of BatchNorm layers.
       opt_state: of the Optax optimizer.
       rng: uint32 [2], data of the key from which every step's randomness is derived.
       sums: what this epoch's steps have added up: `empty_sums`.
+      eval_params: the parameters to evaluate where the optimizer means others than `params`, else {}.
     """
 
     step: jax.Array
     params: Any
-    batch_stats: Any
+    model_state: dict[str, Any]
     opt_state: optax.OptState
     rng: jax.Array
     sums: Sums
+    eval_params: Any = flax.struct.field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model is evaluated with."""
+        return {"params": self.eval_params or self.params, **self.model_state}
 
 
 def empty_sums() -> Sums:
@@ -74,15 +90,39 @@ def init_state(
     if image is None:
         image = jnp.zeros((1, *image_shape), jnp.float32)
     variables = model.init(init_key, image)
-    params = variables["params"]
+    params = variables.get("params", {})
+    opt_state = optimizer.init(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(params),
+        model_state=model_state_of(variables),
+        opt_state=opt_state,
         rng=jax.random.key_data(run_key),
         sums=empty_sums(),
+        eval_params=eval_params(opt_state, params),
     )
+
+
+def model_state_of(variables: dict[str, Any]) -> dict[str, Any]:
+    """The collections beside "params" that a model needs to be called again.
+
+    Raises:
+      ConfigError: one has the name of another part of a checkpoint, or holds a typed random key.
+    """
+    state = flax.traverse_util.unflatten_dict(_flat(variables))
+    for name in state.keys() & TrainState.__dataclass_fields__.keys():
+        raise ConfigError(f"model: its collection {name!r} must have another name")
+    for leaf in jax.tree.leaves(state):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ConfigError("model: keeps a random key, which no checkpoint holds; use make_rng")
+    return state
+
+
+def _flat(variables: dict[str, Any]) -> dict[tuple, Any]:
+    """All but the parameters, by path, and without what `Module.sow` has stored, which are tuples."""
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    flat = flax.traverse_util.flatten_dict(others)
+    return {path: value for path, value in flat.items() if not isinstance(value, tuple)}
 
 
 def train_step(
@@ -100,7 +140,8 @@ def train_step(
       state: before the step.
       batch: image uint8 [N, H, W, C], label int32 [N], index int32 [N]; epoch int32 [N] for
         `alternating_flip`.
-      model: the module; one with BatchNorm or Dropout takes its own `axis_name`.
+      model: the module; one with BatchNorm or `layers.Dropout` takes its own `axis_name`. Every stream
+        of random numbers that it asks for gets a key, which under pmap differs by device.
       optimizer: from `optim.make_optimizer`.
       config: augmentation, scaling, smoothing and compute type.
       axis_name: the pmap axis over which the batch is split, None under jit.
@@ -116,33 +157,43 @@ def train_step(
         image = alternate_flip(run_key, image, batch["index"], batch["epoch"])
     image = normalise(image, config.data)
 
+    def call(params: Any, rngs: dict) -> tuple[jax.Array, Any]:
+        variables = {"params": params, **state.model_state}
+        options = {"train": True, "rngs": rngs, "mutable": [*state.model_state]}
+        return _apply(model, variables, image, config.compute_dtype, **options)
+
+    rngs = _rngs(lambda rngs: call(state.params, rngs), dropout_key, axis_name)
+
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        logits, updated = _apply(
-            model,
-            {"params": params, "batch_stats": state.batch_stats},
-            image,
-            config.compute_dtype,
-            train=True,
-            rngs={"dropout": dropout_key},
-            mutable=["batch_stats"],
-        )
+        logits, updated = call(params, rngs)
         logits = _one_score_each(logits)
         loss = cross_entropy(logits, batch["label"], config.label_smoothing).mean()
-        return loss, (updated.get("batch_stats", {}), logits)
+        return loss, (_kept(state.model_state, updated), logits)
 
-    (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    (loss, (model_state, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     count = jnp.array(len(batch["label"]), jnp.int32)
     correct = (logits.argmax(-1) == batch["label"]).sum(dtype=jnp.int32)
     if axis_name is not None:
-        loss, grads, batch_stats = jax.lax.pmean((loss, grads, batch_stats), axis_name)
+        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        model_state = jax.tree.map(lambda leaf: _mean_of(leaf, axis_name), model_state)
         count, correct = jax.lax.psum((count, correct), axis_name)
+    extra = {"value": loss, "grad": grads}
+    if axis_name is None:  # of a device's part of the batch they would be other functions on each
+        # A line search passes on to it whatever it does not take itself.
+        def value_fn(params: Any, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+            return loss_of(params)[0]
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        extra |= {"value_fn": value_fn, "obj_fn": value_fn}
+        extra["grad_fn"] = lambda params, _: jax.grad(value_fn)(params)
+
+    update = optax.with_extra_args_support(optimizer).update
+    updates, opt_state = update(grads, state.opt_state, state.params, **extra)
+    params = optax.apply_updates(state.params, updates)
     first_bad = ~jnp.isfinite(loss) & (state.sums["bad_step"] < 0)
     new_state = TrainState(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
+        params=params,
+        model_state=model_state,
         opt_state=opt_state,
         rng=state.rng,
         sums={
@@ -152,6 +203,7 @@ def train_step(
             "bad_step": jnp.where(first_bad, state.step, state.sums["bad_step"]),
             "bad_loss": jnp.where(first_bad, loss, state.sums["bad_loss"]),
         },
+        eval_params=eval_params(opt_state, params),
     )
     return new_state, loss
 
@@ -162,7 +214,7 @@ def eval_step(
     """What a batch adds to the loss and the confusion matrix; masked examples add nothing.
 
     Args:
-      variables: "params" and "batch_stats".
+      variables: "params" and the model's other collections.
       batch: image uint8 [N, H, W, C], label int32 [N], mask float32 [N].
       model: the module.
       data: scaling.
@@ -215,22 +267,96 @@ def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -
     return optax.softmax_cross_entropy(logits, target)
 
 
+def forward(model: nn.Module, variables: Any, image: jax.Array) -> jax.Array:
+    """The model's output on normalised images [N, H, W, C], as in evaluation.
+
+    What it changes in its collections is dropped, and where it cannot do without random numbers they
+    are the same at every call.
+    """
+    mutable = [name for name in variables if name != "params"] or False
+
+    def call(rngs: dict) -> Any:
+        output = model.apply(variables, image, train=False, mutable=mutable, rngs=rngs)
+        return output[0] if mutable else output
+
+    try:
+        return call({})
+    except flax.errors.InvalidRngError:
+        return call(_rngs(call, jax.random.key(0)))
+
+
 def _apply(
     model: nn.Module,
     variables: Any,
     image: jax.Array,
     compute_dtype: str,
     train: bool = False,
-    mutable: Any = False,
     **options: Any,
 ) -> tuple[jax.Array, Any]:
-    """Logits in float32 as the model gives them, and the collections named by `mutable`."""
+    """Logits in float32 as the model gives them; with `train`, what it changes in its collections."""
     if compute_dtype != "float32":
         cast = jax.tree.map(lambda p: p.astype(compute_dtype), variables["params"])
         variables, image = {**variables, "params": cast}, image.astype(compute_dtype)
-    output = model.apply(variables, image, train=train, mutable=mutable, **options)
-    logits, updated = output if mutable else (output, {})
+    if not train:
+        return forward(model, variables, image).astype(jnp.float32), {}
+    logits, updated = model.apply(variables, image, train=True, **options)
     return logits.astype(jnp.float32), updated
+
+
+def _rngs(call: Callable, key: jax.Array, axis_name: str | None = None) -> dict[str, jax.Array]:
+    """A key for each stream of random numbers that `call(rngs)` asks for, and for "dropout".
+
+    Under pmap each device gets its own, but for the stream of which a device takes its part.
+    """
+    asked, names = {"dropout", WHOLE_BATCH_DROPOUT}, set()
+    has_rng = flax.core.Scope.has_rng
+
+    def recorded(scope: Any, name: str) -> bool:
+        asked.add(name)
+        return has_rng(scope, name)
+
+    own = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    keys: dict[str, jax.Array] = {}
+    while names != asked:
+        names = set(asked)
+        keys = {name: jax.random.fold_in(own, zlib.crc32(name.encode())) for name in names}
+        keys |= {"dropout": own, WHOLE_BATCH_DROPOUT: key}
+        with mock.patch.object(flax.core.Scope, "has_rng", recorded):
+            try:
+                jax.eval_shape(call, keys)
+            except flax.errors.InvalidRngError:  # the stream is in `asked` now
+                if names == asked:
+                    raise
+    return keys
+
+
+def _kept(before: dict[str, Any], updated: dict[str, Any]) -> dict[str, Any]:
+    """The collections after a training step, with the shapes and types that they had before it.
+
+    Raises:
+      ConfigError: the model makes variables in training that its initialisation does not, or changes
+        their shape or type.
+    """
+    old, new = _flat(before), _flat(updated)
+    for path, value in new.items():
+        name = "/".join(path)
+        if path not in old:
+            raise ConfigError(
+                f"model: makes its variable {name} in training only; make it in the initialisation "
+                "too, which calls the model with train=False"
+            )
+        if value.shape != old[path].shape or value.dtype.kind != old[path].dtype.kind:
+            raise ConfigError(
+                f"model: its variable {name} is {old[path].dtype}{list(old[path].shape)} before a "
+                f"step, {value.dtype}{list(value.shape)} after it; must stay the same"
+            )
+    same = {path: new.get(path, value).astype(value.dtype) for path, value in old.items()}
+    return flax.traverse_util.unflatten_dict(same)
+
+
+def _mean_of(leaf: jax.Array, axis_name: str) -> jax.Array:
+    """The mean over devices; of whole numbers, as counters are, each device's own."""
+    return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _one_score_each(logits: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ def train_and_evaluate(run, shape):
             config=run,
         )
         sums = step.eval_step(
-            {"params": trained.params, "batch_stats": trained.batch_stats},
+            trained.variables,
             batch | {"mask": np.ones(4, np.float32)},
             model=run.model,
             data=run.data,

@@ -234,7 +234,7 @@ def test_too_many_settings_are_cut_to_the_best(monkeypatch):
     drawn = []
     monkeypatch.setattr(sweep_plot, "MOST", 2)
     monkeypatch.setattr(
-        sweep_plot.canvas, "draw", lambda name, alt, height, paint: drawn.append(alt)
+        sweep_plot.plotting, "draw", lambda name, alt, height, paint: drawn.append(alt)
     )
     lines = {
         name: [[{"epoch": 1, "test_loss": 1.0, "test_accuracy": accuracy}]]

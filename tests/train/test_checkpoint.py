@@ -30,7 +30,9 @@ def make_state(step=1, seed=0):
     state = TrainState(
         step=np.int32(step),
         params=params,
-        batch_stats={"BatchNorm_0": {"mean": np.float32([1, 2]), "var": np.float32([3, 4])}},
+        model_state={
+            "batch_stats": {"BatchNorm_0": {"mean": np.float32([1, 2]), "var": np.float32([3, 4])}}
+        },
         opt_state=optax.adam(1e-3, mu_dtype="bfloat16").init(params),
         rng=np.array([7, 2**31 + step], np.uint32),
         sums=empty_sums(),
@@ -92,7 +94,7 @@ def test_a_state_comes_back_as_it_was(saved):
 def test_evaluation_reads_the_variables_alone(saved):
     restored = Checkpoints(saved).read(3, training=False)
     assert {name.split("/")[0] for name in restored.arrays} == {"params", "batch_stats"}
-    wanted = {"params": make_state(0).params, "batch_stats": make_state(0).batch_stats}
+    wanted = make_state(0).variables
     filled = checkpoint.fill(wanted, restored)
     np.testing.assert_array_equal(
         filled["params"]["Conv_0"]["kernel"], make_state(3).params["Conv_0"]["kernel"]
@@ -452,7 +454,7 @@ def test_differences_are_listed_and_nothing_is_cast(saved):
         "Dense_1": {"bias": np.zeros(2, np.float32)},
     }
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.fill({"params": params, "batch_stats": state.batch_stats}, restored)
+        checkpoint.fill({"params": params, **state.model_state}, restored)
     assert str(caught.value) == (
         "checkpoint 3 does not fit the model: "
         "params/Conv_0/bias: float32[4] saved, nothing expected; "
@@ -498,7 +500,7 @@ def test_orbax_itself_can_read_a_checkpoint(saved):
     """So that a checkpoint outlives this project."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         abstract = jax.tree.map(np.asarray, {"params": make_state(2).params})
-        abstract["batch_stats"] = jax.tree.map(np.asarray, make_state(2).batch_stats)
+        abstract["batch_stats"] = jax.tree.map(np.asarray, make_state(2).model_state["batch_stats"])
         tree = reader.restore(
             (saved / "checkpoints/2/variables").absolute(), args=ocp.args.StandardRestore(abstract)
         )

@@ -15,11 +15,10 @@ import pytest
 
 import cnn_jax
 from cnn_jax import models
-from cnn_jax.analysis import evaluate
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten
-from cnn_jax.train import loop, optim, parallel, step
+from cnn_jax.train import evaluation, loop, optim, parallel, step
 from tests.quick import noisy_state, unoptimised
 from tests.tiny import REPOSITORY, make_examples
 
@@ -143,8 +142,8 @@ def test_equal_evaluation_on_any_number_of_devices(devices):
     data = DataConfig("tiny")
     state = noisy_state(model, optax.sgd(0.1), SHAPE)
     variables = {"params": state.params, "batch_stats": {}}
-    eval_step = evaluate.make_eval_step(model, data, "float32", mesh)
-    result = evaluate.evaluate_examples(
+    eval_step = evaluation.make_eval_step(model, data, "float32", mesh)
+    result = evaluation.evaluate_examples(
         eval_step, parallel.replicate(variables, mesh), examples, 8, mesh
     )
     logits = np.asarray(model.apply(variables, examples.image / np.float32(255)), np.float64)

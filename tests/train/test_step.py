@@ -10,9 +10,9 @@ import pytest
 
 from cnn_jax import models
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.data.loader import alternate_flip, augment, normalise
 from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten
 from cnn_jax.train import optim, step
+from cnn_jax.train.preprocess import alternate_flip, augment, normalise
 from tests.quick import noisy_state, quick_jit
 from tests.tiny import make_examples
 
@@ -170,11 +170,11 @@ def test_batch_statistics_are_updated_and_used_in_evaluation():
         {"params": {"kernel": kernel}}, batch["image"] / np.float32(255)
     )
     x = np.asarray(x, np.float64).reshape(-1, 4)
-    found = after.batch_stats["BatchNorm_0"]
+    found = after.model_state["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(found["mean"], 0.9 + 0.1 * x.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found["var"], 0.9 + 0.1 * x.var(0), rtol=1e-4)
     masked = {**batch, "mask": np.ones(8, np.float32)}
-    variables = {"params": after.params, "batch_stats": after.batch_stats}
+    variables = after.variables
     sums = evaluate(config, variables, masked)
     logits = config.model.apply(variables, batch["image"] / np.float32(255))
     expected = step.cross_entropy(logits, batch["label"]).sum()
@@ -205,7 +205,7 @@ def test_the_seed_draws_the_parameters_and_the_rest():
     assert (np.asarray(states[0].rng) != np.asarray(states[2].rng)).any()
     assert (states[0].rng.dtype, states[0].rng.shape) == (jnp.uint32, (2,))
     assert int(states[0].step) == 0
-    assert jax.tree.leaves(states[0].batch_stats) == []
+    assert jax.tree.leaves(states[0].model_state) == []
 
 
 def test_augmentation_is_for_training_and_follows_the_index():

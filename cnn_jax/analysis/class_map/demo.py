@@ -134,7 +134,7 @@ def demonstrate(
 def _canvas(run: RestoredRun, side: int, data_dir: str | None) -> Canvas:
     """A canvas of test images on the value of padding, as a pixel."""
     examples = sources.load_examples(run.data, "test", data_dir)
-    evaluate.check_fits(run, examples, run.data.name)
+    examples = evaluate.fitting(run, examples, run.data.name)
     mean = np.clip(np.round(255 * np.array(run.data.mean)), 0, 255)
     return compose(examples, side, mean.astype(np.uint8))
 

@@ -22,8 +22,9 @@ import jax
 import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.data.loader import normalise
 from cnn_jax.models.receptive_field import Field
+from cnn_jax.train.preprocess import normalise
+from cnn_jax.train.step import forward
 
 # More windows than this are sampled: networks without strides have a score for each pixel.
 MOST_WINDOWS = 4096
@@ -37,7 +38,7 @@ def on_whole_images(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
 
     @jax.jit
     def logits(variables: Any, image: jax.Array) -> jax.Array:
-        return run.model.apply(variables, normalise(image, run.data))
+        return forward(run.model, variables, normalise(image, run.data))
 
     variables = jax.device_put(run.variables)
     return lambda image: np.asarray(logits(variables, image))
@@ -58,9 +59,9 @@ def on_windows(run: RestoredRun, padding: bool = True) -> Windows:
     def logits(variables: Any, image: jax.Array) -> jax.Array:
         image = normalise(image, run.data)
         if padding:
-            return run.model.apply(variables, image)
+            return forward(run.model, variables, image)
         with nn.intercept_methods(_without_padding):
-            return run.model.apply(variables, image)
+            return forward(run.model, variables, image)
 
     variables = jax.device_put(run.variables)
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import images
-from cnn_jax.data.loader import normalise
 from cnn_jax.models.convolutional import replaces
 from cnn_jax.models.summary import Summary
+from cnn_jax.train.preprocess import normalise
+from cnn_jax.train.step import forward
 
 MAPS = 8
 MOST_UNITS = 1024
@@ -75,13 +76,13 @@ def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
             arrays.append((args[0] if args else None, output))
         return output
 
-    def forward(variables: Any, image: jax.Array) -> list[tuple[Any, jax.Array]]:
+    def followed(variables: Any, image: jax.Array) -> list[tuple[Any, jax.Array]]:
         with nn.intercept_methods(record):
-            run.model.apply(variables, normalise(image, run.data))
+            forward(run.model, variables, normalise(image, run.data))
         return arrays
 
     try:
-        calls = jax.device_get(jax.jit(forward)(run.variables, image))
+        calls = jax.device_get(jax.jit(followed)(run.variables, image))
     except jax.errors.UnexpectedTracerError:
         return []
     stages, place = [], 0

@@ -20,7 +20,7 @@ from cnn_jax.config.overrides import override
 from cnn_jax.config.serialize import to_json
 from cnn_jax.data import sources
 from cnn_jax.models import summary
-from cnn_jax.train import parallel, step
+from cnn_jax.train import evaluation, parallel, step
 from cnn_jax.train.workdir import metrics, read_config
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Facts:
     lines: list[dict]
     summary: summary.Summary
     test: sources.Examples
-    result: evaluate.Result
+    result: evaluation.Metrics
     predictions: Predictions
     command: str
     note: str
@@ -113,7 +113,7 @@ def gather(
     run = load_run(workdir, which, model, verify)
     layers = summary.summarise(run.model, run.image_shape)
     test = sources.load_examples(run.data, "test", data_dir)
-    evaluate.check_fits(run, test, run.data.name)
+    test = evaluate.fitting(run, test, run.data.name)
     log.info("evaluating %s on %s test examples", workdir, f"{len(test):,}")
     result, predictions = _evaluate(run, test)
     command, note = command_of(workdir, saved, own)
@@ -129,8 +129,8 @@ def _own_model(saved: dict, own: str | None) -> nn.Module | None:
     return experiment.load(own).model if own and not known else None
 
 
-def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluate.Result, Predictions]:
-    """`evaluate.evaluate_examples`, which also keeps what was said to each example."""
+def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluation.Metrics, Predictions]:
+    """`evaluation.evaluate_examples`, which also keeps what was said to each example."""
     mesh = parallel.make_mesh()
     options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
 
@@ -150,7 +150,7 @@ def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluate.Result
         return sums
 
     variables = parallel.replicate(run.variables, mesh)
-    result = evaluate.evaluate_examples(evaluated, variables, test, run.batch_size, mesh)
+    result = evaluation.evaluate_examples(evaluated, variables, test, run.batch_size, mesh)
     kept = [parallel.to_host(single) for single in kept]
     # The last batch was filled up.
     joined = {name: np.concatenate([k[name] for k in kept])[: len(test)] for name in kept[0]}

@@ -31,7 +31,7 @@ def main(network: str, batch_size: int) -> None:
     step = parallel.jit_step(pure, mesh)
     forward = jax.jit(model.apply)
     initial = init_state(model, optimizer, shape, 0)
-    variables = {"params": initial.params, "batch_stats": initial.batch_stats}
+    variables = initial.variables
     state = parallel.replicate(initial, mesh)
     random = np.random.default_rng(0)
     batch = {

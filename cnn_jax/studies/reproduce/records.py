@@ -60,7 +60,7 @@ def read(path: Path) -> Record | None:
         return None
     try:
         config, evaluation, run = (
-            json.loads((path / name).read_text())
+            json.loads((path / name).read_text(encoding="utf-8"))
             for name in ("config.json", "evaluation.json", "run.json")
         )
         record = Record(config["config"]["seed"], config, metrics(path), evaluation, run)
@@ -108,7 +108,7 @@ def write(path: Path, workdir: Path, config: Config, command: str, origin: dict)
     """
     saved = read_config(workdir)
     lines = metrics(workdir)
-    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    evaluation = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
     if not lines or evaluation["checkpoint"] != lines[-1]["step"]:
         raise WorkdirError(
             f"{workdir / 'evaluation.json'}: checkpoint={evaluation['checkpoint']} is not that of "

@@ -93,7 +93,8 @@ def _run(
     folders = [f"--workdir={workdir}", *([f"--data_dir={data_dir}"] if data_dir else [])]
     with _Origin(workdir, config) as origin:
         processes.run(*command, *folders, *(["--download"] if download else []))
-        processes.run("evaluate", f"--experiment={experiment}", *folders, quiet=True)
+        evaluate = ["evaluate", f"--experiment={experiment}", f"--output={workdir}"]
+        processes.run(*evaluate, *folders, quiet=True)
     records.write(path, workdir, config, f"./launch.sh {' '.join(command)}", origin.saved)
 
 
@@ -112,7 +113,7 @@ class _Origin:
         self._began = time.perf_counter()
         now = records.commit() | {"processor": cpu.description(), "wall_seconds": 0.0}
         try:
-            self.saved = now | json.loads(self._path.read_text())
+            self.saved = now | json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError):
             self.saved = now
         lines = metrics(workdir)
