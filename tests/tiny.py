@@ -2,8 +2,10 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,37 @@ def prepare_tiny_squares(data_dir: Path, file_format: str = "array_record", shif
                 yield i, {"image": encoded, "label": int(examples.label[i] + shift) % 10}
 
     TinySquares(data_dir=str(data_dir), file_format=file_format).download_and_prepare()
+
+
+def png_file(
+    width: int,
+    height: int,
+    rows: bytes,
+    depth: int = 8,
+    kind: int = 0,
+    interlaced: int = 0,
+    **chunks,
+) -> bytes:
+    """A PNG file made by hand, also of what Pillow does not write, or of less than it claims.
+
+    Args:
+      width: in pixels.
+      height: in pixels.
+      rows: the pixels, each row behind a byte 0, which is its filter.
+      depth: bits a channel.
+      kind: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA.
+      interlaced: 1 if `rows` are those of the seven passes.
+      **chunks: more of them, by name.
+    """
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + check
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlaced)
+    more = b"".join(chunk(name.encode(), data) for name, data in chunks.items())
+    body = chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
 
 
 def run_command(*arguments: str, **environment: str):

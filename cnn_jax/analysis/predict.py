@@ -6,15 +6,15 @@ import functools
 import glob
 import logging
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cnn_jax.analysis.restore import RestoredRun
+from cnn_jax.common import decode
 from cnn_jax.common import files as outputs
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.models import summary
@@ -24,12 +24,10 @@ from cnn_jax.train import step
 log = logging.getLogger(__name__)
 
 BROKEN_IMAGES_EXIT_CODE = DataError.exit_code
-SUFFIXES = (".png", ".jpg", ".jpeg")
-# Checked against the header, before anything is decoded.
-MAX_PIXELS = 50_000_000
 # A layer of 256 channels makes 4 GB of so many, if it has no stride.
 MAX_MAP_PIXELS = 2048 * 2048
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# What Windows and macOS leave in folders and archives; patterns match no name with a dot before it.
+LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "__macosx"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,40 +109,74 @@ def predict(
 def find_images(patterns: Sequence[str]) -> list[str]:
     """The files that --images names, each once, in order.
 
+    What exists as it is written is taken as written, also with commas, brackets and stars in its
+    name. Hidden files and folders are taken only where they are written out.
+
     Raises:
       DataError: a pattern names none.
     """
     files: dict[str, None] = {}
     for text in patterns:
-        # A comma may also belong to a file's name; the shell leaves the ~ of --images=~/x as it is.
-        parts = [text] if os.path.exists(os.path.expanduser(text)) else text.split(",")
-        for pattern in filter(None, map(str.strip, parts)):
-            files |= dict.fromkeys(_find(os.path.expanduser(pattern)))
+        files |= dict.fromkeys(_find_all(text))
     if not files:
         raise DataError("--images: names no file")
     return list(files)
 
 
-def _find(pattern: str) -> list[str]:
-    path = Path(pattern)
-    if path.is_file():
-        return [pattern]
-    if path.is_dir():
-        inside = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
-        found, missing = map(str, inside), "holds no PNG or JPEG file"
-    else:
-        found = (p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-        missing = "no such file"
-    if not (files := sorted(found)):
-        raise DataError(f"--images={pattern}: {missing}")
+def _find_all(text: str) -> list[str]:
+    """The files of one --images: a pattern, or several separated by commas."""
+    if found := _find(text):
+        return found
+    files, start = [], ""
+    for part in text.split(","):
+        pattern = f"{start},{part}" if start else part  # a comma may belong to a name
+        found = _find(pattern.strip())
+        files += found
+        start = "" if found else pattern.strip()
+    if start:
+        missing = os.path.expanduser(start.partition(",")[0])
+        reason = "holds no image file" if os.path.isdir(missing) else "no such file"
+        raise DataError(f"--images={missing}: {reason}")
     return files
 
 
+def _find(pattern: str) -> list[str]:
+    """The files of a file's name, a folder's name or a glob pattern, in order."""
+    path = os.path.expanduser(pattern)
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):
+        return sorted({p for p in _matches(path) if os.path.isfile(p)})
+    try:
+        names = [name for name in os.listdir(path) if not name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"--images={path}: cannot be read ({error.strerror})") from None
+    inside = [Path(path, name) for name in names if Path(name).suffix.lower() in decode.suffixes()]
+    return sorted(str(p) for p in inside if p.is_file())
+
+
+def _matches(pattern: str) -> list[str]:
+    """As glob.glob; but where a part of the pattern exists as it is written, it matches that alone."""
+    found = [""]
+    for part in Path(pattern).parts:
+        found = [match for folder in dict.fromkeys(found) for match in _inside(folder, part)]
+    return found
+
+
+def _inside(folder: str, part: str) -> list[str]:
+    """What one part of a pattern matches in a folder."""
+    if os.path.lexists(written := os.path.join(folder, part)):
+        return [written]
+    matches = glob.glob(part, root_dir=folder or None, recursive=True)
+    kept = [m for m in matches if LEFT_BY_SYSTEMS.isdisjoint(Path(m.lower()).parts)]
+    return [os.path.join(folder, m) for m in (["", *kept] if part == "**" else kept)]
+
+
 def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = False) -> np.ndarray:
-    """A PNG or JPEG file as the model's input.
+    """An image file as the model's input, decoded as `decode.decode` says.
 
     Args:
-      file: of any size and mode; transparent parts become white.
+      file: of any size.
       image_shape: (H, W, C) that the model was trained on.
       own_size: keeps the file's size where it is at least H x W, instead of resizing to it. One of
         more than MAX_MAP_PIXELS is reduced to these, which is logged.
@@ -153,41 +185,23 @@ def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = Fa
       uint8 [h, w, C].
 
     Raises:
-      DataError: it is not such a file, is damaged, or has too many pixels; names the file.
+      DataError: it is no image, is damaged, or has too many pixels; names the file.
     """
     height, width, channels = image_shape
-    too_large = DataError(f"{file}: has too many pixels; at most {MAX_PIXELS:,} are read")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its limit is higher
-            opened = Image.open(file, formats=("PNG", "JPEG"))
-        with opened as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise too_large
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I;16"):  # convert() would clip 16 bits to 8
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if channels != 4 and (picture.has_transparency_data):
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert(MODES[channels])
-            size, own = (width, height), picture.size
-            if own_size and own[0] >= width and own[1] >= height:
-                scale = min(1, (MAX_MAP_PIXELS / (own[0] * own[1])) ** 0.5)
-                size = (max(width, int(own[0] * scale)), max(height, int(own[1] * scale)))
-                if size != own:
-                    log.warning("warning: %s: reduced from %dx%d to %dx%d", file, *own, *size)
-            if size != own:
-                picture = picture.resize(size, Image.Resampling.BILINEAR)
-            return np.asarray(picture).reshape(picture.height, picture.width, channels)
-    except DataError:
-        raise
-    except Image.DecompressionBombError:
-        raise too_large from None
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "not a PNG or JPEG image" if "cannot identify" in str(error) else str(error)
-        raise DataError(f"{file}: cannot be read ({reason})") from None
+        with open(file, "rb") as stream:
+            picture = decode.decode(stream, channels)
+    except (decode.Unsuitable, decode.Damaged) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    own = picture.size
+    if own_size and own[0] >= width and own[1] >= height:
+        scale = min(1, (MAX_MAP_PIXELS / (own[0] * own[1])) ** 0.5)
+        width, height = (max(width, int(own[0] * scale)), max(height, int(own[1] * scale)))
+        if (width, height) != own:
+            log.warning("warning: %s: reduced from %dx%d to %dx%d", file, *own, width, height)
+    return decode.pixels(picture, height, width)
 
 
 def _picture(run: RestoredRun, image: np.ndarray, class_map: np.ndarray) -> Image.Image:

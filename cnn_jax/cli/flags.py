@@ -45,7 +45,7 @@ FLAGS = {
     "images": (
         flags.DEFINE_multi_string,
         REQUIRED,
-        "PNG or JPEG files, folders or glob patterns, separated by commas; may be repeated",
+        "image files, folders or glob patterns, separated by commas; may be repeated",
     ),
     "top_k": (
         flags.DEFINE_integer,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn_jax.common import cache
+from cnn_jax.common import cache, decode
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import decoded_cache, tfds_builder
@@ -277,6 +277,7 @@ def _cache_key(data: DataConfig, split: str, folder: str) -> dict | None:
         return None
     if data.name == tfds_builder.EMBEDDED:  # another version of it may be drawn otherwise
         files += decoded_cache.fingerprint(Path(__file__).with_name("garments.py"))
+    files.append(["decoding", decode.fingerprint()])
     return {
         "dataset": data.name,
         "split": split,

@@ -158,7 +158,7 @@ def layout(builder: Any, data: DataConfig) -> Layout:
     """What `builder` says about its images, which need not be prepared.
 
     Raises:
-      DataError: it has no labelled images, they are not of 8 bits with 1, 3 or 4 channels, or they
+      DataError: it has no labelled images, they are not uint8 with 1, 3 or 4 channels, or they
         differ in size and data.image_size is not set.
     """
     with quiet():
@@ -173,12 +173,16 @@ def layout(builder: Any, data: DataConfig) -> Layout:
             f"data.name={data.name}: not a dataset of labelled images; it has "
             + ", ".join(f"{name}: {type(feature).__name__}" for name, feature in features.items())
         )
+    if len(image.shape) != 3:
+        raise DataError(
+            f"data.name={data.name}: images of shape {image.shape}; must be (height, width, channels)"
+        )
     height, width, channels = image.shape
     channels = channels or 3
     if np.dtype(image.np_dtype) != np.uint8 or channels not in CHANNELS:
         raise DataError(
             f"data.name={data.name}: images of {np.dtype(image.np_dtype)} with {channels} channels; "
-            "must be uint8 with 1, 3 or 4"
+            "must be uint8 with 1, 3 or 4 (of a uint8 feature, files of 16 bits are scaled to 8)"
         )
     if data.image_size is None and None in (height, width):
         raise SizesDiffer(

@@ -17,19 +17,15 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image, JpegImagePlugin, PngImagePlugin
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cnn_jax.common import cpu
+from cnn_jax.common import cpu, decode
 from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import tfds_builder
 from cnn_jax.data.prefetch import look_ahead
 
 CHUNK = 500
-# Checked against the header, before anything is decoded.
-MAX_PIXELS = 50_000_000
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Threads only hinder each other with smaller images.
 PIXELS_WORTH_A_THREAD = 96 * 96
 
@@ -180,20 +176,21 @@ class Records:
         image = np.empty((len(records), *self.image_shape), np.uint8)
         label = np.empty(len(records), np.int32)
 
-        def decode(places: np.ndarray) -> None:
+        def decode_some(places: np.ndarray) -> None:
             for i in places:
                 try:
                     encoded, label[i] = self._parse(records[i])
                     image[i] = self._decode_image(encoded)
-                except _Unsuitable as error:
+                except decode.Unsuitable as error:
                     raise DataError(f"{self._place(indices[i])}: {error}") from None
                 except Exception as error:  # what protobuf and Pillow raise is of many types
                     raise self._damaged(self._place(indices[i]), error) from error
 
         if self.threads == 1:
-            decode(np.arange(len(records)))
+            decode_some(np.arange(len(records)))
         else:
-            list(self.workers.map(decode, np.array_split(np.arange(len(records)), self.threads)))
+            parts = np.array_split(np.arange(len(records)), self.threads)
+            list(self.workers.map(decode_some, parts))
         return image, label
 
     def _parse(self, record: bytes) -> tuple[bytes, int]:
@@ -205,34 +202,23 @@ class Records:
             raise ValueError("not one image and one label")
         classes = len(self.class_names)
         if not 0 <= labels[0] < classes:
-            raise _Unsuitable(f"label {labels[0]}: must be from 0 to {classes - 1}")
+            raise decode.Unsuitable(f"label {labels[0]}: must be from 0 to {classes - 1}")
         return encoded[0], labels[0]
 
     def _decode_image(self, encoded: bytes) -> np.ndarray:
-        """uint8 [H, W, C]. Image.open would do the same, and try every format it knows."""
-        if encoded.startswith(b"\x89PNG"):
-            picture: Image.Image = PngImagePlugin.PngImageFile(io.BytesIO(encoded))
-        elif encoded.startswith(b"\xff\xd8"):
-            picture = JpegImagePlugin.JpegImageFile(io.BytesIO(encoded))
-        else:
-            raise _Unsuitable("an image that is neither PNG nor JPEG")
-        size, stored = (picture.height, picture.width), self.layout.stored_size
-        if size[0] * size[1] > MAX_PIXELS:
-            shown = "x".join(map(str, size))
-            raise _Unsuitable(f"an image of {shown}: must have at most {MAX_PIXELS:,} pixels")
-        if size != stored and any(
-            n not in (None, own) for n, own in zip(stored, size, strict=True)
-        ):
-            shown, declared = ("x".join(map(str, pair)) for pair in (size, stored))
-            raise _Unsuitable(f"an image of {shown}: must be {declared} by the dataset's features")
+        """uint8 [H, W, C]."""
         height, width, channels = self.image_shape
-        if picture.mode != MODES[channels]:
-            if picture.mode.startswith(("I", "F")):
-                raise _Unsuitable(f"an image of more than 8 bits a channel (mode {picture.mode})")
-            picture = picture.convert(MODES[channels])
-        if size != (height, width):
-            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, channels)
+        picture = decode.decode(io.BytesIO(encoded), channels)
+        size, declared = (picture.height, picture.width), self.layout.stored_size
+        if size != declared and any(
+            n not in (None, own) for n, own in zip(declared, size, strict=True)
+        ):
+            shown, wanted = ("x".join(map(str, pair)) for pair in (size, declared))
+            raise decode.Unsuitable(
+                f"an image of {shown}: must be {wanted} by the dataset's features (height and width "
+                "are those of the upright image)"
+            )
+        return decode.pixels(picture, height, width)
 
     # ------------------------------------------------------------------------------ errors
 
@@ -250,10 +236,6 @@ class Records:
 
     def _remedy(self) -> str:
         return f"remove {self.folder} and prepare the dataset again"
-
-
-class _Unsuitable(ValueError):
-    """A record that is whole, but not what this code reads."""
 
 
 @contextlib.contextmanager

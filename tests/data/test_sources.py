@@ -7,11 +7,9 @@ import logging
 import os
 import shutil
 import socket
-import struct
 import sys
 import threading
 import types
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +20,13 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cnn_jax.common import cpu
+from cnn_jax.common import cpu, decode
 from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import download, sources, tfds_builder
 from cnn_jax.data.sources import InMemory, OnDemand, load_examples
 from cnn_jax.data.tfds_records import Records, silent_stderr
-from tests.tiny import make_examples, run_command, run_python
+from tests.tiny import make_examples, png_file, run_command, run_python
 
 NAMES = ("ant", "bee", "cat")
 
@@ -264,19 +262,6 @@ def test_channels(tmp_path: Path, channels: int):
     np.testing.assert_array_equal(examples.image, images)
 
 
-def test_jpeg_palette_and_gray_become_rgb(tmp_path: Path):
-    color = noise(1, (8, 6, 3))[0]
-    gray = noise(1, (8, 6, 1))[0]
-    jpeg = encode(color, "JPEG", quality=90)
-    palette = io.BytesIO()
-    Image.fromarray(color).quantize(4).save(palette, "PNG")
-    write_pictures(tmp_path, [jpeg, palette.getvalue(), encode(gray)], (8, 6, 3))
-    image = load_examples(DataConfig("pictures"), "train", str(tmp_path)).image
-    np.testing.assert_array_equal(image[0], np.asarray(Image.open(io.BytesIO(jpeg))))
-    np.testing.assert_array_equal(image[1], np.asarray(Image.open(palette).convert("RGB")))
-    np.testing.assert_array_equal(image[2], np.repeat(gray, 3, axis=2))
-
-
 def test_images_of_several_sizes_are_resized(tmp_path: Path):
     colors = [(10, 20, 30), (200, 100, 50), (0, 255, 128)]
     sizes = [(5, 9), (32, 16), (8, 8)]
@@ -401,28 +386,16 @@ def test_wrong_record_count(damaged_dir: Path, count: int):
     assert line.startswith(f"{shard}: {count} records, {len(records)} by its dataset_info.json")
 
 
-def png_claiming(height: int, width: int) -> bytes:
-    """A PNG file that claims a size and holds no pixel."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
 BAD_RECORDS = {
     "label -1: must be from 0 to 2": lambda image: example(encode(image), -1),
     "label 3: must be from 0 to 2": lambda image: example(encode(image), 3),
     "an image of 6x8: must be 8x6 by the dataset's features": lambda image: example(
         encode(image.swapaxes(0, 1)), 0
     ),
-    "an image of 10000x5001: must have at most 50,000,000 pixels": lambda image: example(
-        png_claiming(10_000, 5_001), 0
-    ),
-    "an image that is neither PNG nor JPEG": lambda image: example(encode(image, "GIF"), 0),
-    "an image of more than 8 bits a channel": lambda image: example(
-        encode(image.astype(np.uint16) * 256), 0
+    "more than 50,000,000 pixels": lambda image: example(png_file(5_001, 10_000, b""), 0),
+    "not an image of a format that Pillow decodes": lambda image: example(b"GIF or text", 0),
+    "pixels of mode F, whose black and white are not known": lambda image: example(
+        encode(image.astype(np.float32), "TIFF"), 0
     ),
     "damaged (not one image and one label)": lambda image: (
         tf_example_pb2.Example().SerializeToString()
@@ -502,14 +475,29 @@ def test_dataset_without_labels(tmp_path: Path):
     assert "not a dataset of labelled images; it has image: Image" in refusal("pictures", tmp_path)
 
 
-def test_images_of_16_bits(tmp_path: Path):
-    features = {
-        "image": tfds.features.Image(shape=(8, 6, 1), dtype=np.uint16, encoding_format="png"),
-        "label": tfds.features.ClassLabel(names=NAMES),
-    }
-    image = encode(noise(1, (8, 6, 1))[0].astype(np.uint16))
-    write_dataset(tmp_path, [{"image": io.BytesIO(image), "label": 0}], features)
-    assert "images of uint16 with 1 channels; must be uint8" in refusal("pictures", tmp_path)
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (
+            {"dtype": np.uint16},
+            "images of uint16 with 1 channels; must be uint8 with 1, 3 or 4 (of a",
+        ),
+        ({"dtype": np.float32}, "images of float32 with 1 channels; must be uint8"),
+        ({"shape": (8, 6, 2)}, "images of uint8 with 2 channels; must be uint8 with 1, 3 or 4"),
+        (
+            {"shape": (None, 8, 6, 3)},
+            "images of shape (None, 8, 6, 3); must be (height, width, cha",
+        ),
+    ],
+)
+def test_features_that_are_not_read(image: dict, said: str):
+    feature = tfds.features.Image(**{"shape": (8, 6, 1)} | image)
+    label = tfds.features.ClassLabel(names=NAMES)
+    features = tfds.features.FeaturesDict({"image": feature, "label": label})
+    info = types.SimpleNamespace(features=features, supervised_keys=("image", "label"))
+    with pytest.raises(DataError) as caught:
+        tfds_builder.layout(types.SimpleNamespace(info=info), DataConfig("pictures"))
+    assert str(caught.value).startswith(f"data.name=pictures: {said}")
 
 
 def test_other_keys_than_image_and_label(tmp_path: Path):
@@ -899,6 +887,16 @@ def test_decoded_once_for_each_split_size_and_state_of_the_files(
     write_shard(shard, records)
     changed = load_examples(DataConfig("pictures"), "train", str(damaged_dir))
     assert np.all(changed.image[30 - len(records)] == 77)
+
+
+def test_decoded_again_once_images_are_decoded_otherwise(
+    pictures_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    for rule, expected in ((decode.fingerprint(), 1), (decode.fingerprint(), 0), ("another", 1)):
+        monkeypatch.setattr(decode, "fingerprint", lambda rule=rule: rule)
+        load_examples(DataConfig("pictures"), "train", str(pictures_dir))
+        assert decodings(caplog) == expected
 
 
 def test_entry_larger_than_memory_is_left_alone(pictures_dir: Path):
