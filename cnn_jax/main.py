@@ -92,8 +92,13 @@ def _end(code: int) -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """What `cnn_jax`, `python -m cnn_jax` and ./launch.sh start: `main` as a process."""
     sys.unraisablehook = _on_unraisable
     signals.end_at_once()
     environment.take_any_text()
     _end(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

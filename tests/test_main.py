@@ -178,6 +178,22 @@ MISTAKES = [  # command line, exit code, what is said
         "batch_size=30: must be divisible by the 4",
     ),
     ("train --experiment=own.py --set model.num_classes=0", 2, "model.num_classes=0: must be at "),
+    (
+        "train --experiment=cifar10/speedrun --set model.axis_name=data",
+        2,
+        "model.axis_name=data: must be none; ",
+    ),
+    (
+        "sweep --experiment=cifar10/speedrun --set model.axis_name=a,b",
+        2,
+        "model.axis_name=a: must ",
+    ),
+    ("train --experiment=~nosuchuser/x.py", 2, "~nosuchuser/x.py: the home folder ~nosuchuser is"),
+    ("train --experiment=own.py --workdir=~nosuchuser", 2, "~nosuchuser: the home folder"),
+    ("evaluate --workdir=~nosuchuser/x", 2, "~nosuchuser/x: the home folder ~nosuchuser is not "),
+    ("evaluate --workdir=x --output=~nosuchuser/x", 2, "~nosuchuser/x: the home folder"),
+    ("train --experiment=own.py --data_dir=~nosuchuser/x", 3, "data.name=tiny_squares: "),
+    ("evaluate --workdir=x --output=file", 2, "--output=file: file is a file; name a folder"),
     ("summary --experiment=own.py --set epochs=0", 2, "epochs=0: must be from 1 to "),
     (
         "summary --experiment=own.py --input_size=2X2",

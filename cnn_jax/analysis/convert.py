@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnn_jax.analysis.class_map import sliding_windows
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
@@ -67,6 +68,7 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
             f"other ones by up to {difference:.3g} as convolutions; what stands between its dense "
             "layers must treat each place of a map by itself"
         )
+    _check_larger(run, made)
     saved = copy.deepcopy(run.saved)
     saved["config"]["model"] = to_json(made.model)
     saved["converted_from"] = {"workdir": str(run.workdir), "checkpoint": run.step}
@@ -101,10 +103,55 @@ def as_convolutions(run: RestoredRun) -> RestoredRun:
         raise ConfigError(f"workdir={run.workdir}: {error}") from None
     image = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
     template = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    params = jax.tree.map(
-        lambda old, new: np.reshape(old, new.shape), run.variables["params"], template
-    )
+    try:
+        params = jax.tree.map(
+            lambda old, new: np.reshape(old, new.shape), run.variables["params"], template
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"workdir={run.workdir}: {type(run.model).__name__} cannot be converted ({error}); behind "
+            "layers.Flatten, only dense layers may have parameters"
+        ) from None
     return dataclasses.replace(run, model=model, variables={**run.variables, "params": params})
+
+
+def _check_larger(run: RestoredRun, made: RestoredRun) -> None:
+    """Tries the network of convolutions on a larger image, whose scores are those of its windows.
+
+    Raises:
+      ConfigError: it fails, its map does not grow as the image does, or a score is another one.
+    """
+    refused = (
+        f"workdir={run.workdir}: {type(run.model).__name__} cannot be converted: on a larger image "
+    )
+    height, width, channels = run.image_shape
+    field = summary.summarise(made.model, run.image_shape).field
+    seen = (
+        [size + step for size, step in zip(field.size, field.stride, strict=True)] if field else []
+    )
+    side = max(2 * height, 2 * width, *seen)
+    image = np.random.default_rng(0).integers(0, 256, (side, side, channels), np.uint8)
+    try:
+        high = sliding_windows.on_whole_images(made)(image[None, :, :width])[0]
+        logits = sliding_windows.on_whole_images(made)(image[None])[0]
+    except Exception as error:  # the layers refuse what does not fit in many ways
+        reason = " ".join(str(error).splitlines()[:1])[:200]
+        raise ConfigError(f"{refused}it fails ({reason})") from error
+    rows, columns = logits.shape[:2]
+    if high.shape[:2] != (rows, 1) or min(rows, columns) < 2:
+        raise ConfigError(
+            f"{refused}its map does not grow where the image does; layers.Flatten must be given the "
+            "map as [N, H, W, C]"
+        )
+    if field := summary.summarise(made.model, image.shape).field:
+        places = sliding_windows.spread(field.inside(image.shape[:2]))[: sliding_windows.BATCH]
+        windows = sliding_windows.on_windows(run, padding=False)
+        expected = windows(image, places * field.stride + field.start, field.size)
+        difference = np.abs(logits[tuple(places.T)] - expected).max(initial=0)
+        if not difference <= TOLERANCE * np.abs(expected).max(initial=1e-30):
+            raise ConfigError(
+                f"{refused}scores differ by up to {difference:.3g} from those of their windows alone"
+            )
 
 
 def _compare(dense: RestoredRun, made: RestoredRun) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnn_jax import PROGRAM
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import DataError, NotFiniteError
@@ -146,7 +147,7 @@ def _check_shape(run: RestoredRun, examples: sources.Examples, name: str) -> Non
     if takes_one_image_size(run.model):
         raise DataError(
             f"{sizes}, and {type(run.model).__name__} takes no other size; FullyConvCNN does, and "
-            "so does what ./launch.sh convert makes of this run"
+            f"so does what {PROGRAM} convert makes of this run"
         )
     try:
         image = jax.ShapeDtypeStruct((1, *examples.image_shape), jnp.float32)

@@ -78,9 +78,11 @@ def print_summary(summary: Summary) -> None:
     height, width, channels = summary.image_shape
     console.print(f"{summary.model} on {height}x{width}x{channels}")
     console.print(table)
+    elsewhere = summary.parameters - sum(layer.parameters for layer in summary.layers)
     console.print(
-        f"{summary.parameters:,} parameters ({4 * summary.parameters / 1e6:.1f} MB), "
-        f"{summary.flops:,} FLOPs an image forward, {3 * summary.flops:,} in training (about)",
+        f"{summary.parameters:,} parameters ({4 * summary.parameters / 1e6:.1f} MB"
+        + (f", {elsewhere:,} of them outside of these layers" if elsewhere else "")
+        + f"), {summary.flops:,} FLOPs an image forward, {summary.training_flops:,} in training",
         soft_wrap=True,
     )
 

@@ -150,8 +150,8 @@ def check_init_examples(config: Config, image_shape: tuple[int, int, int]) -> No
     _, (_, looks_at_images) = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
     if not looks_at_images:
         raise ConfigError(
-            f"init_examples={config.init_examples}: must be 0 with model={type(config.model).__name__}, "
-            "whose first parameters do not depend on images"
+            f"init_examples={config.init_examples}: must be 0, as the first parameters of "
+            f"model={type(config.model).__name__} do not depend on images"
         )
 
 

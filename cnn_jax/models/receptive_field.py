@@ -4,6 +4,10 @@ Through a layer of kernel k, stride s and p pixels of padding before the map, a 
 grows to size + (k - 1) * stride, starts p * stride pixels earlier, and neighbouring windows move
 s times as far apart (Araujo, Norris and Sim, "Computing Receptive Fields of Convolutional Neural
 Networks", Distill 2019).
+
+Which layers stand behind which, and what functions stand between them, is read from the program that
+JAX traces: `follow`. A step that is not known there, or whose windows are no such grid, leaves what is
+behind it without an answer.
 """
 
 import dataclasses
@@ -12,12 +16,36 @@ import math
 import flax.linen as nn
 from flax.linen.linear import canonicalize_padding
 from jax import lax
+from jax.extend import core
 
-from cnn_jax.models.layers import Dropout, MaxPool
+from cnn_jax.models.layers import Dropout, Flatten, MaxPool
 
 Pair = tuple[int, int]
 # They treat each place of a map by itself.
-ELEMENTWISE = (nn.BatchNorm, nn.Dense, nn.Dropout, nn.LayerNorm, Dropout)
+ELEMENTWISE = (nn.BatchNorm, nn.Dense, nn.Dropout, Dropout)
+KNOWN = (*ELEMENTWISE, nn.Conv, MaxPool, Flatten)
+# Primitives of JAX that treat each element by itself.
+POINTWISE = frozenset(
+    """
+    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erf_inv erfc
+    exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg
+    nextafter not optimization_barrier or pow reduce_precision rem round rsqrt select_n sign sin sinh
+    sqrt square stop_gradient sub tan tanh xor
+    """.split()  # noqa: SIM905
+)
+REDUCTIONS = frozenset(
+    [
+        "argmax",
+        "argmin",
+        "reduce_and",
+        "reduce_max",
+        "reduce_min",
+        "reduce_or",
+        "reduce_prod",
+        "reduce_sum",
+    ]
+)
+LOOPS = frozenset(["cond", "scan", "while"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +78,20 @@ class Field:
         """The first row and column of the window that output (row, column) sees."""
         return self.start[0] + row * self.stride[0], self.start[1] + column * self.stride[1]
 
+    def whole(self) -> "Field":
+        """The field of one output that sees all of these."""
+        return self.through(self.places, (1, 1), (0, 0), (1, 1))
+
+    def joined(self, other: "Field") -> "Field | None":
+        """The field of outputs that see what two others see; None where those are no such windows."""
+        if self.places != other.places or (self.stride != other.stride and self.places != (1, 1)):
+            return None
+        start = tuple(map(min, self.start, other.start))
+        ends = [
+            max(one.start[i] + one.size[i] for one in (self, other)) - start[i] for i in range(2)
+        ]
+        return Field(self.places, tuple(ends), self.stride, start)
+
     def shown(self) -> tuple[str, str, str]:
         """Size, stride and start as text, in one number where height and width agree."""
         start = f"{self.start[0]},{self.start[1]}"
@@ -75,22 +117,19 @@ class Field:
 def behind(field: Field | None, module: nn.Module, given: tuple, output: tuple) -> Field | None:
     """The field behind a layer.
 
-    Layers are taken for a chain, each behind the one called before, as long as their shapes allow it.
-    Of branches side by side over maps of one size it is what they would see one behind the other.
-
     Args:
-      field: that of the layer called before; for the first one, that of the image.
+      field: that of its input.
       module: the layer.
       given: the shape of its input, [N, H, W, C] or [N, units].
       output: the shape of its output.
 
     Returns:
-      None where it is not known: the layers are no chain, or of a kind that is not looked through.
+      None where it is not known: that of the input is not, or the layer is of another kind.
     """
     if field is None or (len(given) == 4 and given[1:3] != field.places):
         return None
     if len(output) == 2:  # a flattened map is seen whole, as by a convolution of its size
-        return field.through(field.places, (1, 1), (0, 0), (1, 1))
+        return field.whole()
     if isinstance(module, ELEMENTWISE):
         return field
     if len(output) != 4 or (geometry := _geometry(module, given[1:3])) is None:
@@ -120,3 +159,125 @@ def _geometry(module: nn.Module, given: Pair) -> tuple[Pair, Pair, Pair] | None:
 
 def _pair(value: int | Pair | None) -> Pair:
     return (value or 1,) * 2 if isinstance(value, int | None) else tuple(value)
+
+
+@dataclasses.dataclass
+class Call:
+    """A layer's call in a traced program, where `enter` and `leave` are the names of its two ends.
+
+    Attributes:
+      module: the layer.
+      given: the shape of its input.
+      output: the shape of its output.
+      before: the field of its input, once `follow` has come past it.
+      field: that of its output, likewise; None where it is not known.
+    """
+
+    module: nn.Module
+    given: tuple[int, ...]
+    output: tuple[int, ...]
+    before: Field | None = None
+    field: Field | None = None
+
+
+def follow(
+    program: core.Jaxpr, inputs: list[Field | str | None], calls: dict[str, tuple[Call, bool]]
+) -> list[Field | str | None]:
+    """Follows what an image's pixels become through a program.
+
+    Args:
+      program: traced from a model, on images [1, H, W, C].
+      inputs: for each of its arguments the field; "none" for one that does not come from the image.
+      calls: by the name that jax.ad_checkpoint.checkpoint_name gave an array: the call of a layer, and
+        whether the array is its output. They are filled in.
+
+    Returns:
+      For each of its results the field; "none" for one that does not come from the image, None where
+      it is not known.
+    """
+    known = dict(zip(program.invars, inputs, strict=True))
+
+    def field_of(atom: core.Var | core.Literal) -> Field | str | None:
+        return "none" if isinstance(atom, core.Literal) else known.get(atom, "none")
+
+    for step in program.eqns:
+        given = [field_of(atom) for atom in step.invars]
+        found = [_behind_step(step, given, calls)] * len(step.outvars)
+        inner = [p for p in map(_program, step.params.values()) if p is not None]
+        called = len(inner) == 1 and step.primitive.name not in LOOPS
+        if called and len(inner[0].invars) == len(given):
+            found = follow(inner[0], given, calls)
+        known |= zip(step.outvars, found, strict=True)
+    return [field_of(atom) for atom in program.outvars]
+
+
+def _program(value: object) -> core.Jaxpr | None:
+    value = getattr(value, "jaxpr", value)  # closed over its constants, or not
+    return value if hasattr(value, "eqns") else None
+
+
+def _behind_step(step: core.JaxprEqn, given: list, calls: dict) -> Field | str | None:
+    """The field of what a primitive gives."""
+    if step.primitive.name == "name" and step.params["name"] in calls:
+        call, is_output = calls[step.params["name"]]
+        field = given[0] if isinstance(given[0], Field) else None
+        if not is_output:
+            call.before = field
+            return given[0]
+        if isinstance(call.module, KNOWN):
+            field = behind(call.before, call.module, call.given, call.output)
+        call.field = field
+        return field
+    fields = {
+        atom: field for atom, field in zip(step.invars, given, strict=True) if field != "none"
+    }
+    if not fields:
+        return "none"
+    if None in fields.values():
+        return None
+    field, *others = fields.values()
+    for other in others:
+        field = field and field.joined(other)
+    shapes = {atom.aval.shape for atom in fields}
+    alike = len({(len(shape), shape[: _places(shape)]) for shape in shapes}) == 1
+    if field is None or not alike:
+        return None
+    return _through(step, field, max(shapes), step.outvars[0].aval.shape, len(fields))
+
+
+def _places(shape: tuple) -> int:
+    """How many axes of [N, H, W, ...] or [N, units] tell places apart; the others are channels."""
+    return 3 if len(shape) > 2 else 1
+
+
+def _through(
+    step: core.JaxprEqn, field: Field, before: tuple, after: tuple, arguments: int
+) -> Field | None:
+    """The field behind a primitive whose arguments, all of one shape but for channels, have `field`."""
+    name, options = step.primitive.name, step.params
+    channels = set(range(_places(before), len(before)))
+    kept = (
+        _places(before) == _places(after) and before[: _places(before)] == after[: _places(after)]
+    )
+    if name in POINTWISE:
+        return field if kept else None
+    if name in REDUCTIONS:
+        axes = set(options["axes"])
+        return field if axes <= channels else field.whole() if {1, 2} <= axes <= {1, 2, 3} else None
+    if name == "broadcast_in_dim":
+        dimensions = options["broadcast_dimensions"]
+        return field if kept and tuple(dimensions[:3]) == tuple(range(len(before)))[:3] else None
+    if name in ("concatenate", "split"):
+        return field if options.get("dimension", options.get("axis")) in channels else None
+    if name == "transpose":
+        order = options["permutation"]
+        return field if tuple(order[:3]) == tuple(range(len(before)))[:3] else None
+    if name == "dot_general":
+        (left, right), (batch, _) = options["dimension_numbers"]
+        last = arguments == 1 and not batch and tuple(left) == (len(before) - 1,)
+        return field if last and kept and len(right) == 1 else None
+    if name in ("reshape", "squeeze", "expand_dims"):
+        if kept:
+            return field
+        return field.whole() if len(before) == 4 and len(after) == 2 else None
+    return None

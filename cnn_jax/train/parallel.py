@@ -21,6 +21,7 @@ from jax._src import distributed  # its store of keys, which jax.distributed doe
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cnn_jax.common import gpu
 from cnn_jax.common.errors import CnnJaxError, ConfigError
 
 AXIS = "data"
@@ -140,6 +141,7 @@ def make_mesh(devices: int | None = None) -> Mesh:
       ConfigError: there are fewer, or several processes would not all take part.
     """
     visible = jax.devices()
+    gpu.tell_unused()
     count = devices or len(visible)
     if count > len(visible):
         raise ConfigError(f"devices={count}: only {len(visible)} visible ({jax.default_backend()})")

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from cnn_jax import main, models
 from cnn_jax.analysis import convert, evaluate, restore
 from cnn_jax.analysis.report import run_data
+from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models.layers import Dense, Flatten
 from cnn_jax.train import loop
@@ -172,6 +174,53 @@ def test_an_mlp_is_one_convolution_of_the_images_size(tmp_path):
     made = convert.convert(make_run(tmp_path, models.MLP(), saved=saved()), tmp_path / "new")
     assert made.kernels[0] == ("Dense_0", (784, 128), (28, 28, 1, 128))
     assert (made.field.size, made.field.stride) == ((28, 28), (1, 1))
+
+
+class Head(nn.Module):
+    """A convolution, something, `layers.Flatten`, something, a dense layer."""
+
+    before: object = staticmethod(lambda x: x)
+    behind: object = staticmethod(lambda x: x)
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = nn.relu(nn.Conv(3, (3, 3), strides=2)(image))
+        return Dense(10)(self.behind(Flatten()(self.before(x))))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Head(behind=lambda x: nn.LayerNorm()(x)), "behind layers.Flatten, only dense layers may"),
+        (
+            Head(behind=lambda x: x * nn.BatchNorm(True)(x)),
+            "behind layers.Flatten, only dense layers may",
+        ),
+        (Head(before=lambda x: x.transpose(0, 3, 1, 2)), "on a larger image it fails ("),
+        (
+            Head(before=lambda x: x.transpose(0, 2, 1, 3)),
+            "its map does not grow where the image does",
+        ),
+        (Head(before=lambda x: x.reshape(len(x), 7, 7, 12)), "on a larger image it fails ("),
+        (
+            Head(before=lambda x: jnp.pad(x, ((0, 0), (1, 14 - x.shape[1]), (0, 0), (0, 0)))),
+            "larger image",
+        ),
+    ],
+)
+def test_what_is_no_network_of_convolutions_on_larger_images(model, said, tmp_path):
+    run = make_run(tmp_path, model, saved=saved())
+    with pytest.raises(ConfigError) as caught:
+        convert.convert(run, tmp_path / "new")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_head_of_flatten_and_dense_is_converted(tmp_path):
+    run = make_run(tmp_path, Head(behind=nn.relu), saved=saved())
+    made = convert.convert(run, tmp_path / "new")
+    assert made.field.stride == (2, 2)
 
 
 def saved():

@@ -14,7 +14,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.overrides import override
 from cnn_jax.config.serialize import data_from_json, differences, model_from_json, to_json
-from cnn_jax.config.validate import validate
+from cnn_jax.config.validate import check_init_examples, validate
 
 BASE = Config(model=models.LeNet(), data=DataConfig("tiny"))
 
@@ -172,7 +172,7 @@ RANGES = [  # field, values that are allowed, values that are not
     ("eval_batch_size", [1], [0]),
     ("learning_rate", [1e-9, 100.0], [0.0, -1e-3, math.inf, math.nan]),
     ("warmup_epochs", [0.0, 0.5, 10.0], [-0.1, 10.5, math.inf, math.nan]),
-    ("final_learning_rate", [0.0, 1.0], [-1.0, math.inf, math.nan]),
+    ("final_learning_rate", [0.0], [-1.0, math.inf, math.nan]),
     ("weight_decay", [0.0, 1.0], [-1e-4, math.inf, math.nan]),
     ("clip_norm", [None, 0.1], [0.0, -1.0, math.inf, math.nan]),
     ("label_smoothing", [0.0, 0.99], [1.0, -0.1, math.nan]),
@@ -192,8 +192,12 @@ RANGES = [  # field, values that are allowed, values that are not
     ("data.crop_padding", [0, 4], [-1]),
     ("init_examples", [0, 1, 5000], [-1]),
     ("data.image_size", [None, (1, 1)], [(0, 8), (8, 0), (-1, 8)]),
-    ("data.mean", [(0.0,), (1.0, -2.0, 3.0)], [(), (math.nan,), (0.0, math.inf)]),
-    ("data.std", [(1.0,), (0.1, 2.0)], [(), (0.0,), (1.0, -1.0), (math.inf,), (math.nan,)]),
+    ("data.mean", [(0.0,), (1.0, 0.5, 0.0)], [(), (math.nan,), (0.0, math.inf), (72.9,), (-0.1,)]),
+    (
+        "data.std",
+        [(1.0,), (0.1, 0.5)],
+        [(), (0.0,), (1.0, -1.0), (math.inf,), (math.nan,), (58.0,)],
+    ),
     ("model.num_classes", [1, 1000], [0, -1]),
 ]
 
@@ -219,6 +223,45 @@ def test_a_value_out_of_range(field, value):
     with pytest.raises(ConfigError, match=rf"^{field}=.*: must be \S") as caught:
         validate(with_field(BASE, field, value))
     assert str(to_json(value)) in str(caught.value)
+
+
+NO_EFFECT = [  # fields, how the first may stand beside the others, and how not
+    ({"schedule": "cosine"}, {"schedule": "constant"}, "schedule=constant"),
+    ({"schedule": "linear"}, {}, "schedule=constant"),
+    (
+        {"schedule": "linear", "warmup_epochs": 9.5},
+        {"schedule": "linear", "warmup_epochs": 10.0},
+        "warmup_epochs=10 of epochs=10",
+    ),
+]
+
+
+@pytest.mark.parametrize(("good", "bad", "named"), NO_EFFECT)
+def test_a_final_rate_that_no_schedule_comes_to(good, bad, named):
+    base = dataclasses.replace(BASE, epochs=10, final_learning_rate=0.1)
+    validate(dataclasses.replace(base, **good))
+    with pytest.raises(ConfigError, match=rf"^final_learning_rate=0.1: must be 0 with {named}"):
+        validate(dataclasses.replace(base, **bad))
+
+
+def test_a_run_that_was_trained_with_pixels_in_the_mean_can_be_read():
+    data = DataConfig("tiny", mean=(72.9,), std=(58.0,))
+    validate(dataclasses.replace(BASE, data=data), trained=True)
+
+
+@pytest.mark.parametrize("model", [models.LeNet(), models.CifarCNN()])
+def test_examples_for_an_initialisation_that_does_not_look_at_them(model):
+    config = dataclasses.replace(BASE, model=model, init_examples=5)
+    with pytest.raises(ConfigError, match=r"^init_examples=5: must be 0, as .* model="):
+        check_init_examples(config, (32, 32, 3))
+    check_init_examples(dataclasses.replace(config, model=models.SpeedrunCNN()), (32, 32, 3))
+
+
+def test_numbers_that_json_does_not_have():
+    optimizer = functools.partial(optax.adam, eps=math.inf)
+    found = to_json(dataclasses.replace(BASE, optimizer=optimizer))
+    assert found["optimizer"]["eps"] == "inf"
+    json.dumps(found, allow_nan=False)
 
 
 def test_two_kinds_of_flips_at_once():

@@ -1,5 +1,6 @@
 """One run of two processes with one CPU device each."""
 
+import re
 import signal
 import socket
 
@@ -11,6 +12,8 @@ from cnn_jax.train.checkpoint import Checkpoints
 from tests.faults import runs
 from tests.faults.runs import finish, lines_of, start
 from tests.tiny import prepare_tiny_squares
+
+GONE = "error: .*process {} (is gone|of the 2 of this run); .* Start all processes again"
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +61,10 @@ def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_kille
     pair = start_two(flags, f"--workdir={cut}")
     runs.wait_until(runs.has_saved(cut, 6), pair[0])
     pair[1].send_signal(signal.SIGKILL)
-    code, _, _ = finish(pair[0], 120)
+    code, _, errors = finish(pair[0], 120)
     finish(pair[1])
-    assert code != 0
+    assert code == 1
+    assert re.match(GONE.format(1), errors.splitlines()[-1])
     assert Checkpoints(cut).newest().step >= 6
     code, output, errors = finish(start(*flags, f"--workdir={cut}"))
     assert (code, "resumed from step" in output) == (0, True), errors
@@ -94,6 +98,21 @@ def test_processes_that_differ_are_refused_before_the_first_step(flags, tmp_path
         assert code == 2, errors
         assert f"process 1 differs from process 0 in {says}" in errors
     assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "lost"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 0), (signal.SIGSTOP, 1)]
+)
+def test_the_last_line_names_the_process_that_is_gone(flags, tmp_path, number, lost):
+    """Also where it is silent, or was the coordinator, and JAX aborts the one that is left."""
+    pair = start_two(flags, f"--workdir={tmp_path}", "--set=epochs=1000")
+    runs.wait_until(runs.has_saved(tmp_path, 6), pair[0])
+    pair[lost].send_signal(number)
+    code, _, errors = finish(pair[1 - lost], 120)
+    pair[lost].kill()
+    finish(pair[lost])
+    assert code == 1
+    assert re.match(GONE.format(lost), errors.splitlines()[-1])
 
 
 def test_a_process_that_fails_alone_is_not_waited_for(flags, tmp_path):

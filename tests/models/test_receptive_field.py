@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -185,12 +186,54 @@ class Average(nn.Module):
         lambda x: nn.ConvTranspose(2, (3, 3), strides=(2, 2))(x),
         lambda x: nn.GroupNorm(1)(x),  # sees the whole map
         lambda x: jnp.concatenate([x, x], 1),
+        lambda x: nn.max_pool(x, (3, 3), (1, 1), "SAME"),  # functions that keep the map's size
+        lambda x: nn.avg_pool(x, (3, 3), padding="SAME"),
+        lambda x: jnp.roll(x, 1, 1),
+        lambda x: x.transpose(0, 2, 1, 3),
+        lambda x: x[:, ::-1],
+        lambda x: x * x.mean((1, 2), keepdims=True),
+        lambda x: jax.image.resize(x, x.shape, "linear", antialias=True) + jnp.cumsum(x, 2),
+        lambda x: nn.LayerNorm(reduction_axes=(1, 2, 3), feature_axes=3)(x),
     ],
 )
 def test_behind_a_layer_that_is_not_looked_through(between):
     layers = {layer.name: layer for layer in summarise(Chain(between), (20, 20, 1)).layers}
     assert layers["Conv_0"].field.size == (3, 3)
     assert layers["last"].field is None
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.relu,
+        nn.gelu,
+        jax.nn.softmax,
+        lambda x: nn.LayerNorm()(x),
+        lambda x: nn.RMSNorm()(x),
+        lambda x: jnp.concatenate([nn.relu(x), nn.relu(-x)], -1),
+        lambda x: jnp.where(x > 0, x, 0.1 * x) + jnp.float32(1),
+        lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
+        lambda x: nn.remat(nn.Dense)(3)(x),
+        jax.jit(lambda x: jnp.tanh(x).reshape(*x.shape[:3], 1, -1).sum(-1)),
+    ],
+)
+def test_behind_a_function_of_single_places(between):
+    layers = {layer.name: layer for layer in summarise(Chain(between), (20, 20, 1)).layers}
+    assert layers["last"].field == Field((16, 16), (5, 5))
+
+
+def test_branches_see_what_their_union_sees():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, image, train=False):
+            x = Conv(2, (3, 3), padding="SAME")(image)
+            wide = Conv(2, (5, 3), padding="SAME", name="wide")(x)
+            high = Conv(2, (1, 1))(Conv(2, (1, 7), padding="SAME")(x))
+            return x + wide + high
+
+    found = summarise(Net(), (20, 20, 1))
+    assert {layer.name: layer.field for layer in found.layers}["wide"].size == (7, 5)
+    assert found.field == Field((20, 20), (7, 9), (1, 1), (-3, -4))
 
 
 def test_flattening_another_map_than_the_last_layers():

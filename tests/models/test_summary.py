@@ -1,5 +1,8 @@
 import re
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 
 from cnn_jax import main, models
@@ -65,6 +68,67 @@ def test_layers_of_lenet():
         ("Dense_1", "Dense", (84,), 10_164),
         ("Dense_2", "Dense", (10,), 850),
     ]
+
+
+class Shared(nn.Module):
+    """One convolution called three times, and a parameter of its own."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        again = nn.Conv(8, (3, 3), name="again")
+        x = nn.Conv(8, (3, 3))(image) + self.param("offset", nn.initializers.ones, (8,))
+        for _ in range(3):
+            x = nn.relu(again(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class Stored(nn.Module):
+    """Layers without a __call__ of their own, or that return no array."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        cell = nn.LSTMCell(4)
+        x = image.mean((2, 3))
+        _, x = cell(cell.initialize_carry(jax.random.key(0), x.shape), x)
+        return nn.Embed(5, 4).attend(x)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = image.reshape(len(image), -1, 4)
+        return nn.MultiHeadDotProductAttention(2, name="attention")(x, x)
+
+
+@pytest.mark.parametrize("model", [Shared(), Stored(), Attention()])
+def test_parameters_are_those_of_the_initialisation(model):
+    found = summary.summarise(model, (28, 28, 1))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_a_layer_that_is_called_again_counts_in_flops_only():
+    found = summary.summarise(Shared(), (28, 28, 1))
+    calls = [layer for layer in found.layers if layer.name == "again"]
+    assert [layer.parameters for layer in calls] == [584, 0, 0]
+    assert {layer.flops for layer in calls} == {2 * 3 * 3 * 8 * 8 * 28 * 28}
+    assert found.parameters - sum(layer.parameters for layer in found.layers) == 8
+
+
+def test_flops_of_kernels_with_several_axes_of_features():
+    found = summary.summarise(Attention(), (28, 28, 1))
+    assert layer(found, "attention/query").flops == 2 * (4 * 2 * 2) * 196
+    assert layer(found, "attention/out").flops == 2 * (2 * 2 * 4) * 196
+    up = nn.Sequential([nn.ConvTranspose(3, (4, 4), strides=(2, 2))])
+    assert summary.summarise(up, (6, 5, 2)).flops == 2 * (4 * 4 * 2 * 3) * (6 * 5)
+
+
+def test_the_table_prints_the_training_flops(capsys):
+    found = summary.summarise(models.MLP(), (28, 28, 1))
+    tables.print_summary(found)
+    first, rest = 2 * 784 * 128, 2 * 128 * 10
+    assert found.training_flops == 2 * first + 3 * rest == 409_088
+    assert capsys.readouterr().out.endswith("203,264 FLOPs an image forward, 409,088 in training\n")
 
 
 def test_layers_inside_of_blocks_are_counted_once():

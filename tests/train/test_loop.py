@@ -25,6 +25,8 @@ from cnn_jax.train.saving import Saver
 from tests.networks import Linear, Small
 from tests.tiny import make_examples
 
+pytestmark = pytest.mark.oldest
+
 STEPS = 5  # of an epoch: 160 examples, 32 at a time
 TIMES = ("epoch_seconds", "images_per_second")
 
@@ -266,6 +268,37 @@ def sgd_that_breaks(learning_rate, at, value=np.nan):
         return jax.tree.map(lambda g: g * 0 + factor, updates), count + 1
 
     return optax.GradientTransformation(lambda params: np.int32(0), update)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.inf, "params/Dense_0/bias is not finite after step 9"),
+        (
+            3e38,
+            "test_loss=(nan|inf) after step 9",
+        ),  # the parameters are finite, their logits are not
+    ],
+)
+def test_what_the_last_step_spoils_is_found(value, said, splits, tmp_path):
+    optimizer = functools.partial(sgd_that_breaks, at=9, value=value)
+    with pytest.raises(NotFiniteError, match=said):
+        loop.train(simple(optimizer=optimizer, epochs=2), tmp_path, splits=splits)
+    json.loads((tmp_path / "not_finite.json").read_text())
+    assert [line["epoch"] for line in lines_of(tmp_path)] == [1]
+
+
+def test_an_optimizer_whose_own_number_is_infinite_is_saved(splits, tmp_path):
+    """reduce_on_plateau's best value, until it has seen as many losses as it takes for one."""
+
+    def optimizer(learning_rate):
+        plateau = optax.contrib.reduce_on_plateau(accumulation_size=100)
+        return optax.chain(optax.sgd(learning_rate), plateau)
+
+    loop.train(simple(optimizer=optimizer, epochs=1), tmp_path, splits=splits)
+    (step,) = Checkpoints(tmp_path).steps()
+    arrays = Checkpoints(tmp_path).read(step).arrays
+    assert np.isinf(arrays["opt_state/0/1/best_value"])
 
 
 @pytest.mark.parametrize("every", [1, 2, 1000])

@@ -12,6 +12,7 @@ import pytest
 from cnn_jax import models
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
+from cnn_jax.config.serialize import to_json
 from cnn_jax.config.validate import validate
 from cnn_jax.train import optim
 from cnn_jax.train.optim import kernels, make_optimizer, make_schedule
@@ -86,6 +87,12 @@ def test_the_learning_rate_at_given_steps(fields, by_step):
     np.testing.assert_allclose(found, [*by_step.values()], rtol=1e-6, atol=1e-8)
 
 
+def test_a_warm_up_of_less_than_a_step():
+    config = validate(dataclasses.replace(BASE, warmup_epochs=0.04))
+    with pytest.raises(ConfigError, match=r"^warmup_epochs=0.04: must be 0, or at least 0.1,"):
+        make_schedule(config, STEPS)
+
+
 def test_the_schedule_drives_the_optimizer():
     fields = {"optimizer": optax.sgd, "warmup_epochs": 1.0}
     for step, rate in ((1, 0.0), (2, 0.05), (6, 0.25), (11, 0.5), (12, 0.5)):
@@ -112,6 +119,61 @@ def test_only_kernels_decay():
     }
     conv = {"kernel": jnp.zeros((3, 3, 1, 2)), "bias": jnp.zeros(2)}
     assert kernels(conv) == {"kernel": True, "bias": False}
+
+
+def named(params):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, decays in jax.tree_util.tree_flatten_with_path(kernels(params))[0]
+        if decays
+    }
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "decaying"),
+    [
+        (
+            nn.MultiHeadDotProductAttention(2),
+            (1, 3, 4),
+            {"query/kernel", "key/kernel", "value/kernel", "out/kernel"},
+        ),
+        (nn.DenseGeneral((2, 3)), (1, 4), {"kernel"}),
+        (nn.LayerNorm(reduction_axes=(1, 2), feature_axes=(1, 2)), (1, 3, 4), set()),
+        (nn.ConvLocal(2, (3, 3)), (1, 5, 5, 1), {"kernel"}),
+        (nn.WeightNorm(nn.Dense(3)), (1, 4), {"layer_instance/kernel"}),
+        (nn.Embed(3, 2), (1,), {"embedding"}),
+        (
+            nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(3),
+            (2, 1, 4),
+            {"kernel"},
+        ),
+        (nn.PReLU(), (1, 4), set()),
+    ],
+)
+def test_what_decays_follows_from_its_name(layer, shape, decaying):
+    dtype = jnp.int32 if isinstance(layer, nn.Embed) else jnp.float32
+    image = jax.ShapeDtypeStruct(shape, dtype)
+    arguments = (image, image) if isinstance(layer, nn.MultiHeadDotProductAttention) else (image,)
+    params = jax.eval_shape(layer.init, jax.random.key(0), *arguments)["params"]
+    assert named(params) == decaying
+
+
+@pytest.mark.parametrize(
+    ("factory", "mask"),
+    [(optax.adamw, "mask"), (optax.lion, "mask"), (optax.lars, "weight_decay_mask")],
+)
+def test_a_mask_of_the_users_own_wins(factory, mask):
+    def biases(params):
+        return jax.tree.map(lambda p: p.ndim == 1, params)
+
+    still = jax.tree.map(jnp.zeros_like, GRADS)
+    for own in (biases, None):
+        optimizer = functools.partial(factory, **{mask: own})
+        moved = change(grads=still, optimizer=optimizer, weight_decay=0.1)
+        assert (moved["Dense_0"]["kernel"] != 0).any() == (own is None)
+        assert (moved["BatchNorm_0"]["scale"] != 0).all()
+        recorded = to_json(dataclasses.replace(BASE, optimizer=optimizer))["optimizer"][mask]
+        assert recorded is None if own is None else recorded.endswith("biases")
 
 
 def test_weight_decay_of_sgd_is_an_l2_term_after_clipping():

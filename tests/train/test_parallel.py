@@ -142,6 +142,34 @@ def test_equal_evaluation_on_any_number_of_devices(devices):
     assert result.accuracy == (logits.argmax(1) == examples.label).mean()
 
 
+class Dropped(nn.Module):
+    """flax's own dropout, which draws one mask for the array that it is given."""
+
+    stream: str = "dropout"
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        mask = nn.Dropout(0.5, rng_collection=self.stream)(
+            jnp.ones((len(image), 64)), deterministic=not train
+        )
+        self.variable("seen", "masks", jnp.zeros, (4, 4, 64))
+        if train:
+            masks = jax.lax.all_gather(mask, parallel.AXIS)
+            self.put_variable("seen", "masks", masks)
+        return Dense(10)(Flatten()(image)) + mask.sum()
+
+
+@pytest.mark.parametrize("stream", ["dropout", "drop_path"])
+def test_flax_dropout_under_pmap_draws_a_mask_of_its_own_on_each_device(stream):
+    model, config = Dropped(stream), make_config()
+    optimizer = optim.make_optimizer(config, steps_per_epoch=10)
+    pure = functools.partial(step.train_step, model=model, optimizer=optimizer, config=config)
+    state = step.init_state(model, optimizer, SHAPE, 0)
+    state, _ = parallel.pmap_step(pure, 4)(state, make_batches(1)[0])
+    masks = np.asarray(state.model_state["seen"]["masks"])
+    assert len({mask.tobytes() for mask in masks}) == 4
+
+
 # ------------------------------------------------------------------------------- refusals
 
 

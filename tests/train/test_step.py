@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from cnn_jax import models
+from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models.layers import Conv, Dense, Flatten
 from cnn_jax.train import optim, step
@@ -16,6 +17,8 @@ from cnn_jax.train.preprocess import alternate_flip, augment, normalise
 from tests.networks import Linear, Small
 from tests.quick import noisy_state, quick_jit
 from tests.tiny import make_examples
+
+pytestmark = pytest.mark.oldest
 
 DATA = DataConfig("tiny")
 SHAPE = (6, 5, 2)
@@ -451,3 +454,116 @@ def test_cross_entropy():
     smoothed = 0.7 * -first + 0.3 * (-first + 2 - 1 / 3)
     found = step.cross_entropy(logits, label, 0.3)
     np.testing.assert_allclose(found, [smoothed, np.log(3)], rtol=1e-6)
+
+
+# ------------------------------------------------------------- streams and collections of a module
+
+
+class Noisy(nn.Module):
+    """Asks for two streams of random numbers, and keeps two collections besides BatchNorm's."""
+
+    stream: str = "drop_path"
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        steps = self.variable("counters", "steps", lambda: jnp.int32(0))
+        mean = self.variable("averages", "mean", jnp.zeros, image.shape[-1])
+        x = nn.BatchNorm(use_running_average=not train)(image)
+        if train:
+            mean.value = 0.9 * mean.value + 0.1 * image.mean((0, 1, 2))
+            x = x + jax.random.normal(self.make_rng(self.stream), x.shape)
+            x = nn.Dropout(0.5, deterministic=False, rng_collection="second")(x)
+        steps.value += 1  # in evaluation too, which drops it
+        self.sow("intermediates", "x", x)
+        self.sow("sown", "x", x)
+        return Dense(3)(Flatten()(x))
+
+
+def run_steps(model, count, **options):
+    config = make_config(model, optimizer=optax.sgd)
+    optimizer = optim.make_optimizer(config, 10)
+    train = functools.partial(step.train_step, model=model, optimizer=optimizer, config=config)
+    make = functools.partial(step.init_state, model, optimizer, SHAPE, 0)
+    states, train = [quick_jit(make)()], quick_jit(functools.partial(train, **options))
+    for number in range(count):
+        states.append(train(states[-1], make_batch(seed=number))[0])
+    return states
+
+
+def test_every_collection_is_part_of_the_state():
+    states = run_steps(Noisy(), 2)
+    assert states[0].model_state.keys() == {"batch_stats", "counters", "averages"}
+    assert [int(state.model_state["counters"]["steps"]) for state in states] == [1, 2, 3]
+    first = make_batch()["image"].astype(np.float64).mean((0, 1, 2)) / 255
+    found = states[1].model_state["averages"]["mean"]
+    np.testing.assert_allclose(found, 0.1 * first, rtol=1e-4)
+    data = {"image": make_batch()["image"], "data": DATA, "compute_dtype": "float32"}
+    logits = step.predict_step(states[2].variables, model=Noisy(), **data)
+    again = step.predict_step(states[2].variables, model=Noisy(), **data)
+    np.testing.assert_array_equal(logits, again)
+
+
+def test_every_stream_has_a_key_of_its_own_by_its_name():
+    one, same, other = (run_steps(Noisy(name), 1)[1].params for name in ("a", "a", "b"))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert (one["Dense_0"]["kernel"] != other["Dense_0"]["kernel"]).any()
+
+
+def test_a_stream_that_is_asked_for_by_has_rng():
+    class Asks(nn.Module):
+        @nn.compact
+        def __call__(self, image, train=False):
+            scale = 0.0 if train and self.has_rng("noise") else 1.0
+            return Dense(3)(scale * Flatten()(image))
+
+    before, after = (state.params["Dense_0"]["kernel"] for state in run_steps(Asks(), 1))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_noise_in_evaluation_is_the_same_at_every_call():
+    class Always(nn.Module):
+        @nn.compact
+        def __call__(self, image, train=False):
+            return Dense(3)(Flatten()(image)) + jax.random.normal(self.make_rng("noise"), (3,))
+
+    state = run_steps(Always(), 1)[1]
+    data = {"image": make_batch()["image"], "data": DATA, "compute_dtype": "float32"}
+    logits = [step.predict_step(state.variables, model=Always(), **data) for _ in range(2)]
+    np.testing.assert_array_equal(*logits)
+
+
+class Changing(nn.Module):
+    """A module that breaks the rules in one way."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        if self.how == "late" and train:
+            self.variable("batch_stats", "late", jnp.zeros, ())
+        if self.how == "name":
+            self.variable("opt_state", "mine", jnp.zeros, ())
+        if self.how == "key":
+            self.variable("keys", "mine", lambda: jax.random.key(0))
+        seen = self.variable("batch_stats", "seen", jnp.zeros, 2)
+        if self.how == "shape" and train:
+            seen.value = jnp.zeros(3)
+        if self.how == "type" and train:
+            seen.value = jnp.zeros(2, jnp.int32)
+        return Dense(3)(Flatten()(image))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("late", "model: makes its variable batch_stats/late in training only"),
+        ("name", "model: its collection 'opt_state' must have another name"),
+        ("key", "model: keeps a random key"),
+        ("shape", "batch_stats/seen is float32[2] before a step, float32[3] after it"),
+        ("type", "batch_stats/seen is float32[2] before a step, int32[2] after it"),
+    ],
+)
+def test_a_module_whose_variables_no_step_can_carry_on(how, said):
+    with pytest.raises(ConfigError) as caught:
+        run_steps(Changing(how), 1)
+    assert said in str(caught.value)

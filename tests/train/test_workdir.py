@@ -133,7 +133,50 @@ def test_config_json_says_what_was_asked_for(tmp_path):
     assert (saved["class_names"], saved["image_shape"]) == (["a", "b"], [28, 28, 1])
     assert saved["versions"].keys() >= {"python", "jax", "jaxlib", "flax", "optax"}
     assert saved["device"]["count"] >= 1
+    assert saved["device"]["cores"] == len(os.sched_getaffinity(0))
+    assert saved["device"]["processor"]
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "before"),
+    [
+        ("device", "cores", 999),
+        ("device", "processor", "Abacus"),
+        ("device", "count", 77),
+        ("versions", "jax", "0.1"),
+        ("versions", "jaxlib", "0.1"),
+        (None, None, None),
+    ],
+)
+def test_a_run_that_goes_on_elsewhere_says_so(part, field, before, tmp_path, caplog):
+    workdirs.write_config(tmp_path, make_config(), "my/experiment", ABOUT)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["device"]["kind"]  # an older file has fewer fields
+    if part:
+        now, saved[part][field] = saved[part][field], before
+    path.write_text(json.dumps(saved))
+    workdirs.warn_of_other_bits(tmp_path)
+    if part is None:
+        assert caplog.messages == []
+        return
+    (line,) = caplog.messages
+    assert line.startswith(f"warning: workdir={tmp_path} goes on with {field} {before} -> {now}: ")
+
+
+def test_files_are_strict_json(tmp_path):
+    for write in (
+        lambda: workdirs.write_json(tmp_path / "x.json", {"loss": float("nan")}),
+        lambda: workdirs.append_metrics(tmp_path, {"step": 1, "loss": float("inf")}),
+    ):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write()
+    assert not (tmp_path / "x.json").exists()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "test_loss": NaN}\n{"step": 2}\n')
+    assert workdirs.metrics(tmp_path) == [{"step": 2}]
+    workdirs.keep_metrics_until(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n'
 
 
 @pytest.mark.parametrize(
