@@ -17,7 +17,7 @@ import cnn_jax
 from cnn_jax import models
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.models.layers import Conv
+from cnn_jax.models.layers import Conv, Dense, Flatten
 from cnn_jax.train import evaluation, loop, optim, parallel, step
 from tests.networks import Small
 from tests.quick import noisy_state, unoptimised
