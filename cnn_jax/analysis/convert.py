@@ -17,9 +17,9 @@ from cnn_jax.models import summary
 from cnn_jax.models.convolutional import convolutional
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.train import checkpoint, parallel
-from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
+from cnn_jax.train.workdir import line_of, metrics, write_json, write_text
 
 IMAGES = 64
 # Of the largest logit: the sums are the same, but added in another order.
@@ -57,7 +57,7 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
 
     Raises:
       ConfigError: the network cannot be converted, or `folder` is not new.
-      CheckpointError: `folder` cannot be written.
+      ConfigError: `folder` cannot be written.
     """
     files.check_folder(folder, new=True)
     made = dataclasses.replace(as_convolutions(run), workdir=folder)
@@ -77,9 +77,9 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
         checkpoints.start_writing(None)
         checkpoints.save({"step": np.int32(run.step), **made.variables}, {})
         checkpoints.close()
-        lines = [line for line in workdirs.metrics(run.workdir) if line["step"] <= run.step]
-        workdirs.write_text(folder / "metrics.jsonl", "".join(map(workdirs.line_of, lines)))
-        workdirs.write_json(folder / "config.json", saved)
+        lines = [line for line in metrics(run.workdir) if line["step"] <= run.step]
+        write_text(folder / "metrics.jsonl", "".join(map(line_of, lines)))
+        write_json(folder / "config.json", saved)
     after = checkpoint.names(made.variables["params"])
     kernels = tuple(
         (name.removesuffix("/kernel"), old.shape, after[name].shape)

@@ -18,7 +18,7 @@ from cnn_jax.data import sources
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
 from cnn_jax.train import evaluation, parallel, step
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.workdir import write_json
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +91,10 @@ def write(report: dict, run: RestoredRun, output: Path | None = None) -> Path | 
     path = (output or run.workdir) / "evaluation.json"
     if output:
         with files.writing(output):
-            workdirs.write_json(path, report)
+            write_json(path, report)
         return path
     try:
-        workdirs.write_json(path, report)
+        write_json(path, report)
     except OSError as error:
         reason = error.strerror
         log.warning("warning: %s: cannot be written: %s; --output names a folder", path, reason)

@@ -161,7 +161,8 @@ def summary(values: flags.FlagValues) -> None:
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.cli import tables
     from cnn_jax.config import Config, experiment
-    from cnn_jax.models import summary as summaries
+    from cnn_jax.data.sources import input_shape
+    from cnn_jax.models.summary import summarise
 
     environment.check_devices()
     if not (values.experiment or values.workdir):
@@ -174,8 +175,8 @@ def summary(values: flags.FlagValues) -> None:
         run = load_run(_path(values.workdir), model=config and config.model)
         config, shape = Config(run.model, run.data), run.image_shape
     if shape is None or values.input_size:
-        shape = summaries.input_shape(config, values.input_size, values.data_dir)
-    tables.print_summary(summaries.summarise(config.model, shape))
+        shape = input_shape(config.data, values.input_size, values.data_dir)
+    tables.print_summary(summarise(config.model, shape))
 
 
 @command("workdir")
@@ -306,13 +307,14 @@ def explain(values: flags.FlagValues) -> None:
     if values.topic == topics.OF_A_NETWORK:
         from cnn_jax.analysis.explain import counts
         from cnn_jax.config import experiment
-        from cnn_jax.models import summary
+        from cnn_jax.data.sources import input_shape
+        from cnn_jax.models.summary import summarise
 
         environment.check_devices()
         topics.check(values.topic, given, own)
         config = experiment.load(values.experiment or "fashion_mnist/lenet")
-        shape = summary.input_shape(config, values.input_size, values.data_dir)
-        explanation = counts.receptive_field(summary.summarise(config.model, shape))
+        shape = input_shape(config.data, values.input_size, values.data_dir)
+        explanation = counts.receptive_field(summarise(config.model, shape))
     else:
         explanation = topics.explain(values.topic, given)
     if values.output:

@@ -70,7 +70,10 @@ class _Mending:
         entries = [*self._folder.glob(f"{found[2]}-*-cache")] if found[1] == "reading" else []
         for entry in entries:
             with contextlib.suppress(OSError):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
         if not self._told:
             what = (
                 "a damaged entry is removed; its program is compiled anew"

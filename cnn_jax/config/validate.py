@@ -14,6 +14,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.schema import Config, DataConfig
 from cnn_jax.config.serialize import to_json
 from cnn_jax.config.types import check_types, fields_of
+from cnn_jax.models.shapes import takes_no, too_small
 
 
 def validate(config: Config, trained: bool = False) -> Config:
@@ -152,28 +153,6 @@ def check_init_examples(config: Config, image_shape: tuple[int, int, int]) -> No
             f"init_examples={config.init_examples}: must be 0, as the first parameters of "
             f"model={type(config.model).__name__} do not depend on images"
         )
-
-
-def takes_no(image_shape: tuple[int, ...], model: nn.Module, error: Exception) -> ConfigError:
-    """What to raise where `model` fails on such images; one of its own mistakes is called by name."""
-    reason = " ".join(str(error).splitlines()[:1])[:200]
-    if not isinstance(error, ValueError):
-        reason = f"{type(error).__name__}: {reason}; --debug shows where"
-    return ConfigError(
-        f"model={type(model).__name__}: takes no images of {_shown(image_shape)} ({reason})"
-    )
-
-
-def too_small(image_shape: tuple[int, ...], model: nn.Module) -> ConfigError:
-    """What to raise where the layers of `model` leave nothing of such images."""
-    name = type(model).__name__
-    return ConfigError(
-        f"model={name}: images of {_shown(image_shape)} are too small for its layers"
-    )
-
-
-def _shown(image_shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, image_shape))
 
 
 def check_images(data: DataConfig, image_shape: tuple[int, int, int]) -> None:

@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import typing
 from pathlib import Path
 
 import numpy as np
 
 from cnn_jax.common import cache, decode
-from cnn_jax.common.errors import DataError
+from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import decoded_cache, tfds_builder
 
@@ -177,6 +178,28 @@ def image_shape(data: DataConfig, data_dir: str | None = None) -> tuple[int, int
     """
     builder = tfds_builder.open_builder(data.name, _folder(data, data_dir))
     return tfds_builder.layout(builder, data).image_shape
+
+
+def input_shape(
+    data: DataConfig, input_size: str | None, data_dir: str | None = None
+) -> tuple[int, int, int]:
+    """(H, W, C) of the images: what --input_size says; for the rest, what TFDS says of the dataset.
+
+    The dataset need not be prepared, and HEIGHTxWIDTHxCHANNELS asks nothing of it.
+
+    Raises:
+      ConfigError: `input_size` is not SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS.
+      DataError: as `image_shape`.
+    """
+    if input_size is None:
+        return image_shape(data, data_dir)
+    if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", input_size, re.ASCII):
+        raise ConfigError(f"--input_size={input_size}: write SIZE, HxW or HxWxC, as in 64x64x3")
+    sizes = [int(part) for part in input_size.split("x")]
+    if len(sizes) == 3:
+        return tuple(sizes)
+    data = dataclasses.replace(data, image_size=(sizes[0], sizes[-1]))
+    return image_shape(data, data_dir)
 
 
 def _hold_out(data: DataConfig, total: int) -> tuple[np.ndarray, np.ndarray]:

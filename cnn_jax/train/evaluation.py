@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -53,7 +53,20 @@ def evaluate_examples(
     mesh: Any,
     before_each: Callable[[], None] | None = None,
 ) -> Metrics:
-    """Evaluates every example once.
+    """Evaluates every example once; the arguments are those of `each_batch`."""
+    sums = each_batch(eval_step, variables, examples, batch_size, mesh, before_each)
+    return metrics_of(sums, len(examples))
+
+
+def each_batch(
+    eval_step: Callable,
+    variables: Any,
+    examples: Examples,
+    batch_size: int,
+    mesh: Any,
+    before_each: Callable[[], None] | None = None,
+) -> list[Any]:
+    """What `eval_step` returns for each batch of the examples, on the host.
 
     Args:
       eval_step: from `make_eval_step`.
@@ -65,15 +78,18 @@ def evaluate_examples(
     """
     # A batch larger than the split would be padding only.
     batch_size = -(-min(batch_size, len(examples)) // mesh.size) * mesh.size
-    sums: list[Any] = []
+    outputs: list[Any] = []
     for batch in loader.evaluation_batches(examples, batch_size):
         if before_each is not None:
             before_each()
-        sums.append(eval_step(variables, parallel.shard(batch, mesh)))
-        if len(sums) > parallel.QUEUE:
-            jax.block_until_ready(sums[-parallel.QUEUE])
-    sums = [parallel.to_host(batch_sums) for batch_sums in sums]
+        outputs.append(eval_step(variables, parallel.shard(batch, mesh)))
+        if len(outputs) > parallel.QUEUE:
+            jax.block_until_ready(outputs[-parallel.QUEUE])
+    return [parallel.to_host(output) for output in outputs]
+
+
+def metrics_of(sums: Sequence[dict[str, np.ndarray]], examples: int) -> Metrics:
+    """The metrics of a split of so many `examples` from the "loss" and "confusion" of its batches."""
     confusion = np.sum([s["confusion"] for s in sums], axis=0, dtype=np.int64)
     loss = float(np.sum([s["loss"] for s in sums], dtype=np.float64))
-    total = len(examples)
-    return Metrics(total, loss / total, int(confusion.trace()) / total, confusion)
+    return Metrics(examples, loss / examples, int(confusion.trace()) / examples, confusion)

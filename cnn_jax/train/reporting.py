@@ -9,6 +9,7 @@ import numpy as np
 
 from cnn_jax.common import images
 from cnn_jax.config import Config
+from cnn_jax.models.kernels import first_kernel
 from cnn_jax.train import parallel, workdir
 from cnn_jax.train.progress import Progress
 from cnn_jax.train.tensorboard import TensorBoard
@@ -53,7 +54,7 @@ class Reporter:
             return
         try:
             pictures = {"confusion": images.draw_confusion(confusion)}
-            if kernel := images.first_kernel(self._model, image_shape, params):
+            if kernel := first_kernel(self._model, image_shape, params):
                 pictures["kernels"] = images.draw_kernels(kernel[1])
             self._tensorboard.images(pictures, step)
         except Exception as error:  # a picture is not worth a run

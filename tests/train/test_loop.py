@@ -6,7 +6,6 @@ import signal
 import time
 import types
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -18,40 +17,18 @@ from cnn_jax.common import cache
 from cnn_jax.common.errors import CheckpointError, ConfigError, NotFiniteError, Preempted
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config, DataConfig
 from cnn_jax.data.splits import Splits
-from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten, MaxPool
 from cnn_jax.train import dry_run, evaluation, loop, saving
 from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
+from tests.networks import Linear, Small
 from tests.tiny import make_examples
 
 pytestmark = pytest.mark.oldest
 
 STEPS = 5  # of an epoch: 160 examples, 32 at a time
 TIMES = ("epoch_seconds", "images_per_second")
-
-
-class Small(nn.Module):
-    """All that a state can consist of: BatchNorm statistics, dropout, several parameters."""
-
-    num_classes: int = 10
-
-    @nn.compact
-    def __call__(self, image, train=False):
-        x = MaxPool((4, 4))(image)
-        x = Conv(4, (3, 3), use_bias=False)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        x = Dropout(0.25)(x, train)
-        return Dense(self.num_classes)(Flatten()(x))
-
-
-class Linear(nn.Module):
-    """The least that can be trained; compiled at once."""
-
-    @nn.compact
-    def __call__(self, image, train=False):
-        return Dense(10)(Flatten()(image))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,26 +16,13 @@ import pytest
 from cnn_jax import models
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten
+from cnn_jax.models.layers import Conv, Dense, Flatten
 from cnn_jax.train import evaluation, loop, optim, parallel, step
+from tests.networks import Small
 from tests.quick import noisy_state, unoptimised
 from tests.tiny import REPOSITORY, make_examples
 
 SHAPE = (28, 28, 1)
-
-
-class Small(nn.Module):
-    """BatchNorm and dropout, whose results depend on the split of the batch if anything's do."""
-
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, image, train=False):
-        # Without a bias: BatchNorm takes it away, so that its gradient is rounding noise.
-        x = Conv(4, (5, 5), strides=3, use_bias=False)(image)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
-        x = Dropout(0.3, self.axis_name)(nn.relu(x), train)
-        return Dense(10)(Flatten()(x))
 
 
 def make_config(**fields):
@@ -57,7 +44,7 @@ def pure_step(axis_name=None):
     config = make_config()
     optimizer = optim.make_optimizer(config, steps_per_epoch=10)
     train = functools.partial(
-        step.train_step, model=Small(axis_name), optimizer=optimizer, config=config
+        step.train_step, model=Small(axis_name=axis_name), optimizer=optimizer, config=config
     )
     return noisy_state(Small(), optimizer, SHAPE), train
 
