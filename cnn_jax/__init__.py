@@ -5,6 +5,14 @@ first backend, so import this package before the first JAX computation.
 """
 
 import os
+from pathlib import Path
+
+_BESIDE = Path(__file__).resolve().parent.parent
+# In a checkout, experiments/ lies beside this package; a wheel has it as cnn_jax_experiments.
+CHECKOUT = (_BESIDE / "launch.sh").is_file()
+EXPERIMENTS = _BESIDE / ("experiments" if CHECKOUT else "cnn_jax_experiments")
+# How its user starts the program.
+PROGRAM = "./launch.sh" if CHECKOUT else "cnn_jax"
 
 # The YNN fusions of jaxlib 0.10 run many float32 convolutions on CPU up to 8 times slower than Eigen,
 # and in jaxlib 0.10.2 they return wrong numbers (jax-ml/jax#39103): an empty list turns them off.

@@ -85,8 +85,13 @@ def _end(code: int) -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """What `cnn_jax`, `python -m cnn_jax` and ./launch.sh start: `main` as a process."""
     sys.unraisablehook = _on_unraisable
     # Until `train` takes signals in hand, this one shall end the process as SIGTERM does.
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(128 + signal.SIGTERM))
     _end(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

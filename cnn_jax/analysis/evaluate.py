@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnn_jax import PROGRAM
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common.errors import CheckpointError, DataError
 from cnn_jax.config import DataConfig
@@ -159,7 +160,7 @@ def check_fits(run: RestoredRun, examples: sources.Examples, name: str) -> None:
     if takes_one_image_size(run.model):
         raise DataError(
             f"{sizes}, and {type(run.model).__name__} takes no other size; FullyConvCNN does, and "
-            "so does what ./launch.sh convert makes of this run"
+            f"so does what {PROGRAM} convert makes of this run"
         )
     try:
         image = jax.ShapeDtypeStruct((1, *examples.image_shape), jnp.float32)

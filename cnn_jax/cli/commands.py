@@ -6,6 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
+from cnn_jax import PROGRAM
 from cnn_jax.cli.flags import FLAGS, REQUIRED, SEVERAL, Command
 from cnn_jax.common.errors import ConfigError
 
@@ -46,9 +47,9 @@ def find(name: str) -> Command:
 
 def overview() -> str:
     """The text of `./launch.sh --help`."""
-    lines = ["usage: ./launch.sh COMMAND [--flags]", ""]
+    lines = [f"usage: {PROGRAM} COMMAND [--flags]", ""]
     lines += [f"  {name:12}{entry.title}" for name, entry in COMMANDS.items()]
-    return "\n".join([*lines, "", "./launch.sh COMMAND --help shows a command's flags."])
+    return "\n".join([*lines, "", f"{PROGRAM} COMMAND --help shows a command's flags."])
 
 
 @command()
@@ -102,9 +103,9 @@ def train(values: flags.FlagValues) -> None:
         print(
             f"test accuracy {last['test_accuracy']:.4f} after epoch {last['epoch']}, in {workdir}"
         )
-    print(f"next: ./launch.sh evaluate --workdir={workdir}")
+    print(f"next: {PROGRAM} evaluate --workdir={workdir}")
     if name == "quickstart":
-        print("then the real data: ./launch.sh train --experiment=fashion_mnist/lenet --download")
+        print(f"then the real data: {PROGRAM} train --experiment=fashion_mnist/lenet --download")
 
 
 @command(
@@ -330,7 +331,7 @@ def reproduce(values: flags.FlagValues) -> int:
     if values["only"].present and not values.only:
         raise ConfigError("--only=: is empty; leave it out, or give it names")
     rows = plan.choose(plan.ROWS, values.only, values.seeds)
-    output = _path(values.output) if values.output else experiment.FOLDER
+    output = _path(values.output) if values.output else experiment.RESULTS
     if values.rebuild:
         for name in ("only", "seeds", "download"):
             if values[name].present:

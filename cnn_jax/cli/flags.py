@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
+from cnn_jax import PROGRAM
 from cnn_jax.common.errors import ConfigError
 
 # Each flag once: name -> (absl's DEFINE function, default, help). A default of REQUIRED has none; a
@@ -166,7 +167,7 @@ class Command:
     def usage(self) -> str:
         """The text of `./launch.sh COMMAND --help`."""
         first = f" {self.first.upper()}" if self.first else ""
-        lines = [f"./launch.sh {self.name}{first}: {self.title}", ""]
+        lines = [f"{PROGRAM} {self.name}{first}: {self.title}", ""]
         for flag, default in self.flags.items():
             shown = "" if default in (None, [], False, REQUIRED) else f" (default {default})"
             shown = "; may be repeated" if default is SEVERAL else shown

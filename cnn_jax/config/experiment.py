@@ -9,12 +9,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cnn_jax import CHECKOUT, EXPERIMENTS, PROGRAM
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.overrides import override
 from cnn_jax.config.schema import Config
 from cnn_jax.config.validate import validate
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "experiments"
+FOLDER = EXPERIMENTS
+# Where RESULTS.md and the records are written: an installed package is no place for them.
+RESULTS = FOLDER if CHECKOUT else Path("runs", "results")
 
 
 def names() -> list[str]:
@@ -54,7 +57,7 @@ def find(experiment: str) -> Path:
         raise ConfigError(
             f"--experiment={experiment}: no such experiment; "
             f"{'nearest' if near else 'there are'}: {', '.join(near or known)} "
-            "(./launch.sh list shows all; a file of your own ends in .py)"
+            f"({PROGRAM} list shows all; a file of your own ends in .py)"
         )
     return FOLDER / f"{experiment}.py"
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cnn_jax.common import gpu
 from cnn_jax.common.errors import ConfigError
 
 AXIS = "data"
@@ -67,6 +68,7 @@ def make_mesh(devices: int | None = None) -> Mesh:
       ConfigError: there are fewer, or several processes would not all take part.
     """
     visible = jax.devices()
+    gpu.tell_unused()
     count = devices or len(visible)
     if count > len(visible):
         raise ConfigError(f"devices={count}: only {len(visible)} visible ({jax.default_backend()})")

@@ -18,6 +18,8 @@ from cnn_jax.train import checkpoint, parallel
 from cnn_jax.train.checkpoint import Checkpoints, DamagedCheckpoint
 from cnn_jax.train.step import TrainState, empty_sums
 
+pytestmark = pytest.mark.oldest
+
 
 def make_state(step=1, seed=0):
     """A state on one device with float32, bfloat16, int32 and uint32 arrays, some of rank 0."""

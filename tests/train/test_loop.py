@@ -25,6 +25,8 @@ from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
 from tests.tiny import make_examples
 
+pytestmark = pytest.mark.oldest
+
 STEPS = 5  # of an epoch: 160 examples, 32 at a time
 TIMES = ("epoch_seconds", "images_per_second")
 

@@ -16,6 +16,8 @@ from cnn_jax.train import optim, step
 from tests.quick import noisy_state, quick_jit
 from tests.tiny import make_examples
 
+pytestmark = pytest.mark.oldest
+
 DATA = DataConfig("tiny")
 SHAPE = (6, 5, 2)
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from cnn_jax import models
+from cnn_jax import PROGRAM, models
 from cnn_jax.analysis import evaluate
 from cnn_jax.analysis.restore import RestoredRun, load_run
 from cnn_jax.common.errors import ConfigError
@@ -164,7 +164,7 @@ def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str,
         trained = {"converted_from": None, "config": config | {"model": config["model"]["model"]}}
         command, note = command_of(Path(origin["workdir"]), saved | trained, own)
         convert = ["convert", f"--workdir={origin['workdir']}", f"--output={workdir}"]
-        return f"{command}\n{shlex.join(['./launch.sh', *convert])}", note
+        return f"{command}\n{shlex.join([PROGRAM, *convert])}", note
     name = saved["experiment"]
     if own and Path(own).stem == name:  # config.json holds no path of a file of the user's own
         name = own
@@ -203,7 +203,7 @@ def _changes(default: dict, saved: dict, prefix: str = "") -> Iterator[tuple[str
 
 def _shell(flags: list[list[str]]) -> str:
     """A command to paste, a flag a line: a phone's width holds no more."""
-    return " \\\n  ".join(["./launch.sh train", *map(shlex.join, flags)])
+    return " \\\n  ".join([f"{PROGRAM} train", *map(shlex.join, flags)])
 
 
 def _text(value: Any) -> str:

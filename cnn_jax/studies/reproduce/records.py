@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from cnn_jax import CHECKOUT
 from cnn_jax.common.errors import CheckpointError
 from cnn_jax.config import Config
 from cnn_jax.config.experiment import FOLDER, short_name
@@ -78,6 +79,8 @@ def commit() -> dict[str, Any]:
 
     Both are None where there is no git, or this is no checkout.
     """
+    if not CHECKOUT:  # another repository may lie around an installed package
+        return {"commit": None, "dirty": None}
     try:
         head = _git("rev-parse", "HEAD")
         results = (":!experiments/records", ":!experiments/RESULTS.md")

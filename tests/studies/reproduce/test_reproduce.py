@@ -364,7 +364,7 @@ def test_a_run_is_of_the_commit_and_the_processor_it_began_with(
 
     def reproduce(commit, processor):
         monkeypatch.setattr(records, "commit", lambda: {"commit": commit, "dirty": False})
-        monkeypatch.setattr(run.processor, "description", lambda: processor)
+        monkeypatch.setattr(run.cpu, "description", lambda: processor)
         assert run.reproduce(rows, tmp_path / "runs", tmp_path, str(tfds_dir), rows) == 0
         return [records.read(path).run[name] for name in ("commit", "dirty", "device")]
 
