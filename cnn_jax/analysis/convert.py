@@ -17,6 +17,7 @@ from cnn_jax.models import summary
 from cnn_jax.models.convolutional import convolutional
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.train import checkpoint, parallel
+from cnn_jax.train.checkpoint_writer import CheckpointWriter
 from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
 from cnn_jax.train.workdir import line_of, metrics, write_json, write_text
@@ -73,7 +74,7 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
     saved["config"]["model"] = to_json(made.model)
     saved["converted_from"] = {"workdir": str(run.workdir), "checkpoint": run.step}
     with files.writing(folder):
-        checkpoints = checkpoint.Checkpoints(folder)
+        checkpoints = CheckpointWriter(folder)
         checkpoints.start_writing(None)
         checkpoints.save({"step": np.int32(run.step), **made.variables}, {})
         checkpoints.close()

@@ -14,7 +14,8 @@ from cnn_jax.common.errors import CheckpointError, NotFiniteError, Preempted
 from cnn_jax.config import Config
 from cnn_jax.data.loader import epoch_order
 from cnn_jax.train import parallel, workdir
-from cnn_jax.train.checkpoint import Checkpoints, Restored, names
+from cnn_jax.train.checkpoint import Restored, names
+from cnn_jax.train.checkpoint_writer import CheckpointWriter
 from cnn_jax.train.signals import StopSignals
 from cnn_jax.train.step import TrainState
 
@@ -43,7 +44,7 @@ class Saver:
         check_lock: raises CheckpointError once the workdir was deleted or moved.
         """
         self.config, self.folder, self.signals = config, folder, signals
-        self.checkpoints = Checkpoints(folder, keep=config.keep_checkpoints)
+        self.checkpoints = CheckpointWriter(folder, keep=config.keep_checkpoints)
         self.saved_step: int | None = None
         self._train_examples = train_examples
         self._steps_per_epoch = train_examples // config.batch_size

@@ -20,6 +20,7 @@ from cnn_jax.data.splits import Splits
 from cnn_jax.train import dry_run, evaluation, loop, saving
 from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.checkpoint_writer import CheckpointWriter
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from tests.networks import Linear, Small
@@ -211,14 +212,14 @@ def test_a_finished_run_has_nothing_left_to_do(splits, tmp_path, capsys):
 
 
 def test_a_second_signal_changes_nothing(splits, tmp_path, monkeypatch):
-    intact = Checkpoints.save
+    intact = CheckpointWriter.save
 
     def save(checkpoints, state, notes):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.raise_signal(number)
         intact(checkpoints, state, notes)
 
-    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(CheckpointWriter, "save", save)
     stop_at(monkeypatch, 2, signal.SIGUSR1)
     with pytest.raises(Preempted) as caught:
         loop.train(simple(), tmp_path, splits=splits)
@@ -332,14 +333,14 @@ def test_a_state_that_is_not_finite_is_never_saved(splits, tmp_path, every):
 def saved_steps(config, workdir, splits, monkeypatch):
     """The steps that a run saved, in order."""
     steps = []
-    intact = Checkpoints.save
+    intact = CheckpointWriter.save
 
     def save(checkpoints, state, notes):
         steps.append(int(state.step))
         intact(checkpoints, state, notes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save)
+        patch.setattr(CheckpointWriter, "save", save)
         loop.train(config, workdir, splits=splits)
     return steps
 
@@ -497,7 +498,7 @@ def test_a_failing_save_does_not_hide_the_error_before_it(splits, tmp_path, monk
     def fails(checkpoints):
         raise CheckpointError("the disk is full")
 
-    monkeypatch.setattr(Checkpoints, "wait", fails)
+    monkeypatch.setattr(CheckpointWriter, "wait", fails)
     config = simple(optimizer=optax.sgd, learning_rate=3e38)
     with pytest.raises(NotFiniteError):
         loop.train(config, tmp_path, splits=splits)
