@@ -1,6 +1,7 @@
 """The commands of ./launch.sh: the flags of each, and the function it calls."""
 
 import difflib
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,18 +15,19 @@ from cnn_jax.common.errors import ConfigError
 COMMANDS: dict[str, Command] = {}
 
 
-def command(*names: str, first: str | None = None, **defaults: object) -> Callable:
+def command(*names: str, words: str = "", **defaults: object) -> Callable:
     """Registers a function as the command of its name.
 
     Args:
       *names: its flags.
-      first: the one of them whose value may stand alone behind the command's name.
+      words: those whose values may stand alone behind the command's name, in this order.
       **defaults: defaults that differ from those in FLAGS.
     """
 
     def register(run: Callable) -> Callable:
-        own = {name: defaults.get(name, FLAGS[name][1]) for name in (*names, "debug")}
-        COMMANDS[run.__name__] = Command(run.__name__, run, own, first)
+        own = {name: defaults.get(name, FLAGS[name].default) for name in (*names, "debug")}
+        name = run.__name__.rstrip("_")  # list_, which would hide Python's list
+        COMMANDS[name] = Command(name, run, own, tuple(words.split()))
         return run
 
     return register
@@ -54,7 +56,7 @@ def overview() -> str:
 
 
 @command()
-def list(values: flags.FlagValues) -> None:
+def list_(values: flags.FlagValues) -> None:
     """Shows all experiments."""
     from cnn_jax.config import experiment
 
@@ -76,6 +78,7 @@ def list(values: flags.FlagValues) -> None:
     "processes",
     "process",
     workdir=None,
+    words="experiment",
 )
 def train(values: flags.FlagValues) -> None:
     """Trains an experiment, going on where an earlier call stopped."""
@@ -108,9 +111,9 @@ def train(values: flags.FlagValues) -> None:
         print(
             f"test accuracy {last['test_accuracy']:.4f} after epoch {last['epoch']}, in {workdir}"
         )
-    print(f"next: {PROGRAM} evaluate --workdir={workdir}")
+    print(f"next: {PROGRAM} evaluate {shlex.quote(str(workdir))}")
     if name == "quickstart":
-        print(f"then the real data: {PROGRAM} train --experiment=fashion_mnist/lenet --download")
+        print(f"then the real data: {PROGRAM} train fashion_mnist/lenet --download")
 
 
 @command(
@@ -123,6 +126,7 @@ def train(values: flags.FlagValues) -> None:
     "experiment",
     "verify",
     experiment=None,
+    words="workdir",
 )
 def evaluate(values: flags.FlagValues) -> None:
     """Restores a checkpoint and evaluates it on every example of a split."""
@@ -140,7 +144,15 @@ def evaluate(values: flags.FlagValues) -> None:
 
 
 @command(
-    "workdir", "images", "checkpoint", "top_k", "output", "experiment", "verify", experiment=None
+    "workdir",
+    "images",
+    "checkpoint",
+    "top_k",
+    "output",
+    "experiment",
+    "verify",
+    experiment=None,
+    words="workdir images",
 )
 def predict(values: flags.FlagValues) -> int:
     """Restores a checkpoint and names the classes of image files."""
@@ -155,7 +167,16 @@ def predict(values: flags.FlagValues) -> int:
     return prediction.BROKEN_IMAGES_EXIT_CODE if broken else 0
 
 
-@command("experiment", "workdir", "set", "input_size", "data_dir", experiment=None, workdir=None)
+@command(
+    "experiment",
+    "workdir",
+    "set",
+    "input_size",
+    "data_dir",
+    experiment=None,
+    workdir=None,
+    words="experiment",
+)
 def summary(values: flags.FlagValues) -> None:
     """Shows an architecture: layers, output shapes, parameters, FLOPs, receptive fields."""
     from cnn_jax.analysis.restore import load_run
@@ -165,6 +186,8 @@ def summary(values: flags.FlagValues) -> None:
     from cnn_jax.models.summary import summarise
 
     environment.check_devices()
+    if values.experiment and not values.workdir and _is_run(values.experiment):
+        values.workdir, values.experiment = values.experiment, None
     if not (values.experiment or values.workdir):
         raise ConfigError("--experiment: summary needs it, or --workdir, the folder of a run")
     config = experiment.load(values.experiment, values.set) if values.experiment else None
@@ -179,7 +202,7 @@ def summary(values: flags.FlagValues) -> None:
     tables.print_summary(summarise(config.model, shape))
 
 
-@command("workdir")
+@command("workdir", words="workdir")
 def verify(values: flags.FlagValues) -> int:
     """Checks every checkpoint of a workdir against its checksums."""
     from cnn_jax.train import checkpoint
@@ -208,6 +231,10 @@ def _path(text: str) -> Path:
     return files.user_path(text)
 
 
+def _is_run(text: str) -> bool:
+    return "://" not in text and (files.user_path(text) / "config.json").exists()
+
+
 def _load_run(values: flags.FlagValues):
     """The run of --workdir; --experiment is needed only for a model of the user's own."""
     from cnn_jax.analysis.restore import load_run
@@ -227,6 +254,7 @@ def _load_run(values: flags.FlagValues):
     "verify",
     workdir=SEVERAL,
     experiment=None,
+    words="workdir",
 )
 def report(values: flags.FlagValues) -> None:
     """Draws what a run learned, or how several compare, as one HTML page."""
@@ -245,7 +273,14 @@ def report(values: flags.FlagValues) -> None:
 
 
 @command(
-    "workdir", "output", "checkpoint", "experiment", "verify", output=REQUIRED, experiment=None
+    "workdir",
+    "output",
+    "checkpoint",
+    "experiment",
+    "verify",
+    output=REQUIRED,
+    experiment=None,
+    words="workdir",
 )
 def convert(values: flags.FlagValues) -> None:
     """Turns flatten + dense into convolutions: the same network for images of any larger size."""
@@ -267,6 +302,7 @@ def convert(values: flags.FlagValues) -> None:
     "verify",
     rounds=3,
     experiment=None,
+    words="workdir",
 )
 def class_map(values: flags.FlagValues) -> None:
     """Finds test images on a large canvas with one pass, and compares it with sliding windows."""
@@ -293,7 +329,7 @@ def class_map(values: flags.FlagValues) -> None:
     "input_size",
     "data_dir",
     "output",
-    first="topic",
+    words="topic",
     experiment=None,
 )
 def explain(values: flags.FlagValues) -> None:
@@ -324,7 +360,9 @@ def explain(values: flags.FlagValues) -> None:
         print(f"written to {_path(values.output)}")
 
 
-@command("workdir", "output", "checkpoint", "experiment", "verify", experiment=None)
+@command(
+    "workdir", "output", "checkpoint", "experiment", "verify", experiment=None, words="workdir"
+)
 def export(values: flags.FlagValues) -> None:
     """Writes the network as StableHLO, with its class names, for use without this project."""
     from cnn_jax.analysis import export as exporting
@@ -367,7 +405,17 @@ def reproduce(values: flags.FlagValues) -> int:
     return code
 
 
-@command("experiment", "set", "seeds", "workdir", "data_dir", "download", seeds=3, workdir=None)
+@command(
+    "experiment",
+    "set",
+    "seeds",
+    "workdir",
+    "data_dir",
+    "download",
+    seeds=3,
+    workdir=None,
+    words="experiment",
+)
 def sweep(values: flags.FlagValues) -> int:
     """Trains every combination of --set field=value,value over several seeds, and compares them."""
     from cnn_jax.config import experiment
@@ -377,3 +425,22 @@ def sweep(values: flags.FlagValues) -> int:
     return sweeps.sweep(
         values.experiment, values.set, values.seeds, workdir, values.data_dir, values.download
     )
+
+
+@command()
+def fields(values: flags.FlagValues) -> None:
+    """Shows every field of the configuration that --set can change."""
+    from cnn_jax.cli import tables
+    from cnn_jax.config import Config, DataConfig
+    from cnn_jax.config.types import described
+
+    tables.print_fields({"": described(Config), "data.": described(DataConfig)})
+
+
+@command("shell", words="shell")
+def completion(values: flags.FlagValues) -> None:
+    """Prints what makes bash or zsh complete commands, flags and experiments."""
+    from cnn_jax.cli.completion import script
+    from cnn_jax.config import experiment
+
+    print(script(values.shell, PROGRAM, COMMANDS, experiment.names()), end="")
