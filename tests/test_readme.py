@@ -24,7 +24,7 @@ from cnn_jax.studies.reproduce import plan
 from tests.quick import unoptimised
 from tests.tiny import REPOSITORY, make_examples
 
-FOLDERS = ("", "experiments", "cnn_jax/analysis", "cnn_jax/train", "cnn_jax/ops")
+FOLDERS = ("", "experiments", "cnn_jax", "cnn_jax/analysis", "cnn_jax/train", "cnn_jax/ops")
 PAGES = {folder: (REPOSITORY / folder / "README.md").read_text() for folder in FOLDERS}
 # Commands that take hours; of them everything is checked that is checked before the first step.
 CHECKED = {
@@ -224,6 +224,12 @@ def test_a_page_for_a_newcomer_is_short():
     picture = REPOSITORY / re.search(r"!\[.*\]\((.*)\)", PAGES[""])[1]
     assert picture.stat().st_size < 300_000
     assert f"--screenshot={picture.relative_to(REPOSITORY)}" in PAGES[""]  # what made it
+
+
+def test_every_folder_of_the_code_is_told_of():
+    rows = re.findall(r"^\| \[(\w+)\]", PAGES["cnn_jax"], re.MULTILINE)
+    folders = [path.parent.name for path in (REPOSITORY / "cnn_jax").glob("*/__init__.py")]
+    assert sorted(rows) == sorted(folders)
 
 
 def test_every_command_is_shown():
