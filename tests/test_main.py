@@ -134,7 +134,11 @@ MISTAKES = [  # command line, exit code, what is said
     ("train --experiment=own.py --workdir=gs://a/b", 2, "gs://a/b: must be a local or a mounted"),
     ("list --xyzzy", 2, "--xyzzy: list has no such flag; it has: --debug"),
     ("evaluate --workdir=x --set epochs=3", 2, "--set: evaluate has no such flag; "),
-    ("list own.py", 2, "own.py: unexpected; list takes no words and flags, which are written --name="),
+    (
+        "list own.py",
+        2,
+        "own.py: unexpected; list takes no words and flags, which are written --name=",
+    ),
     ("train --experiment=own.py epochs=3", 2, "epochs=3: unexpected"),
     ("train --experiment=own.py --set epochs 3", 2, "3: unexpected"),
     ("predict --workdir=x --images a.png b.png", 4, "workdir=x: no such folder"),
@@ -278,7 +282,7 @@ def test_exit_codes(kind, monkeypatch, caplog):
     expected = {
         "ConfigError": 2,
         "DataError": 3,
-        "CheckpointError": 4,
+        "WorkdirError": 4,
         "NotFiniteError": 5,
         "Preempted": 143,
     }
