@@ -86,11 +86,11 @@ def train(values: flags.FlagValues) -> None:
 
     with StopSignals():  # there is nothing to save: a signal ends the process at once
         from cnn_jax.config import experiment
-        from cnn_jax.train import loop, parallel
+        from cnn_jax.train import loop, parallel, processes
 
         config = experiment.load(values.experiment, values.set)
         if values.coordinator or values.processes != 1 or values.process:
-            parallel.start_processes(
+            processes.start_processes(
                 values.coordinator, values.processes, values.process, config.heartbeat_seconds
             )
         environment.check_devices()
@@ -101,7 +101,7 @@ def train(values: flags.FlagValues) -> None:
         return
     name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
-    with parallel.naming_the_lost():
+    with processes.naming_the_lost():
         lines = loop.train(
             config, workdir, name, values.data_dir, values.download, verify=values.verify
         )

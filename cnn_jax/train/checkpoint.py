@@ -34,7 +34,7 @@ import tensorstore
 
 from cnn_jax.common.errors import CheckpointError
 from cnn_jax.common.files import library_path
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.workdir import metrics
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Checkpoints:
         steps = set(self.steps())
         scores = {
             line["step"]: line["validation_accuracy"]
-            for line in workdirs.metrics(self.workdir)
+            for line in metrics(self.workdir)
             if line["step"] in steps and isinstance(line.get("validation_accuracy"), float)
         }
         return max(scores, key=scores.get) if scores else None

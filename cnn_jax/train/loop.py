@@ -26,11 +26,11 @@ from cnn_jax.config.validate import validate
 from cnn_jax.data import loader
 from cnn_jax.data.splits import Splits, check_splits, load_splits
 from cnn_jax.train import agreement, checkpoint, evaluation, optim, parallel, preprocess
-from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
 from cnn_jax.train.step import TrainState, empty_sums, init_state, train_step
+from cnn_jax.train.workdir import check_same_run, locked, metrics, prepare, write_config
 
 
 def train(
@@ -67,20 +67,20 @@ def train(
     agreement.check_program(config)
     workdir = Path(workdir).absolute()
     if parallel.is_main_process():
-        workdirs.prepare(workdir)
-    with StopSignals() as signals, workdirs.locked(workdir) as check_lock:
-        workdirs.check_same_run(workdir, config, metadata={})  # before time goes into the data
+        prepare(workdir)
+    with StopSignals() as signals, locked(workdir) as check_lock:
+        check_same_run(workdir, config, metadata={})  # before time goes into the data
         splits = splits or load_splits(config, data_dir, download)
         agreement.check_data(splits)
         metadata = check_splits(config, splits)
-        workdirs.check_same_run(workdir, config, metadata)
+        check_same_run(workdir, config, metadata)
         saver = Saver(config, workdir, len(splits.train), signals, check_lock)
         with _Run(config, mesh, splits, signals, saver) as run:
             saver.start(run.restore(verify))
             if parallel.is_main_process():
-                workdirs.write_config(workdir, config, experiment, metadata)
+                write_config(workdir, config, experiment, metadata)
             run.epochs()
-    return workdirs.metrics(workdir)
+    return metrics(workdir)
 
 
 class _Run:
@@ -127,7 +127,7 @@ class _Run:
         state = checkpoint.fill(jax.eval_shape(make), restored)
         self.state = parallel.replicate(state, self.mesh)
         self.epoch_seconds = restored.notes["epoch_seconds"]
-        lines = {line["step"] for line in workdirs.metrics(self.saver.folder)}
+        lines = {line["step"] for line in metrics(self.saver.folder)}
         ended = restored.step > 0 and restored.step % self.steps_per_epoch == 0
         self.line_is_missing = ended and restored.step not in lines
         self.reporter.progress.message(f"resumed from step {restored.step} of {self.saver.folder}")
@@ -229,7 +229,7 @@ class _Run:
         line = {}
         for name in ("validation", "test"):
             if (examples := getattr(self.splits, name)) is not None:
-                metrics = evaluation.evaluate_examples(
+                found = evaluation.evaluate_examples(
                     self.eval_step,
                     self.state.variables,
                     examples,
@@ -237,9 +237,9 @@ class _Run:
                     self.mesh,
                     before_each=self._stop_evaluating,
                 )
-                line |= {f"{name}_loss": metrics.loss, f"{name}_accuracy": metrics.accuracy}
+                line |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy}
         shape, step = self.splits.train.image_shape, int(self.state.step)
-        self.reporter.evaluated(metrics.confusion, self.state.params, shape, step)
+        self.reporter.evaluated(found.confusion, self.state.params, shape, step)
         return line
 
     def _stop_evaluating(self) -> None:

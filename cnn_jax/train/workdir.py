@@ -19,7 +19,7 @@ import jax
 
 from cnn_jax.common import cpu
 from cnn_jax.common.errors import CheckpointError, ConfigError
-from cnn_jax.common.files import library_path
+from cnn_jax.common.files import library_path, written
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
 from cnn_jax.config.serialize import changes, differences, to_json
 from cnn_jax.train import parallel
@@ -69,7 +69,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         return
     path = workdir / "lock"
     with contextlib.ExitStack() as stack:
-        with _written(path):
+        with written(path, CheckpointError):
             file = stack.enter_context(open(path, "ab+", buffering=0))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,7 +81,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
             ) from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be locked: {error.strerror}") from None
-        with _written(path):
+        with written(path, CheckpointError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
@@ -105,7 +105,7 @@ def write_config(workdir: Path, config: Config, experiment: str, metadata: dict)
     """
     saved = {"experiment": experiment, "config": to_json(config), **metadata, **machine()}
     path = workdir / "config.json"
-    with _written(path):
+    with written(path, CheckpointError):
         write_json(path, saved)
 
 
@@ -232,7 +232,7 @@ def keep_metrics_until(workdir: Path, step: int) -> None:
     """
     kept = [line for line in metrics(workdir) if line["step"] <= step]
     path = workdir / "metrics.jsonl"
-    with _written(path):
+    with written(path, CheckpointError):
         write_text(path, "".join(map(line_of, kept)))
 
 
@@ -243,7 +243,7 @@ def append_metrics(workdir: Path, line: dict[str, Any]) -> None:
       CheckpointError: it cannot be written.
     """
     path = workdir / "metrics.jsonl"
-    with _written(path), open(path, "a", encoding="utf-8") as file:
+    with written(path, CheckpointError), open(path, "a", encoding="utf-8") as file:
         file.write(line_of(line))
 
 
@@ -265,12 +265,3 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):  # a full disk: the half of it that was written
             scratch.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk, or a folder that is gone, into the error that says so."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error

@@ -18,6 +18,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models.layers import Conv, Dense, Flatten
 from cnn_jax.train import evaluation, loop, optim, parallel, step
+from cnn_jax.train.processes import start_processes
 from tests.networks import Small
 from tests.quick import noisy_state, unoptimised
 from tests.tiny import REPOSITORY, make_examples
@@ -212,7 +213,7 @@ def test_more_devices_than_there_are():
 )
 def test_flags_of_several_processes(coordinator, processes, process, said):
     with pytest.raises(ConfigError) as caught:
-        parallel.start_processes(coordinator, processes, process, 10)
+        start_processes(coordinator, processes, process, 10)
     assert str(caught.value).startswith(said)
 
 
