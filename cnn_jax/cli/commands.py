@@ -232,7 +232,12 @@ def _path(text: str) -> Path:
 
 
 def _is_run(text: str) -> bool:
-    return "://" not in text and (files.user_path(text) / "config.json").exists()
+    """Whether what may be an experiment or a workdir is a workdir, or a folder that is neither."""
+    from cnn_jax.config import experiment
+
+    folder = files.user_path(text)
+    is_folder = "://" not in text and folder.is_dir()
+    return is_folder and ((folder / "config.json").exists() or text not in experiment.names())
 
 
 def _load_run(values: flags.FlagValues):

@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from absl import flags
 
+from cnn_jax.analysis.explain.topics import OF_A_NETWORK, TOPICS
 from cnn_jax.cli.flags import FLAGS, Command
 from cnn_jax.common.errors import ConfigError
+
+SHELLS = ("bash", "zsh")
 
 # zsh reads a completion of bash through its own bashcompinit.
 _SCRIPT = """# Shell completion of cnn_jax. Put this line into ~/.{shell}rc:
@@ -44,12 +47,13 @@ def script(
     Raises:
       ConfigError: another shell.
     """
-    if shell not in ("bash", "zsh"):
+    if shell not in SHELLS:
         raise ConfigError(f"{shell}: must be bash or zsh")
+    known = {"experiment": experiments, "topic": (*TOPICS, OF_A_NETWORK), "shell": SHELLS}
     cases = []
     for name, command in commands.items():
         own = " ".join(f"--{flag}{'' if _is_switch(flag) else '='}" for flag in command.flags)
-        words = " ".join(experiments) if command.positional[:1] == ("experiment",) else ""
+        words = " ".join(known.get(command.positional[0], ()) if command.positional else ())
         cases.append(f"      {name}) flags={shlex.quote(own)} words={shlex.quote(words)} ;;")
     return _SCRIPT.format(
         shell=shell,

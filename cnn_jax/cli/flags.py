@@ -161,6 +161,8 @@ class Command:
         except flags.IllegalFlagValueError as error:  # "flag --top_k=x: ", then words of Python's
             given = str(error).removeprefix("flag ").partition(": ")[0]
             name = given.partition("=")[0].lstrip("-")
+            if "already defined" in str(error):
+                raise ConfigError(f"{given}: is given twice; leave one of the two out") from None
             allowed = FLAGS[name].allowed if name in FLAGS else "valid"
             raise ConfigError(f"{given}: must be {allowed}") from None
         except (flags.Error, ValueError) as error:  # ValueError: --nodry_run=3
@@ -204,10 +206,13 @@ class Command:
             return ConfigError(
                 f"--{flag}: is a field of the configuration; write --set {flag}=VALUE"
             )
-        near = difflib.get_close_matches(flag, self.flags, n=3, cutoff=0.5)
+        written = {name: f"--{name}" for name in self.flags}
+        if "set" in self.flags:
+            written = {f: f"--set {f}=VALUE" for f in Config.__dataclass_fields__} | written
+        near = difflib.get_close_matches(flag, written, n=3, cutoff=0.6)
         return ConfigError(
             f"--{flag}: {self.name} has no such flag; {'nearest' if near else 'it has'}: "
-            + ", ".join(f"--{name}" for name in near or self.flags)
+            + ", ".join(written[name] for name in near or self.flags)
         )
 
     def usage(self) -> str:
@@ -229,6 +234,8 @@ class Command:
             flag = FLAGS[name]
             define = flags.DEFINE_multi_string if default is SEVERAL else flag.define
             options = {} if flag.least is None else {"lower_bound": flag.least}
+            if define is not flags.DEFINE_multi_string:
+                options["allow_overwrite"] = False  # given twice, one of the two would be lost
             default = None if default in (REQUIRED, SEVERAL) else default
             define(name, default, flag.help, flag_values=values, **options)
         return values

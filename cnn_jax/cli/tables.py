@@ -23,9 +23,8 @@ class _Console(rich.console.Console):
 
 
 def _console() -> rich.console.Console:
-    console = _Console(highlight=False)
-    # A pipe or a log has no width; 80 columns would cut the names short.
-    return console if console.is_terminal else _Console(highlight=False, width=120)
+    """A console as wide as the longest line: the terminal may wrap a row, but no digit is cut off."""
+    return _Console(highlight=False, width=1000)
 
 
 def _table(*columns: str, left: int = 1) -> rich.table.Table:
@@ -100,7 +99,10 @@ def print_fields(parts: Mapping[str, Sequence[Description]]) -> None:
     for prefix, fields in parts.items():
         for field in fields:
             table.add_row(prefix + field.name, _default(field), field.allowed, field.help)
-    _console().print(table)
+    console = _Console(highlight=False)
+    # A pipe or a log has no width; narrower than this, the sentences would be columns of single words.
+    width = max(console.width, 100) if console.is_terminal else 120
+    _Console(highlight=False, width=width).print(table)
 
 
 def _default(field: Description) -> str:

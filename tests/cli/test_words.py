@@ -64,6 +64,13 @@ def test_words_stand_for_flags(line, expected):
         ("benchmark --seconds=x", "--seconds=x: must be a number"),
         ("tarin quickstart", "tarin: no such command; nearest: train"),
         ("train quickstart --wrokdir=x", "--wrokdir: train has no such flag; nearest: --workdir"),
+        (
+            "train quickstart --epoch=3",
+            "--epoch: train has no such flag; nearest: --set epochs=VALUE",
+        ),
+        ("train quickstart --workdir=a --workdir=b", "--workdir=b: is given twice; leave one"),
+        ("train quickstart --dry_run --nodry_run", "--dry_run=false: is given twice; leave one"),
+        ("predict x y --top_k=1 --top_k=1", "--top_k=1: is given twice; leave one"),
         ("train quickstart --epochs=3", "--epochs: is a field of the configuration; write --set"),
     ],
 )
@@ -88,6 +95,8 @@ def test_help_names_the_words():
         ("./launch.sh train --dr", {"--dry_run"}),
         ("./launch.sh train --work", {"--workdir="}),
         ("cnn_jax report pyproj", {"pyproject.toml"}),
+        ("cnn_jax explain p", {"pool", "padding", "parameters", "pyproject.toml"}),
+        ("cnn_jax completion z", {"zsh"}),
     ],
 )
 def test_a_shell_completes_commands_flags_experiments_and_files(tmp_path, shell, line, expected):

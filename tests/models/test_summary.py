@@ -209,3 +209,14 @@ def test_a_table_is_not_cut_short_in_a_pipe(capsys):
     output = capsys.readouterr().out
     assert "…" not in output
     assert "ConvGroup_2/BatchNorm_1" in output
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "200"])
+def test_a_narrow_terminal_cuts_no_digit(columns, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Rich takes this for a terminal, of COLUMNS
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main.main(["summary", "quickstart", "--input_size=28x28x1"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"MaxPool_0 +MaxPool 2x2 +14x14x6 ", output)
+    assert "235,200" in output
+    assert "…" not in output
