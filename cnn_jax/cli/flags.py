@@ -79,7 +79,6 @@ FLAGS = {
         flags.DEFINE_integer,
         None,
         "how many classes to name for each image; default 3, or all if there are fewer",
-        least=1,
     ),
     "output": Flag(flags.DEFINE_string, None, "where to write"),
     "input_size": Flag(
@@ -113,16 +112,14 @@ FLAGS = {
     "topic": Flag(
         flags.DEFINE_string, REQUIRED, "conv, pool, padding, dense, parameters or receptive_field"
     ),
-    "size": Flag(flags.DEFINE_integer, None, "height and width of the data", least=1),
-    "kernel": Flag(
-        flags.DEFINE_integer, None, "height and width of the kernel, or of the pooling", least=1
-    ),
-    "stride": Flag(flags.DEFINE_integer, None, "pixels from one window to the next", least=1),
+    "size": Flag(flags.DEFINE_integer, None, "height and width of the data"),
+    "kernel": Flag(flags.DEFINE_integer, None, "height and width of the kernel, or of the pooling"),
+    "stride": Flag(flags.DEFINE_integer, None, "pixels from one window to the next"),
     "padding": Flag(flags.DEFINE_string, None, "same, valid, or how many zeros on each side"),
     "channels": Flag(
-        flags.DEFINE_integer, None, "channels of the data, or inputs of a dense layer", least=1
+        flags.DEFINE_integer, None, "channels of the data, or inputs of a dense layer"
     ),
-    "filters": Flag(flags.DEFINE_integer, None, "filters, or outputs of a dense layer", least=1),
+    "filters": Flag(flags.DEFINE_integer, None, "filters, or outputs of a dense layer"),
     "debug": Flag(flags.DEFINE_bool, False, "shows the traceback of an error"),
     "shell": Flag(flags.DEFINE_string, REQUIRED, "bash or zsh"),
 }
