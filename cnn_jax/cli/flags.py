@@ -28,13 +28,13 @@ class Flag:
     help: str
     least: int | None = None
 
-    @property
-    def allowed(self) -> str:
-        """What `define` takes, in words."""
+    def allowed(self, text: str) -> str:
+        """What the flag must be where it is refused as `text`, in words."""
         if self.define is flags.DEFINE_bool:
             return "true or false"
-        kind = "a whole number" if self.define is flags.DEFINE_integer else "a number"
-        return kind if self.least is None else f"{kind}, at least {self.least}"
+        if self.least is not None and text.lstrip("-").isdecimal():
+            return f"at least {self.least}"
+        return "a whole number" if self.define is flags.DEFINE_integer else "a number"
 
     @property
     def is_list(self) -> bool:
@@ -79,7 +79,6 @@ FLAGS = {
         flags.DEFINE_integer,
         None,
         "how many classes to name for each image; default 3, or all if there are fewer",
-        least=1,
     ),
     "output": Flag(flags.DEFINE_string, None, "where to write"),
     "input_size": Flag(
@@ -113,16 +112,14 @@ FLAGS = {
     "topic": Flag(
         flags.DEFINE_string, REQUIRED, "conv, pool, padding, dense, parameters or receptive_field"
     ),
-    "size": Flag(flags.DEFINE_integer, None, "height and width of the data", least=1),
-    "kernel": Flag(
-        flags.DEFINE_integer, None, "height and width of the kernel, or of the pooling", least=1
-    ),
-    "stride": Flag(flags.DEFINE_integer, None, "pixels from one window to the next", least=1),
+    "size": Flag(flags.DEFINE_integer, None, "height and width of the data"),
+    "kernel": Flag(flags.DEFINE_integer, None, "height and width of the kernel, or of the pooling"),
+    "stride": Flag(flags.DEFINE_integer, None, "pixels from one window to the next"),
     "padding": Flag(flags.DEFINE_string, None, "same, valid, or how many zeros on each side"),
     "channels": Flag(
-        flags.DEFINE_integer, None, "channels of the data, or inputs of a dense layer", least=1
+        flags.DEFINE_integer, None, "channels of the data, or inputs of a dense layer"
     ),
-    "filters": Flag(flags.DEFINE_integer, None, "filters, or outputs of a dense layer", least=1),
+    "filters": Flag(flags.DEFINE_integer, None, "filters, or outputs of a dense layer"),
     "debug": Flag(flags.DEFINE_bool, False, "shows the traceback of an error"),
     "shell": Flag(flags.DEFINE_string, REQUIRED, "bash or zsh"),
 }
@@ -160,10 +157,10 @@ class Command:
             raise self._unknown(error.flagname) from None
         except flags.IllegalFlagValueError as error:  # "flag --top_k=x: ", then words of Python's
             given = str(error).removeprefix("flag ").partition(": ")[0]
-            name = given.partition("=")[0].lstrip("-")
+            name, _, text = given.lstrip("-").partition("=")
             if "already defined" in str(error):
                 raise ConfigError(f"{given}: is given twice; leave one of the two out") from None
-            allowed = FLAGS[name].allowed if name in FLAGS else "valid"
+            allowed = FLAGS[name].allowed(text) if name in FLAGS else "valid"
             raise ConfigError(f"{given}: must be {allowed}") from None
         except (flags.Error, ValueError) as error:  # ValueError: --nodry_run=3
             raise ConfigError(str(error)) from None

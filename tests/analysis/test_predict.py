@@ -510,8 +510,8 @@ def test_what_the_command_refuses(workdir, tmp_path, caplog, flag, code, message
     (tmp_path / "nothing").mkdir()
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken" / "predictions.csv").mkdir(parents=True)
-    flags = [f"--workdir={workdir}", f"--output={tmp_path}/out"]
-    flags += [] if flag.startswith("--images") else [f"--images={tmp_path}/images"]
+    flags = [f"--workdir={workdir}", f"--output={tmp_path}/out", f"--images={tmp_path}/images"]
+    flags = [usual for usual in flags if usual.partition("=")[0] != flag.partition("=")[0]]
     assert command(*flags, flag.format(tmp_path)) == code
     (line,) = said(caplog)
     assert line.startswith("error: " + message.replace("{}", str(tmp_path)))

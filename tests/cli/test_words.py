@@ -59,8 +59,8 @@ def test_words_stand_for_flags(line, expected):
             "quickstart: unexpected; train takes EXPERIMENT and flags, which are written --name=value; "
             "--experiment=x is given",
         ),
-        ("sweep quickstart --seeds=0", "--seeds=0: must be a whole number, at least 1"),
-        ("explain conv --size=x", "--size=x: must be a whole number, at least 1"),
+        ("sweep quickstart --seeds=0", "--seeds=0: must be at least 1"),
+        ("explain conv --size=x", "--size=x: must be a whole number"),
         ("benchmark --seconds=x", "--seconds=x: must be a number"),
         ("tarin quickstart", "tarin: no such command; nearest: train"),
         ("train quickstart --wrokdir=x", "--wrokdir: train has no such flag; nearest: --workdir"),

@@ -256,7 +256,7 @@ def test_what_is_printed(capsys):
             "lenet",
             "lenet: nothing to explain; there are conv, pool, padding, dense, parameters, rec",
         ),
-        ("conv 3", "3: unexpected; flags are written --name=value"),
+        ("conv 3", "3: unexpected; explain takes TOPIC and flags, which are written --name="),
         ("conv --size=0", "--size=0: must be from 1 to 12"),
         ("conv --size=13", "--size=13: must be from 1 to 12"),
         ("conv --size=big", "--size=big: must be a whole number"),
