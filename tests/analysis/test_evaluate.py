@@ -306,7 +306,7 @@ def test_another_dataset(monkeypatch, workdir, trained):
 
 def test_another_dataset_with_fewer_classes(monkeypatch, workdir):
     few = make_examples(30)
-    others(monkeypatch, InMemory(few.image, few.label % 3, ("x", "y", "z")))
+    others(monkeypatch, InMemory(few.image, few.label % 3, CLASS_NAMES[:3]))
     assert command(f"--workdir={workdir}", "--dataset=other") == 0
     assert np.array(written(workdir)["confusion_matrix"])[3:].sum() == 0
 
@@ -458,7 +458,9 @@ def test_a_dataset_whose_images_differ_in_size_is_resized_to_the_trainings(
 ):
     """evaluate has no --set data.image_size to advise."""
     images = [np.full((*size, 1), 100, np.uint8) for size in sizes]
-    write_pictures(tmp_path, [encode(image) for image in images], (None, None, 1))
+    write_pictures(
+        tmp_path, [encode(image) for image in images], (None, None, 1), names=CLASS_NAMES[:3]
+    )
     flags = f"--workdir={trained[0]}", "--dataset=pictures", "--split=train[:2]"
     output = tmp_path / "out"
     assert command(*flags, f"--data_dir={tmp_path}", f"--output={output}") == 0

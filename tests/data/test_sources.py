@@ -70,7 +70,11 @@ def write_dataset(
 
 
 def write_pictures(
-    folder: Path, images: list[bytes], shape: tuple = (8, 6, 1), shards: int = 1
+    folder: Path,
+    images: list[bytes],
+    shape: tuple = (8, 6, 1),
+    shards: int = 1,
+    names: tuple[str, ...] = NAMES,
 ) -> Path:
     """`pictures` of these images, labelled 0, 1, 2, 0, ... in their order.
 
@@ -78,9 +82,9 @@ def write_pictures(
     """
     features = {
         "image": tfds.features.Image(shape=shape),
-        "label": tfds.features.ClassLabel(names=NAMES),
+        "label": tfds.features.ClassLabel(names=names),
     }
-    labels = [i % len(NAMES) for i in range(len(images))]
+    labels = [i % len(names) for i in range(len(images))]
     records = [{"image": io.BytesIO(x), "label": k} for x, k in zip(images, labels, strict=True)]
     files = write_dataset(folder, records, features, shards, ("image", "label"))
     start = 0
