@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what is missing (.venv beside this file), then hands over to Python; ./launch.sh --help tells how.
+# Makes .venv beside this file if it is missing or outdated, then starts Python; see --help.
 set -euo pipefail
 
 usage() {
@@ -23,12 +23,13 @@ die() { say "${@:2}" && exit "$1"; }
 root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 venv=$root/.venv
 stamp=$venv/.cnn_jax-ready        # written when a set-up has succeeded
-unready=$venv/.cnn_jax-unready    # stands there from a set-up's first step to its last
-log=$root/.venv-setup.log         # what the last set-up printed; also the lock
+unready=$venv/.cnn_jax-unready    # exists while a set-up is incomplete
+log=$root/.venv-setup.log         # output of the last set-up; also the lock file
 allowed="CPython 3.11 to 3.14 with venv and ensurepip"
 child='' why='' asked_platform=${CNN_JAX_PLATFORM:-} asked_python='' asked_options=''
 
-# Is .venv what is asked for? Every call asks, so: one cksum and no Python. Sets was_root and so on from the stamp.
+# Succeeds if .venv is as requested; sets was_root etc. from the stamp. Runs in every call, so it
+# starts no Python.
 is_ready() {
   local name installed=("$venv"/lib/python3*/site-packages/cnn_jax-*.dist-info)
   was_root='' was_python='' was_platform='' was_options='' was_sources=''
@@ -39,8 +40,8 @@ is_ready() {
     [ "${asked_python:-$was_python}" = "$was_python" ]
 }
 
-# Succeeds, with python_version and base_python (not of a virtual environment) set, where $1 can make .venv; else says why
-# not in refusal. It runs $1: pyenv's shims may have nothing behind them.
+# Succeeds if $1 can make .venv, and sets python_version and base_python (not of a virtual
+# environment); else sets refusal. It runs $1, because a pyenv shim may have no Python behind it.
 probe_python() {
   local kind answer has_venv=true
   answer=$(timeout 60 "$1" -c 'import sys
@@ -56,7 +57,7 @@ import ensurepip, venv' 2>/dev/null </dev/null) || has_venv=false
   $has_venv
 }
 
-# Sets python, python_version and base_python, or ends with exit code 2. 3.14 comes late: the tests have not run on it.
+# Sets python, python_version and base_python, or exits with 2. 3.14 comes late: it is not tested.
 find_python() {
   local name refusals='' pyenv=${PYENV_ROOT:-${HOME:-}/.pyenv}/versions
   local uv=${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-${HOME:-}/.local/share}/uv/python}
@@ -75,10 +76,11 @@ find_python() {
   die 2 "found no $allowed on PATH or in pyenv's or uv's folder; install one or name it in PYTHON$refusals"
 }
 
-# The smallest value among the GPUs. A broken driver can hang nvidia-smi.
+# The smallest value of all GPUs. The time limit: a broken driver can hang nvidia-smi.
 smi() { timeout 30 nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | LC_ALL=C sort -n | head -n 1 || true; }
 
-# Sets platform, and why: $1, that of .venv, if that is what is asked for. What CUDA needs: docs.jax.dev, Installation.
+# Sets platform and why. Keeps $1, the platform of .venv, if it fits the request. CUDA's
+# requirements are from docs.jax.dev, Installation.
 choose_platform() {
   local driver gpu
   platform=$1 why="as before"
@@ -106,8 +108,9 @@ choose_platform() {
   fi
 }
 
-# Runs a command of the set-up from the repository: in the background, so that a signal ends it at once, and as a process
-# group (set -m), so that it ends with all it started. It inherits the lock and so keeps it should this script be killed.
+# Runs a command of the set-up in the repository: in the background, so that a signal ends it at
+# once, and as a process group (set -m), so that its children end too. It inherits the lock, and so
+# keeps it if this script is killed.
 run_logged() {
   set -m
   (cd -- "$root" && exec "$@") >>"$log" 2>&1 </dev/null &
@@ -121,7 +124,7 @@ cut_short() {
   die "$1" "the set-up was cut short; the next call starts it again"
 }
 
-# Why .venv has to be made anew before anything is installed into it; prints nothing where it can stay.
+# Prints why .venv must be made again before an installation; prints nothing if it can stay.
 reason_to_rebuild() {
   if [ ! -d "$venv" ]; then echo "there is none"
   elif [ -e "$unready" ]; then echo "its last set-up did not finish"
@@ -139,11 +142,11 @@ make_venv() {
   mkdir -p "$venv"
   : >"$unready"
   rm -f "$stamp"
-  find "$venv/" -mindepth 1 ! -name "${unready##*/}" -delete # not the folder: it may be a link to a larger disk
+  find "$venv/" -mindepth 1 ! -name "${unready##*/}" -delete # $venv may be a link
   run_logged "$base_python" -m venv "$venv" || die 1 "$base_python could not make $venv (exit $?); see $log"
 }
 
-# Installs into .venv what is asked for beside what is there.
+# Installs the requested options into .venv, beside those that it has.
 install() {
   local options=$was_options extras='' pip=(-m pip install) name reason status=0
   [ -n "$why" ] || choose_platform "$was_platform"
@@ -151,12 +154,12 @@ install() {
   for name in $options ${platform#cpu}; do [ "$name" = pinned ] || extras=${extras:+$extras,}$name; done
   python=${asked_python:-$was_python} reason=$(reason_to_rebuild)
   [ -z "$reason" ] || make_venv "$reason"
-  # The old stamp waits in $unready: it holds again where pip gives up before it has changed anything.
+  # $unready keeps the old stamp, which is restored if pip fails.
   if [ -e "$stamp" ]; then mv -f "$stamp" "$unready"; else : >>"$unready"; fi
   say "installing cnn_jax for $platform ($why)${options:+, $options}; a first set-up takes a minute or two"
   [[ " $options " != *" pinned "* ]] || pip+=(--constraint .ci/constraints.txt)
-  # Modules are compiled when they are first imported, which halves the time of a set-up. The tests take warnings for
-  # errors, so for them all are compiled now: compilers warn.
+  # Modules are compiled at their first import, which halves the time of a set-up. For the tests,
+  # all are compiled below: compilation can warn, and the tests treat warnings as errors.
   pip+=(--no-compile --no-input --disable-pip-version-check --editable ".${extras:+[$extras]}")
   run_logged "$venv/bin/python" "${pip[@]}" || status=$?
   if [ "$status" -ne 0 ]; then
@@ -168,7 +171,7 @@ install() {
   mv -f "$unready" "$stamp"
 }
 
-# One at a time; descriptor 9 is the lock.
+# One set-up at a time; file descriptor 9 holds the lock.
 set_up() {
   local started=$SECONDS
   [ -w "$root" ] || die 1 "cannot write to $root, where .venv belongs"
@@ -229,11 +232,12 @@ case $command in
 esac
 
 is_ready || set_up
-# The program calls it to add TensorFlow, once.
+# The program calls this script, once, to add TensorFlow.
 [[ " $asked_options " == *" prepare "* ]] || export CNN_JAX_LAUNCHER=$root/launch.sh
 [ $# -gt 0 ] || set -- train --experiment=quickstart
-# -P: the folder it is called from may hold a cnn_jax or jax.py of its own.
+# -P: ignores a cnn_jax or jax.py in the working directory.
 run=("$venv/bin/python" -P -m cnn_jax.main "$@")
-# While Python starts, Ctrl-C would be a traceback. Held back, it comes when cnn_jax.main is ready for it; only GNU's env can.
+# Ctrl-C while Python starts would print a traceback. GNU's env can block it until cnn_jax.main is
+# ready to handle it.
 ! env --block-signal=INT true 2>/dev/null || run=(env --block-signal=INT "${run[@]}")
 exec "${run[@]}"

@@ -16,17 +16,17 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(*names: str, words: str = "", **defaults: object) -> Callable:
-    """Registers a function as the command of its name.
+    """Registers a function as a command with the function's name.
 
     Args:
       *names: its flags.
-      words: those whose values may stand alone behind the command's name, in this order.
+      words: the flags whose values may follow the command without --name=, in this order.
       **defaults: defaults that differ from those in FLAGS.
     """
 
     def register(run: Callable) -> Callable:
         own = {name: defaults.get(name, FLAGS[name].default) for name in (*names, "debug")}
-        name = run.__name__.rstrip("_")  # list_, which would hide Python's list
+        name = run.__name__.rstrip("_")  # list_: the name list would hide Python's list
         COMMANDS[name] = Command(name, run, own, tuple(words.split()))
         return run
 
@@ -84,7 +84,7 @@ def train(values: flags.FlagValues) -> None:
     """Trains an experiment, going on where an earlier call stopped."""
     from cnn_jax.train.signals import StopSignals
 
-    with StopSignals():  # there is nothing to save: a signal ends the process at once
+    with StopSignals():  # nothing to save yet: a signal ends the process at once
         from cnn_jax.config import experiment
         from cnn_jax.train import loop, parallel, processes
 
@@ -232,7 +232,7 @@ def _path(text: str) -> Path:
 
 
 def _is_run(text: str) -> bool:
-    """Whether what may be an experiment or a workdir is a workdir, or a folder that is neither."""
+    """Whether `text` is a workdir, or a folder that is not an experiment."""
     from cnn_jax.config import experiment
 
     folder = files.user_path(text)
@@ -241,7 +241,7 @@ def _is_run(text: str) -> bool:
 
 
 def _load_run(values: flags.FlagValues):
-    """The run of --workdir; --experiment is needed only for a model of the user's own."""
+    """The run of --workdir; --experiment is needed only for a user-defined model."""
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.config import experiment
 

@@ -1,4 +1,4 @@
-"""What makes bash and zsh complete the commands, their flags and the experiments."""
+"""The script with which bash and zsh complete commands, flags and experiments."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from cnn_jax.common.errors import ConfigError
 
 SHELLS = ("bash", "zsh")
 
-# zsh reads a completion of bash through its own bashcompinit.
+# zsh loads completions of bash with its bashcompinit.
 _SCRIPT = """# Shell completion of cnn_jax. Put this line into ~/.{shell}rc:
 #   source <({program} completion {shell})
 {head}_cnn_jax() {{
@@ -36,16 +36,16 @@ complete -o nosort -o filenames -F _cnn_jax cnn_jax launch.sh ./launch.sh
 def script(
     shell: str, program: str, commands: Mapping[str, Command], experiments: Sequence[str]
 ) -> str:
-    """The text that a shell is to read.
+    """The completion script for a shell.
 
     Args:
       shell: "bash" or "zsh".
-      program: how its user starts it.
+      program: the command that starts the program.
       commands: by name.
       experiments: the names that --experiment takes.
 
     Raises:
-      ConfigError: another shell.
+      ConfigError: `shell` is neither.
     """
     if shell not in SHELLS:
         raise ConfigError(f"{shell}: must be bash or zsh")

@@ -1,4 +1,4 @@
-"""Every flag there is, and the reading of a command's flags from the command line."""
+"""The table of all flags, and the parsing of a command's flags."""
 
 import dataclasses
 import difflib
@@ -14,11 +14,12 @@ REQUIRED, SEVERAL = object(), object()
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag as a command may have it.
+    """A flag that commands can have.
 
     Attributes:
       define: absl's function for its type.
-      default: REQUIRED where there is none; SEVERAL, of a command's own, also takes it more than once.
+      default: REQUIRED if the flag must be given. A command's own default can be SEVERAL: the flag
+        must be given, and can be repeated.
       help: one line.
       least: the smallest number that is allowed.
     """
@@ -29,7 +30,7 @@ class Flag:
     least: int | None = None
 
     def allowed(self, text: str) -> str:
-        """What the flag must be where it is refused as `text`, in words."""
+        """In words, the values that are allowed, for an error that refuses `text`."""
         if self.define is flags.DEFINE_bool:
             return "true or false"
         if self.least is not None and text.lstrip("-").isdecimal():
@@ -127,11 +128,11 @@ FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command: what it is called, what it does, and its flags with their own defaults.
+    """A command: its name, its function, and its flags with their defaults for this command.
 
     Attributes:
-      positional: the flags whose values may stand alone behind the command's name, in their order. The
-        last one takes all that is left where it takes several.
+      positional: the flags whose values may follow the command without --name=, in this order. The
+        last one takes all remaining values if it can be repeated.
     """
 
     name: str
@@ -155,7 +156,7 @@ class Command:
             alone = values([self.name, *arguments])[1:]
         except flags.UnrecognizedFlagError as error:
             raise self._unknown(error.flagname) from None
-        except flags.IllegalFlagValueError as error:  # "flag --top_k=x: ", then words of Python's
+        except flags.IllegalFlagValueError as error:  # "flag --top_k=x: " and Python's reason
             given = str(error).removeprefix("flag ").partition(": ")[0]
             name, _, text = given.lstrip("-").partition("=")
             if "already defined" in str(error):
@@ -174,7 +175,7 @@ class Command:
         return values
 
     def _assign(self, values: flags.FlagValues, alone: Sequence[str]) -> None:
-        """Gives the words that stand alone to the flags that they stand for."""
+        """Assigns the values without --name= to the positional flags."""
         left = list(alone)
         for flag in self.positional:
             if not left:
@@ -197,7 +198,7 @@ class Command:
         return self.flags[flag] is SEVERAL or FLAGS[flag].is_list
 
     def _unknown(self, flag: str) -> ConfigError:
-        from cnn_jax.config import Config  # Flax and Optax, half a second
+        from cnn_jax.config import Config  # imports Flax and Optax: half a second
 
         if "set" in self.flags and flag in Config.__dataclass_fields__:
             return ConfigError(
@@ -232,7 +233,7 @@ class Command:
             define = flags.DEFINE_multi_string if default is SEVERAL else flag.define
             options = {} if flag.least is None else {"lower_bound": flag.least}
             if define is not flags.DEFINE_multi_string:
-                options["allow_overwrite"] = False  # given twice, one of the two would be lost
+                options["allow_overwrite"] = False  # refuses a repeated flag
             default = None if default in (REQUIRED, SEVERAL) else default
             define(name, default, flag.help, flag_values=values, **options)
         return values

@@ -19,16 +19,16 @@ from cnn_jax.models.summary import Summary
 
 class _Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
-        raise  # main.py answers it; rich would exit with 1
+        raise  # main.py handles it; rich would exit with 1
 
 
 def _console() -> rich.console.Console:
-    """A console as wide as the longest line: the terminal may wrap a row, but no digit is cut off."""
+    """A console wider than any line: the terminal can wrap a row, but no digit is cut off."""
     return _Console(highlight=False, width=1000)
 
 
 def _table(*columns: str, left: int = 1) -> rich.table.Table:
-    """A plain table: the first `left` columns to the left, the others to the right."""
+    """A plain table: the first `left` columns are aligned left, the others right."""
     table = rich.table.Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < left else "right", no_wrap=True)
@@ -36,11 +36,11 @@ def _table(*columns: str, left: int = 1) -> rich.table.Table:
 
 
 def print_evaluation(report: dict) -> None:
-    """The content of evaluation.json: the figures, accuracy a class, the confusion matrix."""
+    """Prints evaluation.json: the metrics, accuracy per class, the confusion matrix."""
     names = [*report["class_accuracy"]]
     matrix = report["confusion_matrix"]
     table = _table("class", "accuracy", "examples", *(f"-> {i}" for i in range(len(names))))
-    if len(names) > 20:  # a wider matrix is for evaluation.json
+    if len(names) > 20:  # too wide; evaluation.json has the matrix
         table = _table("class", "accuracy", "examples")
     for i, (name, accuracy) in enumerate(report["class_accuracy"].items()):
         shown = "-" if accuracy is None else f"{accuracy:.4f}"
@@ -58,7 +58,7 @@ def print_evaluation(report: dict) -> None:
 
 
 def print_predictions(predictions: list[Prediction]) -> None:
-    """A line an image: the classes with their probabilities."""
+    """Prints one line per image: the classes with their probabilities."""
     table = _table("file", *(str(i + 1) for i in range(len(predictions[0].classes))))
     for prediction in predictions:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
@@ -68,7 +68,7 @@ def print_predictions(predictions: list[Prediction]) -> None:
 
 
 def print_summary(summary: Summary) -> None:
-    """Layers, output shapes, parameters and FLOPs, with their totals."""
+    """Prints layers, output shapes, parameters, FLOPs and receptive fields, with totals."""
     columns = ("layer", "kind", "output", "parameters", "FLOPs", "sees", "step", "from")
     table = _table(*columns, left=2)
     for layer in summary.layers:
@@ -90,7 +90,7 @@ def print_summary(summary: Summary) -> None:
 
 
 def print_fields(parts: Mapping[str, Sequence[Description]]) -> None:
-    """Each field's name, default, range and meaning; `parts` has a prefix for each record."""
+    """Prints each field's name, default, range and meaning; `parts` maps a prefix to its fields."""
     table = rich.table.Table(box=None, pad_edge=False)
     table.add_column("field", no_wrap=True)
     table.add_column("default", no_wrap=True)
@@ -100,7 +100,7 @@ def print_fields(parts: Mapping[str, Sequence[Description]]) -> None:
         for field in fields:
             table.add_row(prefix + field.name, _default(field), field.allowed, field.help)
     console = _Console(highlight=False)
-    # A pipe or a log has no width; narrower than this, the sentences would be columns of single words.
+    # A pipe or a log has no width. In a narrower table, each line of text would hold one word.
     width = max(console.width, 100) if console.is_terminal else 120
     _Console(highlight=False, width=width).print(table)
 
@@ -121,7 +121,7 @@ def _default(field: Description) -> str:
 
 
 def print_conversion(made: Converted) -> None:
-    """What became of the kernels, and how equal the two networks are."""
+    """Prints the converted kernels, and how much the two networks differ."""
     table = _table("layer", "is now", "dense kernel", "convolution's kernel", left=2)
     for name, before, after in made.kernels:
         shapes = ("x".join(map(str, shape)) for shape in (before, after))
@@ -140,7 +140,7 @@ def print_conversion(made: Converted) -> None:
 
 
 def print_class_map(report: dict) -> None:
-    """What class_map.json says, in sentences."""
+    """Prints the content of class_map.json in sentences."""
     model, side = report["model"], report["canvas"]
     scores, window = ("x".join(map(str, report[name])) for name in ("scores", "window"))
     stride = "x".join(map(str, dict.fromkeys(report["stride"])))
@@ -166,7 +166,7 @@ def print_class_map(report: dict) -> None:
 
 
 def print_explanation(explanation: Explanation) -> None:
-    """The title, the grids beside each other, the table, the arithmetic."""
+    """Prints the title, the grids side by side, the table, the arithmetic."""
     console = _console()
     console.print(rich.text.Text(explanation.title, "bold"), soft_wrap=True)
     for row in explanation.rows:
@@ -189,7 +189,7 @@ def print_explanation(explanation: Explanation) -> None:
 
 
 def _numbers(grid: Grid) -> rich.text.Text:
-    """A grid as lines of text: what is marked in bold, padding dimmed."""
+    """A grid as lines of text: marked numbers are bold, padding is dimmed."""
     cells = np.vectorize(lambda value: f"{value:g}")(grid.values)
     width = max(map(len, cells.ravel()))
     text = rich.text.Text(grid.title)

@@ -1,1 +1,1 @@
-"""What every other part uses: errors, files, images, caches."""
+"""Code that every other package uses: errors, files, images, caches."""

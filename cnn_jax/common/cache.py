@@ -1,7 +1,7 @@
-"""Where results that can be made again are kept between runs: decoded datasets, compiled programs.
+"""The cache of results that can be computed again: decoded datasets, compiled programs.
 
-CNN_JAX_CACHE_DIR names the folder, by default ~/.cache/cnn_jax (XDG_CACHE_HOME is honoured);
-CNN_JAX_CACHE=off writes and reads nothing but the embedded dataset.
+CNN_JAX_CACHE_DIR names the folder; the default is ~/.cache/cnn_jax, or XDG_CACHE_HOME/cnn_jax. With
+CNN_JAX_CACHE=off, only the embedded dataset is written and read.
 """
 
 import contextlib
@@ -37,25 +37,25 @@ def cache_enabled() -> bool:
 def enable_compilation_cache() -> None:
     """Lets JAX keep compiled programs between runs. Call it before the first JAX computation.
 
-    The folder is named after the processor: a program compiled for AVX-512 and read on a machine
-    without it, from a shared home, would crash or run wrongly.
+    Each type of processor has its own folder, because machines can share a home folder: a program
+    compiled for AVX-512 would crash or run wrongly on a machine without it.
     """
     if not cache_enabled() or jax.config.jax_compilation_cache_dir:
         return
     machine = hashlib.sha256(cpu.identity().encode()).hexdigest()[:12]
     folder = cache_dir() / "compiled" / f"jaxlib-{jaxlib.__version__}-{machine}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Small networks compile in less than the default of one second, several times a run.
+    # The default minimum is one second; small networks compile faster, but several times a run.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     warnings.showwarning = _Mending(folder, warnings.showwarning)
 
 
 class _Mending:
-    """Shows JAX's warnings of the compilation cache in `folder` as one line, and mends the cache.
+    """Shows JAX's warnings about the compilation cache in `folder` as one line; repairs the cache.
 
-    JAX leaves an entry that it cannot read where it is, and warns of it at every start. Removed, it is
-    written anew. The warning holds the name of the program, with which the names of its entries begin.
+    JAX keeps an entry that it cannot read, and warns about it at every start. JAX writes the entry
+    again if it is removed. The warning names the program, and its entries' names begin with that.
     """
 
     def __init__(self, folder: Path, show: Callable[..., None]):

@@ -1,4 +1,4 @@
-"""The processor: its name for tables and records, its instruction sets, the cores we may use."""
+"""The processor: its name for tables and records, its instruction sets, the usable cores."""
 
 import os
 import platform
@@ -8,14 +8,14 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def cores() -> int:
-    """How many cores this process may use, which taskset and batch systems make fewer than all."""
+    """How many cores this process may use; taskset and batch systems can limit them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def features() -> set[str]:
-    """Its instruction sets, in the kernel's names; empty where the kernel does not tell."""
+    """Its instruction sets, by the kernel's names; empty if the kernel does not list them."""
     lines = _cpuinfo()
     return {
         word for line in lines if line.startswith(("flags", "Features")) for word in line.split()
@@ -23,14 +23,14 @@ def features() -> set[str]:
 
 
 def identity() -> str:
-    """What must be equal for a compiled program to run: name and instruction sets."""
+    """Name and instruction sets, which must be equal for a compiled program to run."""
     keys = ("model name", "flags", "Features", "CPU part")
     lines = sorted({line for line in _cpuinfo() if line.startswith(keys)})
     return "\n".join(lines) or f"{platform.machine()} {platform.processor()}"
 
 
 def description() -> str:
-    """`name`, and how many cores there are to use."""
+    """`name` and the number of usable cores."""
     return f"{name()}, {cores()} core" + ("" if cores() == 1 else "s")
 
 

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: the one way for training, evaluation and prediction."""
+"""Decodes images to pixels, in the same way for training, evaluation and prediction."""
 
 import functools
 import hashlib
@@ -10,15 +10,15 @@ import numpy as np
 import PIL
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
-# Checked against the header, before anything is decoded.
+# Compared with the image's header before decoding.
 MAX_PIXELS = 50_000_000
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 BACKGROUND = "white"
-# Pillow knows these formats but decodes none of them; for EPS it would start another program.
+# Pillow recognises these formats but cannot decode them; for EPS it would start another program.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# Metadata that changes pixels, as Pillow calls it in PNG, JPEG, WebP and AVIF.
+# Metadata that changes pixels, by Pillow's names in PNG, JPEG, WebP and AVIF.
 OBEYED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp", "transparency"}
-# What shows the stored rows upright, by the number of EXIF's orientation.
+# The operation that makes the stored image upright, by EXIF orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,49 +28,49 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# From one grey of 2 or 4 bits to the next, once Pillow has made 8 bits of them.
+# The distance of neighbouring greys of 2 or 4 bits after Pillow has converted them to 8 bits.
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF and one of its values
 
-# Remarks on metadata that is not read here. Not catch_warnings: several threads decode at once.
+# Hides warnings about metadata that is not read here. catch_warnings is not safe with threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Unsuitable(ValueError):
-    """What was read is no image, or one that the rule of `decode` refuses; the text says why."""
+    """The input is not an image, or an image that `decode` refuses; the text says why."""
 
 
 class Damaged(ValueError):
-    """The image cannot be decoded to its end; the text is Pillow's reason."""
+    """The image cannot be decoded completely; the text is Pillow's reason."""
 
 
 def decode(file: BinaryIO, channels: int) -> Image.Image:
-    """An encoded image in 8 bits a channel, by one rule for files and for records of datasets.
+    """Decodes an image to 8 bits per channel, by one rule for files and for records of datasets.
 
-    - Format: any that Pillow decodes, found by content (`NOT_DECODED` apart). Of an animation or of
-      several pages, the first one.
-    - Orientation: as EXIF says (in PNG, JPEG, TIFF, WebP, AVIF). A damaged EXIF block says nothing.
+    - Format: any that Pillow decodes, except `NOT_DECODED`; recognised by content. The first frame
+      of an animation, the first of several pages.
+    - Orientation: from EXIF (in PNG, JPEG, TIFF, WebP, AVIF). A damaged EXIF block is ignored.
     - Depth: 1 bit becomes 0 and 255. Grey of 16 bits is divided by 257 and rounded to the nearest
-      (257 is odd, so there are no ties); 12 bits accordingly. Of colour with 16 bits a channel,
-      Pillow keeps the high byte, which is at most 1 away from that. Integers of 32 bits and floating
-      point are refused: their black and white are not known.
+      (257 is odd, so there are no ties); 12 bits likewise. For colour with 16 bits per channel,
+      Pillow keeps the high byte, which differs from that by at most 1. Integers of 32 bits and
+      floating point are refused: their values of black and white are not known.
     - Palette: its colours.
-    - Colour: RGB as stored. Colour profiles and gamma are ignored, as TensorFlow, PyTorch and OpenCV
-      do. CMYK becomes R = (255 - C) * (255 - K) / 255, and so on; in a JPEG its values are taken as
-      inverted, as Adobe writes them.
-    - Transparency, for 1 and 3 channels: laid on white, which is what pages and viewers show
-      cut-outs on. With 4 channels it is kept, and an image without it is opaque.
+    - Colour: RGB as stored. Colour profiles and gamma are ignored, as in TensorFlow, PyTorch and
+      OpenCV. CMYK becomes R = (255 - C) * (255 - K) / 255, and so on; CMYK values in a JPEG are
+      taken as inverted, as Adobe writes them.
+    - Transparency: for 1 and 3 channels, the image is laid on white, as web pages and viewers show
+      it. For 4 channels it is kept, and an image without transparency is opaque.
     - Grey from colour, for 1 channel: Pillow's L, 0.299 R + 0.587 G + 0.114 B, rounded.
 
     Args:
-      file: of one encoded image, from its first byte; in binary mode, with seek.
+      file: one encoded image, from its first byte; in binary mode, with seek.
       channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Returns:
-      A loaded picture of mode L, RGB or RGBA, upright, in its own size.
+      A loaded image of mode L, RGB or RGBA, upright, in its original size.
 
     Raises:
-      Unsuitable: it is no image, has more than MAX_PIXELS, or pixels of unknown range.
+      Unsuitable: it is not an image, has more than MAX_PIXELS, or pixels of unknown range.
       Damaged: it is truncated or broken.
     """
     try:
@@ -80,7 +80,7 @@ def decode(file: BinaryIO, channels: int) -> Image.Image:
         tiles = picture.tile  # load() replaces it
         picture.load()
         if picture.mode == MODES[channels] and picture.info.keys().isdisjoint(OBEYED):
-            return picture  # the bulk of datasets
+            return picture  # most images of datasets
         turn = _turn(picture)
         picture = _to_channels(_to_eight_bits(picture, _raw_mode(tiles)), channels)
         return picture if turn is None else picture.transpose(turn)
@@ -90,13 +90,13 @@ def decode(file: BinaryIO, channels: int) -> Image.Image:
         raise Unsuitable(f"more than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
         raise Unsuitable("not an image of a format that Pillow decodes") from None
-    except Exception as error:  # of any type, at a damaged file
+    except Exception as error:  # Pillow raises many types for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Damaged(reason) from error
 
 
 def pixels(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """What `decode` returned, as uint8 [height, width, C]; resized bilinearly if need be."""
+    """The result of `decode` as uint8 [height, width, C]; resized bilinearly if necessary."""
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, -1)
@@ -104,7 +104,7 @@ def pixels(picture: Image.Image, height: int, width: int) -> np.ndarray:
 
 @functools.cache
 def fingerprint() -> str:
-    """What pixels depend on beside the encoded image: this file's content and Pillow's version."""
+    """What pixels depend on besides the encoded image: this file's content, Pillow's version."""
     return f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} Pillow {PIL.__version__}"
 
 
@@ -117,16 +117,16 @@ def formats() -> tuple[str, ...]:
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Endings of names, in lower case and with the dot, that these formats have."""
-    decoded = {*formats(), "MPO"}  # which Pillow opens as JPEG
+    """The file name extensions of these formats, in lower case and with the dot."""
+    decoded = {*formats(), "MPO"}  # Pillow opens MPO as JPEG
     return frozenset(s for s, name in Image.registered_extensions().items() if name in decoded)
 
 
 def _open(file: BinaryIO) -> ImageFile.ImageFile:
-    """The picture of which only the header is read."""
+    """The image, with only its header read."""
     start = file.read(4)
     file.seek(0)
-    # Image.open would do the same for these two, and take 12 to 25% longer where they are small.
+    # Image.open does the same for these two, but takes 12 to 25% longer for small images.
     if start == b"\x89PNG":
         return PngImagePlugin.PngImageFile(file)
     if start.startswith(b"\xff\xd8"):
@@ -135,22 +135,22 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
 
 
 def _raw_mode(tiles: list[tuple]) -> str | None:
-    """How the pixels lie in the file, in Pillow's terms; None where it does not say."""
+    """The format of the pixels in the file, in Pillow's terms; None if unknown."""
     arguments = tiles[0][3] if tiles else None
     first = arguments[0] if arguments and isinstance(arguments, tuple) else arguments
     return first if isinstance(first, str) else None
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What EXIF asks for. ImageOps.exif_transpose also writes EXIF anew, and fails at damaged ones."""
+    """EXIF's orientation, as an operation. exif_transpose rewrites EXIF, and fails if it is damaged."""
     try:
         return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # of any type, at a damaged block
+    except Exception:  # Pillow raises many types for a damaged block
         return None
 
 
 def _to_eight_bits(picture: Image.Image, stored_as: str | None) -> Image.Image:
-    """Scales deep grey, and the one transparent value that a PNG without alpha may name."""
+    """Scales grey of more than 8 bits, and the one transparent value of a PNG without alpha."""
     key = picture.info.get("transparency")
     if picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM"):
         return _scaled(picture, 4095 if stored_as == "I;12" else 65535, key)
@@ -167,7 +167,7 @@ def _to_eight_bits(picture: Image.Image, stored_as: str | None) -> Image.Image:
 
 
 def _scaled(picture: Image.Image, white: int, key: int | None) -> Image.Image:
-    """Grey from 0 to `white`, of which `key` is transparent, as L or LA."""
+    """Grey from 0 to `white` as L, or as LA if the value `key` is transparent."""
     value = np.asarray(picture).astype(np.uint32)
     grey = ((value * 255 + white // 2) // white).astype(np.uint8)
     if getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
@@ -180,7 +180,7 @@ def _scaled(picture: Image.Image, white: int, key: int | None) -> Image.Image:
 
 def _to_channels(picture: Image.Image, channels: int) -> Image.Image:
     if picture.mode == "P":
-        picture = picture.convert("RGBA")  # Pillow's L would round what a palette gives otherwise
+        picture = picture.convert("RGBA")  # palette to L directly rounds differently
     if channels != 4 and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         page = Image.new("RGB", picture.size, BACKGROUND)

@@ -1,4 +1,4 @@
-"""What the environment asks of Python, JAX and XLA, checked before they stumble over it."""
+"""Checks the environment of Python, JAX and XLA before a bad value can stop them."""
 
 import difflib
 import mmap
@@ -12,28 +12,28 @@ import jaxlib
 
 from cnn_jax.common.errors import ConfigError
 
-# Dies as every process does in which XLA reads wrong flags.
+# XLA ends any process in which it reads wrong flags.
 _READ_XLA_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
 
 
 def take_any_text() -> None:
-    """Lets standard output and error take every character, and be closed.
+    """Lets standard output and standard error take every character, and be closed.
 
-    A stream in ASCII or Latin-1 shows a class name in another script as \\u escapes.
+    An ASCII or Latin-1 stream shows a class name in another script as \\u escapes.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started us, as in `./launch.sh list >&-`
+        if stream is None:  # closed by the caller, as in `./launch.sh list >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def import_jax() -> None:
-    """Imports JAX, which reads its environment variables as it is imported.
+    """Imports JAX, which reads its environment variables at import.
 
     Raises:
-      ConfigError: one of them has a value that JAX does not take.
+      ConfigError: JAX does not accept the value of one of them.
     """
     try:
         import jax  # noqa: F401
@@ -42,7 +42,7 @@ def import_jax() -> None:
 
 
 def check_devices() -> None:
-    """Starts JAX on the platform of JAX_PLATFORMS, or on the best there is.
+    """Starts JAX on the platform of JAX_PLATFORMS, or else on the best available one.
 
     Raises:
       ConfigError: JAX cannot start on the platform that JAX_PLATFORMS names.
@@ -66,18 +66,18 @@ def check_devices() -> None:
 
 
 def check_xla_flags() -> None:
-    """Refuses what XLA would end the process for, with a page of text, when JAX starts.
+    """Refuses flags for which XLA would end the process, with a page of text, when JAX starts.
 
-    XLA offers no way to ask. A process of its own tries, which takes a third of a second; there is
-    none where nobody has set XLA_FLAGS.
+    XLA has no function that checks flags. A subprocess tries them, which takes a third of a second;
+    it is skipped if XLA_FLAGS is not set.
 
     Raises:
-      ConfigError: the flag that XLA does not know, and the nearest that it knows; or the value.
+      ConfigError: a flag is unknown (names the nearest known one) or its value is wrong.
     """
     given = os.environ.get("XLA_FLAGS", "").split()
     if not given:
         return
-    if not given[0].startswith("-"):  # XLA takes it for the name of a file
+    if not given[0].startswith("-"):  # XLA takes it as the name of a file
         raise ConfigError(f"XLA_FLAGS={given[0]}: must be flags, which start with --")
     tried = subprocess.run(
         [sys.executable, "-P", "-c", _READ_XLA_FLAGS],
@@ -97,9 +97,9 @@ def check_xla_flags() -> None:
 
 
 def _nearest(flags: str) -> str:
-    """The known flags that are most like these, as the end of a message; empty if none is.
+    """The known flags most similar to these, as the end of a message; empty if there are none.
 
-    XLA prints a part of its list. All of it is among the texts in its libraries.
+    XLA prints only a part of its list. Its libraries contain the names of all flags.
     """
     known = set()
     for library in Path(jaxlib.__file__).parent.glob("*.so"):

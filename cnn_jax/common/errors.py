@@ -1,4 +1,4 @@
-"""The errors a person can cause or meet, each with the exit code of the process it ends.
+"""The errors that a user can cause or meet, each with the exit code of the process.
 
 A message is one line: the field or file, its value, and what is allowed.
 """
@@ -39,7 +39,7 @@ class NotFiniteError(CnnJaxError):
 
 
 class Preempted(CnnJaxError):
-    """A signal ended the run after it saved; the same command goes on."""
+    """A signal ended the run after it saved a checkpoint; the same command resumes it."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""TensorFlow, which only some datasets need, is added when one of them is asked for."""
+"""Adds TensorFlow, which only some datasets need, when one of them is requested."""
 
 import logging
 import os
@@ -10,13 +10,13 @@ log = logging.getLogger(__name__)
 
 
 def add_tensorflow() -> None:
-    """Starts this program again, with TensorFlow, where ./launch.sh started it; else returns.
+    """Restarts this program with TensorFlow if ./launch.sh started it; otherwise returns.
 
-    ./launch.sh installs TensorFlow and then runs the same command in this process's place: packages
-    are not changed under a running program. One process of several returns: the others would wait for
-    it in vain.
+    ./launch.sh replaces this process, installs TensorFlow and runs the same command again, because
+    packages must not change under a running program. In a run of several processes this function
+    returns, because the other processes would wait forever.
     """
-    launcher = os.environ.get("CNN_JAX_LAUNCHER")  # not set where launch.sh has just added it
+    launcher = os.environ.get("CNN_JAX_LAUNCHER")  # not set if launch.sh has just added it
     if launcher and not jax.distributed.is_initialized():
         log.info("TensorFlow is needed, and is installed now")
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Folders: what commands write into, and what the storage libraries are given."""
+"""Folders: checks of output folders, and paths for the storage libraries."""
 
 import contextlib
 import functools
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from cnn_jax.common.errors import CnnJaxError, ConfigError
 
-# What Orbax, TensorStore and TFDS take literally in a path. They read * ? [ ] as a pattern and a
-# backslash as a separator, refuse a component that ends in .__lock, and need valid UTF-8.
+# The characters that Orbax, TensorStore and TFDS take literally in a path. They read * ? [ ] as a
+# pattern and a backslash as a separator, refuse a component that ends in .__lock, need valid UTF-8.
 _LITERAL = re.compile(r"[\w ./+=,~:-]*")
 _OPEN_FOLDERS = Path("/proc/self/fd")
 
 
 def user_path(text: str) -> Path:
-    """`text` as a path; the shell leaves the ~ of --workdir=~/runs as it is.
+    """`text` as a path, with ~ expanded: the shell does not expand it in --workdir=~/runs.
 
     Raises:
-      ConfigError: it begins with the home folder of a user that there is not.
+      ConfigError: it begins with ~ or ~user, and that home folder is not known.
     """
     try:
         return Path(text).expanduser()
@@ -30,13 +30,13 @@ def user_path(text: str) -> Path:
 
 
 def library_path(folder: Path) -> Path:
-    """A path to the same folder that Orbax, TensorStore and TFDS take literally.
+    """A path to `folder` that Orbax, TensorStore and TFDS take literally.
 
-    The file system takes any name, these libraries do not. A folder whose path they would read
-    otherwise is opened, and named as a folder that this process holds open.
+    The file system accepts any name, but these libraries do not. If they would misread the path,
+    the folder is opened, and its path is that of the open file descriptor.
 
     Args:
-      folder: exists.
+      folder: must exist.
 
     Raises:
       ConfigError: its path has such a character, and the system cannot name open folders.
@@ -54,19 +54,19 @@ def library_path(folder: Path) -> Path:
 
 @functools.cache
 def _opened(folder: Path, device: int, inode: int) -> int:
-    # Open until the process ends: a checkpoint may be written, or records read, at any time.
+    # Stays open until the process ends: it may write a checkpoint or read records at any time.
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def check_folder(output: Path, new: bool = False) -> None:
-    """Refuses what no folder can be made of, before time goes into what is to be written there.
+    """Checks that `output` can be an output folder, before the work whose results go there.
 
     Args:
       output: need not exist.
-      new: must not hold anything yet.
+      new: the folder must be empty or absent.
 
     Raises:
-      ConfigError: it is a file or below one, or holds something.
+      ConfigError: it is a file, is below a file, or must be new and is not empty.
     """
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
@@ -77,10 +77,10 @@ def check_folder(output: Path, new: bool = False) -> None:
 
 @contextlib.contextmanager
 def writing(output: Path) -> Iterator[None]:
-    """Makes the folder; `written` then reports what cannot be written into it.
+    """Creates the folder; inside the context, an OSError becomes an error of one line.
 
     Raises:
-      ConfigError: the system's reason.
+      ConfigError: the folder, or a file in it, cannot be written.
     """
     with written(f"--output={output}", ConfigError):
         output.mkdir(parents=True, exist_ok=True)
@@ -89,11 +89,11 @@ def writing(output: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written(name: object, error: type[CnnJaxError]) -> Iterator[None]:
-    """Turns the system's refusal of what is written inside into one line.
+    """Turns an OSError of the code inside the context into an error of one line.
 
     Args:
-      name: of the file or folder, as the line names it.
-      error: the class that is raised.
+      name: of the file or folder, for the message.
+      error: the class of the error.
     """
     try:
         yield

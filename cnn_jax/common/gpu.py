@@ -1,4 +1,4 @@
-"""Tells of a GPU that JAX does not use."""
+"""Warns about a GPU that JAX does not use."""
 
 import functools
 import importlib.util
@@ -13,13 +13,13 @@ from cnn_jax import CHECKOUT, PROGRAM
 
 log = logging.getLogger(__name__)
 
-# JAX looks for a GPU only where one of these exists: Linux, containers, WSL.
+# JAX looks for a GPU only if one of these exists: Linux, containers, WSL.
 DEVICE_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
 @functools.cache
 def tell_unused() -> None:
-    """Warns, once, where nvidia-smi shows a GPU and JAX computes on the CPU although nobody chose it.
+    """Warns once if nvidia-smi shows a GPU but JAX uses the CPU and the user did not choose it.
 
     Starts JAX's backend.
     """

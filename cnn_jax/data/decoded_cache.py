@@ -1,9 +1,9 @@
-"""The decoded images of a split, kept between runs in one file with its checksums.
+"""A cache of decoded splits: one file for each split, with checksums.
 
-Decoding 60,000 PNG images takes seconds, reading them decoded a tenth of one. A file is used only
-while the dataset's files are the ones it was made from and its content matches its SHA-256 sums;
-otherwise it is made again. It holds three NumPy arrays, one behind the other: a description in
-JSON, the images, the labels.
+Decoding 60,000 PNG images takes seconds; reading the decoded images takes a tenth of a second. A
+file is used only if the dataset's files have not changed since and its content matches its SHA-256
+sums; otherwise it is written again. It holds three NumPy arrays, one after another: a description
+in JSON, the images, the labels.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ def fingerprint(path: Path) -> list:
 
 
 def read(key: dict, memory_bytes: int) -> dict | None:
-    """The arrays "image", "label" and the "class_names" kept under `key`.
+    """The arrays "image" and "label" and the "class_names" stored under `key`.
 
-    None if there are none, they belong to other versions of the dataset's files, are larger than
-    `memory_bytes`, or, with a warning, damaged.
+    None if there is no file, or if it was made from other versions of the dataset's files, is
+    larger than `memory_bytes`, or is damaged (with a warning).
     """
     if not cache.cache_enabled():
         return None
@@ -52,14 +52,14 @@ def read(key: dict, memory_bytes: int) -> dict | None:
         return {"image": image, "label": label, "class_names": class_names}
     except FileNotFoundError:
         return None
-    except Exception as error:  # NumPy and json raise all kinds at a damaged file
+    except Exception as error:  # NumPy and json raise many types for a damaged file
         reason = textwrap.shorten(str(error), 120, placeholder=" ...")
         log.warning("warning: decoded images in %s are damaged (%s): made again", path, reason)
         return None
 
 
 def write(key: dict, image: np.ndarray, label: np.ndarray, class_names: tuple[str, ...]) -> None:
-    """Keeps a split under `key`. A full or read-only disk costs the next run time, not this one."""
+    """Stores a split under `key`; only warns if the disk is full or read-only."""
     if not cache.cache_enabled():
         return
     path = _path(key)
@@ -90,7 +90,7 @@ def _path(key: dict) -> Path:
 def _sums(image: np.ndarray, label: np.ndarray, class_names: tuple[str, ...]) -> dict[str, str]:
     sums = {"class_names": hashlib.sha256(json.dumps(class_names).encode()).hexdigest()}
     for name, array in (("image", image), ("label", label)):
-        # The type and the shape too: with another byte order, the same bytes are other labels.
+        # Include type and shape: in another byte order, the same bytes are other labels.
         digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array))
         sums[name] = digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Files over HTTP: from several hosts in turn, resumed where they broke off, checked by SHA-256."""
+"""Downloads over HTTP: tries several hosts in turn, resumes after a break, checks the SHA-256."""
 
 import contextlib
 import dataclasses
@@ -18,10 +18,10 @@ import rich.progress
 
 from cnn_jax.common.errors import DataError
 
-# A host that takes no connection within CONNECT_SECONDS, or sends nothing for READ_SECONDS, is left.
+# A host has failed if it does not connect in CONNECT_SECONDS or sends nothing for READ_SECONDS.
 CONNECT_SECONDS = 2.0
 READ_SECONDS = 30.0
-# How often the list of hosts is gone through, and the pause before a host is asked again.
+# How often the list of hosts is tried, and the pause before a host is asked again.
 ROUNDS, PAUSE_SECONDS = 2, 2.0
 BLOCK = 1 << 16
 
@@ -31,10 +31,10 @@ class RemoteFile:
     """A file that several hosts offer.
 
     Attributes:
-      name: what it is called on disk.
+      name: its name on disk.
       size: in bytes.
       sha256: of the whole file, in hexadecimal digits.
-      urls: where it is, in the order in which they are tried.
+      urls: its addresses, in the order in which they are tried.
     """
 
     name: str
@@ -43,7 +43,7 @@ class RemoteFile:
     urls: tuple[str, ...]
 
     def is_at(self, path: Path) -> bool:
-        """Whether `path` holds it, whole and unchanged."""
+        """Whether `path` holds this file, complete and unchanged."""
         if not path.is_file() or path.stat().st_size != self.size:
             return False
         with open(path, "rb") as stream:
@@ -51,7 +51,7 @@ class RemoteFile:
 
 
 def silent_hosts(urls: Iterable[str]) -> list[str]:
-    """The hosts of `urls`, if none of them answers; found out in about 3 seconds."""
+    """The hosts of `urls` if none of them answers, else []; takes at most about 3 seconds."""
     hosts = {urllib.parse.urlsplit(url).hostname: url for url in urls}
     hosts = {host: url for host, url in hosts.items() if host and url.startswith("http")}
     answered = threading.Event()
@@ -60,12 +60,12 @@ def silent_hosts(urls: Iterable[str]) -> list[str]:
         try:
             requests.head(url, timeout=(CONNECT_SECONDS, CONNECT_SECONDS / 2))
         except requests.exceptions.ReadTimeout:
-            pass  # slow, but there
+            pass  # slow, but reachable
         except requests.exceptions.RequestException:
             return
         answered.set()
 
-    # Threads, because looking a name up has no time limit.
+    # Threads, because a DNS lookup has no time limit.
     callers = [threading.Thread(target=call, args=(u,), daemon=True) for u in hosts.values()]
     for caller in callers:
         caller.start()
@@ -85,7 +85,7 @@ def bar(*columns: str | rich.progress.ProgressColumn) -> rich.progress.Progress:
         rich.progress.TimeRemainingColumn(compact=True),
         console=rich.console.Console(file=sys.stdout, highlight=False),
         transient=True,
-        redirect_stdout=False,  # TFDS's own output, which is held back, would come out
+        redirect_stdout=False,  # True would show TFDS's output, which we suppress
         redirect_stderr=False,
         disable=not sys.stdout.isatty(),
     )
@@ -94,11 +94,11 @@ def bar(*columns: str | rich.progress.ProgressColumn) -> rich.progress.Progress:
 def fetch(files: Sequence[RemoteFile], folder: Path) -> list[Path]:
     """Downloads `files` into `folder`, one after another; returns their paths.
 
-    What has arrived of a file stays in NAME.part; the next call resumes it. Of two processes that
-    fetch the same file, one waits for the other.
+    A partial download stays in NAME.part, and the next call resumes it. If two processes fetch the
+    same file, one waits for the other.
 
     Raises:
-      DataError: no host sends a file whole; names the file, each host and what it did.
+      DataError: no host sent a complete file; names the file, each host and its problem.
       OSError: `folder` cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,14 +111,14 @@ def _fetch(file: RemoteFile, folder: Path, shown: rich.progress.Progress) -> Pat
     task = shown.add_task(file.name, total=file.size)
     problems: dict[str, str] = {}
     with open(part, "ab") as stream:
-        with contextlib.suppress(OSError):  # some network file systems know no locks
+        with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(stream, fcntl.LOCK_EX)
         if file.is_at(path):  # another process was faster
             part.unlink(missing_ok=True)
             return path
         for url in file.urls * ROUNDS:
             host = urllib.parse.urlsplit(url).netloc
-            if host in problems:  # told, and asked again
+            if host in problems:  # asked before, and its problem shown
                 time.sleep(PAUSE_SECONDS)
             text = f"fetching {file.name} ({file.size / 1e6:.1f} MB) from {host}"
             shown.console.print(text, markup=False, soft_wrap=True)
@@ -143,14 +143,14 @@ def _fetch(file: RemoteFile, folder: Path, shown: rich.progress.Progress) -> Pat
 def _receive(
     url: str, stream: BinaryIO, size: int, shown: rich.progress.Progress, task: rich.progress.TaskID
 ) -> str:
-    """Appends to `stream` what it lacks of `size` bytes; returns why it still lacks something.
+    """Appends to `stream` what is missing of `size` bytes; returns the reason for any failure.
 
-    A connection that breaks off is made again, as long as each one brings something.
+    After a break it connects again, as long as each connection brings new bytes.
     """
     problem, before = "", -1
     while before < stream.seek(0, 2) < size:
         before = stream.tell()
-        headers = {"Accept-Encoding": "identity"}  # the file's own bytes, which Range counts
+        headers = {"Accept-Encoding": "identity"}  # uncompressed: Range counts file bytes
         if before:
             headers["Range"] = f"bytes={before}-"
         timeout = (CONNECT_SECONDS, READ_SECONDS)
@@ -161,12 +161,12 @@ def _receive(
                 length = int(response.headers.get("Content-Length", size - start))
                 if length != size - start:
                     return f"it has {start + length} bytes there, not {size}"
-                stream.truncate(start)  # a host that knows no ranges sends all of it again
+                stream.truncate(start)  # a host without ranges sends the whole file again
                 stream.seek(start)
                 for block in response.iter_content(BLOCK):
                     stream.write(block[: size - stream.tell()])
                     shown.update(task, completed=stream.tell())
-                    if stream.tell() == size:  # whatever the host still sends
+                    if stream.tell() == size:  # ignore what the host still sends
                         break
         except requests.exceptions.RequestException as error:
             problem = _short(error)

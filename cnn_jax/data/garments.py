@@ -1,16 +1,16 @@
 """The embedded dataset: garment silhouettes of Fashion-MNIST's ten classes, drawn by this file.
 
-12,000 training and 2,000 test images of 28x28 gray pixels, prepared in seconds, without a network
-and without TensorFlow. A garment may lie anywhere in its image: a network that shares its weights
-between places has to see it in one of them, a network that does not in all.
+12,000 training and 2,000 test images of 28x28 gray pixels. They are prepared in seconds, without a
+network and without TensorFlow. A garment can be anywhere in its image. A network that shares its
+weights between positions needs to see it in one position; other networks need to see it in all.
 
-An image depends on nothing but its split and its index, and is the same on every machine. So shapes
-are made with + - * / and square roots, which IEEE 754 rounds alike everywhere (it leaves open sines,
-exponentials and the order of a sum), they are filled in whole numbers, and the random numbers are
-those of Python's own generator.
+An image depends only on its split and its index, and is the same on every machine. Therefore shapes
+use only + - * / and square roots, which IEEE 754 rounds identically everywhere (it does not fix
+sines, exponentials and the order of a sum). Shapes are filled with integer arithmetic, and the
+random numbers come from Python's own generator.
 
-A drawing is a list of layers, painted one over the other. x leads to the right and y down; the
-garment spans about -1 to 1 in both, and some of the numbers differ from one garment to the next.
+A drawing is a list of layers, painted one over the other. x points right and y points down; the
+garment spans about -1 to 1 in both. Some of the numbers differ from one garment to the next.
 """
 
 import math
@@ -25,14 +25,14 @@ from PIL import Image
 SIZE = 28
 EXAMPLES = {"train": 12_000, "test": 2_000}
 
-# A pixel is cut into this many steps, to which the corners of outlines are rounded, and crossed by
-# this many horizontal lines, along which is measured what an outline covers.
+# Corners of outlines are rounded to 1 / STEPS of a pixel. LINES horizontal lines cross each pixel,
+# and the coverage of an outline is measured along them.
 STEPS = 64
 LINES = 4
 
 Point = tuple[float, float]
 Outline = list[Point]
-# What is filled, and how bright: 1 is the fabric in full light, 0 the background.
+# An outline to fill and its brightness: 1 is the fabric in full light, 0 the background.
 Layer = tuple[Outline, float]
 SHADE = 0.75
 SEAM = 0.55
@@ -42,7 +42,7 @@ SEAM = 0.55
 
 
 def mirrored(half: Outline) -> Outline:
-    """A symmetric outline from its right half, which is listed from the top down."""
+    """A symmetric outline from its right half, listed from top to bottom."""
     return half + [(-x, y) for x, y in reversed(half)]
 
 
@@ -52,7 +52,7 @@ def both_sides(outline: Outline, tone: float) -> list[Layer]:
 
 
 def curve(start: Point, bend: Point, end: Point, steps: int = 6) -> Outline:
-    """A quadratic Bezier curve: leaves `start` towards `bend` and reaches `end` from there."""
+    """A quadratic Bezier curve from `start` to `end` with the control point `bend`."""
     points = []
     for i in range(steps + 1):
         t = i / steps
@@ -85,7 +85,7 @@ def box(left: float, top: float, right: float, bottom: float) -> Outline:
 
 
 def draw_t_shirt(rng: random.Random) -> list[Layer]:
-    """Short sleeves that stand off, a round neck."""
+    """Short sleeves that point outwards, a round neck."""
     shoulder, hem, bottom = rng.uniform(0.5, 0.6), rng.uniform(0.48, 0.6), rng.uniform(0.7, 0.95)
     neck, depth = rng.uniform(0.2, 0.32), rng.uniform(0.15, 0.35)
     tip = (rng.uniform(0.85, 1.0), rng.uniform(-0.45, -0.2))
@@ -139,7 +139,7 @@ def draw_dress(rng: random.Random) -> list[Layer]:
 
 
 def draw_coat(rng: random.Random) -> list[Layer]:
-    """Long sleeves, long and open from the collar's lapels down to the hem."""
+    """Long, with long sleeves, open from the lapels to the hem."""
     shoulder, hem, bottom = rng.uniform(0.5, 0.6), rng.uniform(0.52, 0.68), rng.uniform(0.92, 1.0)
     lapel, width = rng.uniform(-0.35, -0.1), rng.uniform(0.08, 0.14)
     return [
@@ -153,7 +153,7 @@ def draw_coat(rng: random.Random) -> list[Layer]:
 
 
 def draw_sandal(rng: random.Random) -> list[Layer]:
-    """A thin sole, its toe to the left, and straps with nothing between them."""
+    """A thin sole with its toe to the left, and straps with gaps between them."""
     heel, toe = rng.uniform(0.15, 0.6), rng.uniform(0.02, 0.1)
     top = rng.uniform(-0.55, -0.25)
     ground = 0.55
@@ -196,7 +196,7 @@ def draw_shirt(rng: random.Random) -> list[Layer]:
 
 
 def draw_sneaker(rng: random.Random) -> list[Layer]:
-    """Low and flat, its toe to the left, a thick sole, laces, an opening for the foot."""
+    """Low and flat with its toe to the left: a thick sole, laces, an opening for the foot."""
     tongue, back = rng.uniform(-0.55, -0.35), rng.uniform(-0.45, -0.25)
     toe, ground = rng.uniform(0.0, 0.15), 0.5
     throat = rng.uniform(0.0, 0.2)
@@ -243,7 +243,7 @@ def draw_bag(rng: random.Random) -> list[Layer]:
 
 
 def draw_ankle_boot(rng: random.Random) -> list[Layer]:
-    """A shaft over the ankle, its toe to the left, and a heel."""
+    """A shaft over the ankle, a toe to the left, and a heel."""
     shaft, front = rng.uniform(-0.95, -0.6), rng.uniform(-0.1, 0.15)
     toe, heel = rng.uniform(0.2, 0.4), rng.uniform(0.08, 0.25)
     ground = 0.8
@@ -280,7 +280,7 @@ def body(neck: float, depth: float, shoulder: float, hem: float, bottom: float) 
 
 
 def neckline(neck: float, depth: float) -> Outline:
-    """What a round neck leaves free below the shoulders' height."""
+    """The opening of a round neck, below the shoulders."""
     return mirrored(curve((neck, -1.0), (neck, depth - 0.95), (0.0, depth - 0.95), steps=4))
 
 
@@ -333,9 +333,9 @@ def draw_example(split: str, index: int) -> tuple[np.ndarray, int]:
 
 
 def place(rng: random.Random, layers: list[Layer]) -> list[Layer]:
-    """Turns, scales and shifts a drawing into pixels, to anywhere it fits."""
+    """Rotates and scales a drawing to pixels, and shifts it to any place where it fits."""
     t = rng.uniform(-0.2, 0.2)
-    # Cosine and sine of an angle of up to 23 degrees whose half has the tangent t.
+    # Cosine and sine of an angle up to 23 degrees; t is the tangent of half the angle.
     cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     width, height = rng.uniform(7.2, 10.0), rng.uniform(7.2, 10.0)
 
@@ -370,16 +370,16 @@ def fill(outlines: Sequence[Outline]) -> np.ndarray:
     end_x, end_y = np.rint(np.array(ends).T * STEPS).astype(np.int64)
     layer = np.repeat(np.arange(len(outlines)), [len(outline) for outline in outlines])
 
-    # Where edges cross the lines. An edge owns its upper end alone, so that a corner that lies on a
-    # line counts once where the outline passes through, and twice or never where it turns back.
+    # Find where edges cross the lines. An edge includes only its upper end. So a corner on a line
+    # counts once if the outline crosses the line there, and twice or never if it turns back.
     line_y = np.arange(SIZE * LINES) * (STEPS // LINES) + STEPS // LINES // 2
     k, edge = np.nonzero((y <= line_y[:, None]) != (end_y <= line_y[:, None]))
     x, y, end_x, end_y, layer = (values[edge] for values in (x, y, end_x, end_y, layer))
     crossing = x + (line_y[k] - y) * (end_x - x) // (end_y - y)
 
-    # Every crossing leads into the outline or out of it, and the direction of its edge, up or down,
-    # tells which. It changes what is covered by the part of its pixel that lies to its right, and by
-    # a whole pixel from the next one on: noted as differences, which are then summed along the rows.
+    # A line enters or leaves the outline at each crossing; the edge's direction, up or down, says
+    # which. A crossing changes the coverage of its pixel by the part to its right, and of all later
+    # pixels by a whole one. These changes are stored as differences and summed along the rows.
     column, rest = crossing // STEPS, crossing % STEPS
     sign = np.where(end_y > y, 1, -1)
     shape = (len(outlines), SIZE, SIZE + 2)
@@ -421,9 +421,9 @@ def photograph(rng: random.Random, fabric: np.ndarray) -> np.ndarray:
 class Garments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The TFDS dataset `garments`: image uint8 [28, 28, 1] and label 0 to 9, as `fashion_mnist`.
 
-    `Garments(data_dir=..., file_format="array_record").download_and_prepare()` writes it: into a
-    folder beside its own, renamed when it is whole. Of two processes that do so at once, the slower
-    one fails with a FileExistsError and leaves the other's files as they are.
+    `Garments(data_dir=..., file_format="array_record").download_and_prepare()` writes it to a
+    temporary folder and renames that when it is complete. If two processes do so at once, the
+    slower one fails with a FileExistsError and does not change the other's files.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -448,5 +448,5 @@ class Garments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for index in range(EXAMPLES[split]):
             image, label = draw_example(split, index)
             # A Pillow image, because TFDS would import TensorFlow to encode an array. The labels
-            # come in turns: TFDS puts the examples into the order of the hashes of their indices.
+            # need no shuffle: TFDS sorts the examples by the hashes of their indices.
             yield index, {"image": Image.fromarray(image), "label": label}

@@ -20,11 +20,11 @@ def epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
 def training_batches(
     examples: Examples, order: np.ndarray, batch_size: int, start: int = 0, epoch: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of one epoch from its `start`-th on; an incomplete last one is left out.
+    """Batches of one epoch, from batch `start` on; an incomplete last batch is dropped.
 
     Yields:
       image uint8 [batch_size, H, W, C], label int32 [batch_size], index int32 [batch_size]: the
-      examples' places in the dataset, epoch int32 [batch_size].
+      examples' indices in the dataset, epoch int32 [batch_size].
     """
     epochs = np.full(batch_size, epoch, np.int32)
 
@@ -37,7 +37,7 @@ def training_batches(
 
 
 def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All examples in order; the last batch is filled up with examples whose mask is 0.
+    """All examples in order; the last batch is padded with examples whose mask is 0.
 
     Yields:
       image uint8 [batch_size, H, W, C], label int32 [batch_size], mask float32 [batch_size].
@@ -53,5 +53,5 @@ def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[dict[str
 
 
 def _ahead(examples: Examples, batches: Iterator[dict]) -> Iterator[dict]:
-    """Batches that must be read and decoded are prepared while the one before is computed."""
+    """Prefetches the batches if their examples must be read and decoded."""
     return batches if isinstance(examples, InMemory) else look_ahead(batches)

@@ -1,4 +1,4 @@
-"""One item ahead: input is prepared by a second thread while the first one computes."""
+"""Prefetch: a second thread prepares the next item while the first thread computes."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +8,10 @@ T = TypeVar("T")
 
 
 def look_ahead(items: Iterable[T]) -> Iterator[T]:
-    """`items`, each made by a thread of its own while the one before it is in use.
+    """`items`, each prepared by a second thread while the previous one is in use.
 
-    An exception of `items` is raised where its item would have come. The thread ends with the
-    iterator, also when that is closed or dropped half-way.
+    An exception of `items` is raised in the place of its item. The thread ends with the iterator,
+    also if the iterator is closed or dropped early.
     """
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:

@@ -1,8 +1,8 @@
 """MNIST and its relatives, CIFAR-10 and CIFAR-100 from the files that their authors publish.
 
-TFDS's own builders of these six need TensorFlow to open the files and to encode the images. Here
-Python's standard library opens them and Pillow encodes the images. Everything else stays TFDS's:
-names, versions, features, keys and so the order of the examples, and the files it writes.
+TFDS's own builders of these six datasets need TensorFlow to open the files and to encode the
+images. Here Python's standard library opens the files and Pillow encodes the images. TFDS does the
+rest: names, versions, features, keys (which set the order of the examples), and written files.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from PIL import Image
 
 from cnn_jax.data import download
 
-# Folders that hold the same files as TFDS's own addresses. Whoever sends a file: it must have the
-# size and the SHA-256 that TFDS recorded.
+# Folders with the same files as TFDS's own addresses. A file from any host must have the size and
+# the SHA-256 that TFDS recorded.
 MIRRORS = {
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",),
     "fashion_mnist": (
@@ -36,7 +36,7 @@ MIRRORS = {
     ),
     "cifar100": ("https://mindspore-website.obs.cn-north-4.myhuaweicloud.com/notebook/datasets/",),
 }
-# It sends 55 to 80 kB/s since June 2026 (pytorch/vision#9536): asked when the others have failed.
+# It has sent only 55 to 80 kB/s since June 2026 (pytorch/vision#9536), so it is asked last.
 SLOW_HOST = "www.cs.toronto.edu"
 PIXELS = 28 * 28
 
@@ -44,30 +44,30 @@ Example = tuple[int, dict[str, Any]]
 
 
 def is_known(builder: Any) -> bool:
-    """Whether `builder` is TFDS's own of one of the six datasets."""
+    """Whether `builder` is TFDS's own builder of one of the six datasets."""
     return builder.name in MIRRORS and builder.__module__.startswith("tensorflow_datasets.")
 
 
 def remote_files(builder: Any) -> list[download.RemoteFile]:
-    """What `builder` is made from, with TFDS's recorded sizes and checksums."""
+    """The files that `builder` needs, with TFDS's recorded sizes and checksums."""
     files = []
     for url, info in builder.url_infos.items():
         urls = [url, *(folder + info.filename for folder in MIRRORS[builder.name])]
-        urls.sort(key=lambda address: SLOW_HOST in address)  # else the order stays
+        urls.sort(key=lambda address: SLOW_HOST in address)  # stable: keeps the order of the others
         size, sha256 = int(info.size), info.checksum
         files.append(download.RemoteFile(info.filename, size, sha256, tuple(urls)))
     return files
 
 
 def missing(builder: Any, downloads: Path) -> list[download.RemoteFile]:
-    """The files that are not in `downloads` yet."""
+    """The needed files that are not in `downloads` yet."""
     found = _found(builder, downloads)
     return [file for file in remote_files(builder) if file.name not in found]
 
 
 @contextlib.contextmanager
 def source(builder: Any, downloads: Path) -> Iterator[None]:
-    """Fetches what is missing; within the context, `builder` prepares the dataset from the files.
+    """Downloads missing files; inside the context, `builder` prepares the dataset from the files.
 
     Raises:
       DataError: as `download.fetch`.
@@ -75,13 +75,13 @@ def source(builder: Any, downloads: Path) -> Iterator[None]:
     fetched = download.fetch(missing(builder, downloads), downloads / builder.name)
     paths = _found(builder, downloads) | {path.name: path for path in fetched}
     with download.bar(rich.progress.MofNCompleteColumn()) as shown:
-        # TFDS asks a builder for its splits through this method, which each dataset defines.
+        # TFDS calls this method, which each dataset defines, to get the splits.
         builder._split_generators = functools.partial(_split_generators, builder, paths, shown)
         yield
 
 
 def _found(builder: Any, downloads: Path) -> dict[str, Path]:
-    """Files that lie in `downloads`: fetched by this program or by TFDS, or put there by hand."""
+    """Complete files in `downloads`, from this program, from TFDS or put there by hand."""
     folders = [downloads / builder.name, downloads / "manual", downloads]
     there = [path for folder in folders for path in sorted(folder.glob("*"))]
     files = remote_files(builder)
@@ -98,7 +98,7 @@ def _split_generators(
 def _read_mnist(
     builder: Any, paths: dict[str, Path], shown: rich.progress.Progress, split: str
 ) -> Iterator[Example]:
-    """Key and example, from two gzipped idx files: a header, then an unsigned byte a value."""
+    """Keys and examples from two gzipped idx files: a header, then one unsigned byte per value."""
     prefix, count = ("train" if split == "train" else "t10k"), -1
     with contextlib.ExitStack() as stack:
 
@@ -109,7 +109,7 @@ def _read_mnist(
         archive = None
         if builder.name == "emnist":
             config = builder.builder_config
-            # The letters' files hold more examples than TFDS takes.
+            # The files of the letters hold more examples than TFDS uses.
             count = config.train_examples if split == "train" else config.test_examples
             prefix = f"gzip/emnist-{config.name}-{split}"
             archive = stack.enter_context(zipfile.ZipFile(paths["gzip.zip"]))
@@ -124,7 +124,7 @@ def _read_mnist(
 def _read_cifar(
     builder: Any, paths: dict[str, Path], shown: rich.progress.Progress, split: str
 ) -> Iterator[Example]:
-    """Key and example, from records of one or two labels and 3,072 bytes, a plane a colour."""
+    """Keys and examples from records: one or two labels, then 3,072 bytes, one plane per colour."""
     about = builder._cifar_info
     with tarfile.open(next(iter(paths.values()))) as archive:
 

@@ -1,7 +1,7 @@
-"""From a TFDS dataset to examples in memory, or decoded on demand where memory is too small.
+"""Examples of a TFDS dataset: all in memory, or decoded on demand if memory is too small.
 
-Nothing is fetched unless `download` says so. TensorFlow Datasets is imported only where no decoded
-copy of the split is at hand.
+Nothing is downloaded unless `download` is true. TensorFlow Datasets is imported only if the cache
+has no decoded copy of the split.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Examples(typing.Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """Examples that were all decoded at once."""
+    """Examples that are all decoded in memory."""
 
     image: np.ndarray
     label: np.ndarray
@@ -62,7 +62,7 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class OnDemand:
-    """Examples that are read and decoded when they are asked for."""
+    """Examples that are read and decoded when they are requested."""
 
     records: "Records"
     indices: np.ndarray
@@ -88,12 +88,12 @@ class OnDemand:
 
 @dataclasses.dataclass(frozen=True)
 class Relabelled:
-    """Examples whose labels count in another order.
+    """Examples with labels in another order.
 
     Attributes:
-      examples: with labels of their own.
+      examples: with their original labels.
       class_names: in the order of the new labels.
-      new_label: int32 [classes of `examples`].
+      new_label: int32 [classes of `examples`], by original label.
     """
 
     examples: Examples
@@ -116,7 +116,7 @@ class Relabelled:
 
 
 def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
-    """`examples` with labels that count in the order of `class_names`, which hold all of theirs."""
+    """`examples` with labels in the order of `class_names`, which must include all of theirs."""
     if examples.class_names == class_names[: len(examples.class_names)]:
         return examples
     new_label = np.array([class_names.index(name) for name in examples.class_names], np.int32)
@@ -126,7 +126,7 @@ def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
 
 
 def default_data_dir() -> str:
-    """TFDS_DATA_DIR, else TFDS's own folder."""
+    """TFDS_DATA_DIR, or else TFDS's default folder."""
     return os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
 
 
@@ -140,16 +140,16 @@ def load_examples(
     """The examples of one split.
 
     Args:
-      data: names the dataset; its splits are addressed by `split`.
+      data: names the dataset and defines its splits.
       split: "train", "validation" or "test" as `data` defines them, or any split of the dataset in
         TFDS's notation ("test[:10%]").
       data_dir: where TFDS prepared the dataset; None: `default_data_dir()`.
       download: lets TFDS fetch and prepare a dataset that is not prepared.
-      memory_bytes: what the decoded images may occupy; None: half of the machine's memory.
+      memory_bytes: the limit for the decoded images; None: half of the machine's memory.
 
     Raises:
       DataError: the dataset or the split is unknown, not prepared, not of labelled images, or
-        damaged; one line that says which.
+        damaged; the message says which.
     """
     if split == "validation" and not data.validation_examples:
         raise DataError("split=validation: this run has none (data.validation_examples=0)")
@@ -170,7 +170,7 @@ def load_examples(
 
 
 def image_shape(data: DataConfig, data_dir: str | None = None) -> tuple[int, int, int]:
-    """(H, W, C) of a dataset's images, which need not be prepared; nothing is fetched.
+    """(H, W, C) of a dataset's images. The dataset need not be prepared; nothing is downloaded.
 
     Raises:
       DataError: there is no such dataset, it is not of labelled images, or they differ in size and
@@ -183,9 +183,9 @@ def image_shape(data: DataConfig, data_dir: str | None = None) -> tuple[int, int
 def input_shape(
     data: DataConfig, input_size: str | None, data_dir: str | None = None
 ) -> tuple[int, int, int]:
-    """(H, W, C) of the images: what --input_size says; for the rest, what TFDS says of the dataset.
+    """(H, W, C) of the images: from `input_size`; the dataset gives what that leaves out.
 
-    The dataset need not be prepared, and HEIGHTxWIDTHxCHANNELS asks nothing of it.
+    The dataset need not be prepared. HEIGHTxWIDTHxCHANNELS does not use it at all.
 
     Raises:
       ConfigError: `input_size` is not SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS.
@@ -203,7 +203,7 @@ def input_shape(
 
 
 def _hold_out(data: DataConfig, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices that stay for training and those of the validation split, both ascending."""
+    """Indices of the training and of the validation split, both ascending."""
     count = data.validation_examples
     if count >= total:
         raise DataError(
@@ -222,7 +222,7 @@ def _load(
     download: bool,
     memory_bytes: int,
 ) -> Examples:
-    """The examples of a split in TFDS's notation; `field` is what errors call it."""
+    """The examples of a split in TFDS's notation; errors name it as `field`."""
     folder = _folder(data, data_dir)
     key = _cache_key(data, split, folder)
     if key and (found := decoded_cache.read(key, memory_bytes)):
@@ -269,13 +269,13 @@ def _folder(data: DataConfig, data_dir: str | None) -> str:
 
 
 def _cache_key(data: DataConfig, split: str, folder: str) -> dict | None:
-    """What a decoded copy depends on; None where the dataset's files cannot be seen."""
+    """What a decoded copy depends on; None if the dataset's files are remote or absent."""
     if "://" in folder:
         return None
     files = decoded_cache.fingerprint(Path(folder, data.name.partition(":")[0].partition("/")[0]))
     if not files:
         return None
-    if data.name == tfds_builder.EMBEDDED:  # another version of it may be drawn otherwise
+    if data.name == tfds_builder.EMBEDDED:  # another version may draw other images
         files += decoded_cache.fingerprint(Path(__file__).with_name("garments.py"))
     files.append(["decoding", decode.fingerprint()])
     return {

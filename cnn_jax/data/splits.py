@@ -1,4 +1,4 @@
-"""The splits of a run: what it trains on, chooses by, is judged by."""
+"""The splits of a run: training, validation and test."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from cnn_jax.data import sources
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The examples of a run; `validation` is None where the configuration carves none."""
+    """The examples of a run; `validation` is None if the configuration has no such split."""
 
     train: sources.Examples
     validation: sources.Examples | None
@@ -30,10 +30,10 @@ def load_splits(config: Config, data_dir: str | None = None, download: bool = Fa
 
 
 def check_splits(config: Config, splits: Splits) -> dict:
-    """What config.json says of the data, after checking that the configuration fits it.
+    """Checks that the configuration fits the data; returns the data's metadata for config.json.
 
     Raises:
-      ConfigError, DataError: it does not.
+      ConfigError, DataError: it does not fit.
     """
     shape, names = splits.train.image_shape, splits.train.class_names
     if len(splits.train) < config.batch_size:

@@ -1,6 +1,6 @@
-"""TFDS builders: found by name, prepared where that is asked for, and what their images look like.
+"""TFDS builders: finds them by name, prepares datasets on request, describes their images.
 
-Only `prepare` imports TensorFlow, and only for a dataset of TFDS's own that raw_files.py cannot read.
+Only `prepare` imports TensorFlow, and only for a dataset of TFDS that raw_files.py cannot read.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ NO_TENSORFLOW = (
     "needs TensorFlow, which is not installed; add it with ./launch.sh setup --with=prepare "
     "or pip install tensorflow"
 )
-# TFDS also takes namespaces ("huggingface:mnist"), which it would fetch code for, and arguments.
+# TFDS also accepts arguments, and namespaces ("huggingface:mnist"), whose code it would download.
 NAME = re.compile(r"(?P<dataset>[A-Za-z]\w*)(/\w[\w+.-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
 
 class SizesDiffer(DataError):
-    """The images of a dataset differ in size, and nothing says which one they are to have."""
+    """The images of a dataset differ in size, and data.image_size is not set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Layout:
     """What the records of a dataset hold.
 
     Attributes:
-      image_key: the image's feature.
-      label_key: the label's feature.
+      image_key: the name of the image's feature.
+      label_key: the name of the label's feature.
       class_names: in the order of the labels.
-      stored_size: (height, width) of the stored images; None where it differs from one to another.
-      image_shape: (H, W, C) of the decoded ones.
+      stored_size: (height, width) of the stored images; None where it varies.
+      image_shape: (H, W, C) of the decoded images.
     """
 
     image_key: str
@@ -61,7 +61,7 @@ class Layout:
 
 
 def tensorflow_is_installed() -> bool:
-    """Whether TensorFlow can be imported, found out without doing so."""
+    """Whether TensorFlow is installed; does not import it."""
     return importlib.util.find_spec("tensorflow") is not None
 
 
@@ -81,7 +81,7 @@ def dataset_name(name: str) -> str:
 
 
 def open_builder(name: str, data_dir: str) -> Any:
-    """The TFDS builder called `name`, prepared in `data_dir` or not; nothing is fetched.
+    """The TFDS builder called `name`. The dataset need not be prepared; nothing is downloaded.
 
     Raises:
       DataError: there is no such dataset, configuration or version, or its description in
@@ -114,15 +114,15 @@ def open_builder(name: str, data_dir: str) -> Any:
 
 
 def prepare(name: str, data_dir: str, download: bool) -> Any:
-    """The builder called `name`, prepared now if it was not.
+    """The builder called `name`; prepares the dataset if it is not prepared.
 
     Args:
       name: the dataset.
-      data_dir: where it lies or is to lie.
-      download: lets TFDS fetch it. The embedded dataset is drawn, so it needs no leave.
+      data_dir: where the dataset is or will be.
+      download: allows TFDS to download it. The embedded dataset needs no download.
 
     Raises:
-      DataError: as `open_builder`; it is not prepared and may not or cannot be.
+      DataError: as `open_builder`; or preparing it is not allowed, or fails.
     """
     builder = open_builder(name, data_dir)
     if _is_prepared(builder):
@@ -133,7 +133,7 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
     try:
         if "://" not in data_dir:
             Path(data_dir).mkdir(parents=True, exist_ok=True)
-            builder = open_builder(name, data_dir)  # in a folder that can be named now
+            builder = open_builder(name, data_dir)  # library_path needs the folder
         _prepare(builder, data_dir)
     except DataError:
         raise
@@ -143,7 +143,7 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
                 f"data.name={name}: cannot be prepared in data_dir={data_dir}: {_reason(error)}"
             ) from error
     builder = open_builder(name, data_dir)
-    if not _is_prepared(builder):  # TFDS keeps a folder that lost its dataset_info.json
+    if not _is_prepared(builder):  # TFDS skips a folder without dataset_info.json
         raise DataError(
             f"{shown(builder.data_dir)}: incomplete; remove this folder, prepare it again"
         )
@@ -151,12 +151,12 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
 
 
 def shown(path: Any) -> str:
-    """A file or folder of a dataset, as errors name it."""
+    """The path of a file or folder of a dataset, as errors show it."""
     return str(path) if "://" in str(path) else os.path.realpath(path)
 
 
 def layout(builder: Any, data: DataConfig) -> Layout:
-    """What `builder` says about its images, which need not be prepared.
+    """The layout of the records of `builder`. The dataset need not be prepared.
 
     Raises:
       DataError: it has no labelled images, they are not uint8 with 1, 3 or 4 channels, or they
@@ -201,7 +201,7 @@ def layout(builder: Any, data: DataConfig) -> Layout:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps TFDS's remarks on OpenCV, variants and its own deprecations off the screen."""
+    """Hides TFDS's messages about OpenCV, variants and its own deprecations."""
     from absl import logging as absl_logging
 
     level = absl_logging.get_verbosity()
@@ -216,7 +216,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_output() -> Iterator[None]:
-    """Swallows the progress bars and remarks that TFDS prints."""
+    """Hides the progress bars and messages that TFDS prints."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
@@ -227,7 +227,7 @@ def _is_prepared(builder: Any) -> bool:
 
 
 def _check_download(builder: Any, name: str, data_dir: str, download: bool) -> None:
-    """Refuses at once what would fail after minutes or hours; may start the program again."""
+    """Refuses at once what would fail after minutes or hours; may restart the program."""
     there = "://" in data_dir or Path(data_dir).is_dir()
     advice = (
         f"data.name={name}: not prepared in data_dir={data_dir}"
@@ -257,21 +257,21 @@ def _prepare(builder: Any, data_dir: str) -> None:
         stack.enter_context(quiet())
         if known or builder.name == EMBEDDED:
             stack.enter_context(_no_output())
-        # TFDS's default is TFRECORD, which only TensorFlow reads, and only from front to back.
+        # TFDS's default is TFRECORD, which only TensorFlow reads, and only sequentially.
         builder.download_and_prepare(file_format="array_record")
 
 
 def _downloads(data_dir: str) -> Path:
-    """TFDS's folder for what it fetches; a local one where `data_dir` is in a bucket."""
+    """TFDS's folder for downloads; a local one if `data_dir` is in a bucket."""
     return Path(
         data_dir if "://" not in data_dir else Path.home() / "tensorflow_datasets", "downloads"
     )
 
 
 def _silent_hosts(builder: Any, data_dir: str) -> list[str]:
-    """The hosts that the dataset is fetched from, if none of them answers; TFDS tries for minutes.
+    """The hosts of the dataset's files if none of them answers; TFDS would try for minutes.
 
-    Empty too where some of the files were fetched before, which may be all that is needed.
+    Also empty if some files were downloaded before, because they may be all that is needed.
     """
     from cnn_jax.data import raw_files
     from cnn_jax.data.download import silent_hosts
@@ -286,7 +286,7 @@ def _silent_hosts(builder: Any, data_dir: str) -> list[str]:
 
 
 def _damaged_json(folder: Path) -> Path | None:
-    """The first file of a dataset's description that is not JSON."""
+    """The first JSON file of a dataset's description that cannot be parsed."""
     for path in sorted(folder.rglob("*.json")):
         try:
             json.loads(path.read_text())

@@ -1,7 +1,7 @@
 """The records of a prepared TFDS dataset: read, parsed, decoded, checked.
 
 A record is a serialised tf.train.Example with an encoded image and a label. array_record files are
-read without TensorFlow and in any order; TFRECORD files with it, from front to back.
+read in any order and without TensorFlow; TFRECORD files need TensorFlow and are read sequentially.
 """
 
 import bisect
@@ -26,7 +26,7 @@ from cnn_jax.data import tfds_builder
 from cnn_jax.data.prefetch import look_ahead
 
 CHUNK = 500
-# Threads only hinder each other with smaller images.
+# For smaller images, several threads are slower than one.
 PIXELS_WORTH_A_THREAD = 96 * 96
 
 
@@ -40,7 +40,7 @@ class Records:
     """
 
     def __init__(self, builder: Any, data: DataConfig, split: str, field: str = "split"):
-        """Opens `split` of a prepared `builder`; `field` is what errors call it.
+        """Opens `split` of a prepared `builder`; errors name it as `field`.
 
         Raises:
           DataError: there is no such split, it is empty, its files are absent or in another format.
@@ -84,10 +84,10 @@ class Records:
         return self.ends[-1] if self.ends else 0
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All examples: image uint8 [n, H, W, C] and label int32 [n], for some n at a time.
+        """All examples in chunks of n: image uint8 [n, H, W, C] and label int32 [n].
 
         Raises:
-          DataError: a record is damaged; names its file and place.
+          DataError: a record is damaged; the message names its file and place.
         """
         read = self._read_array_records() if self.random_access else self._read_tfrecords()
         start = 0
@@ -96,7 +96,7 @@ class Records:
             start += len(encoded)
 
     def fetch(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The examples at `indices`, as `chunks`; may be called by several threads at once."""
+        """The examples at `indices`, as in `chunks`; several threads may call it at once."""
         return self._decode(self._read(indices), indices)
 
     # ----------------------------------------------------------------------------- reading
@@ -112,7 +112,7 @@ class Records:
                 )
                 count = reader.num_records()
                 reader.close()
-            except Exception as error:  # the reader raises RuntimeError for whatever it finds
+            except Exception as error:  # the reader raises RuntimeError for any problem
                 raise self._damaged(tfds_builder.shown(shard.filename), error) from error
             self._check_count(shard, count)
         return ArrayRecordDataSource(self.shards)
@@ -134,7 +134,7 @@ class Records:
         try:
             return self.source.__getitems__(indices)
         except Exception as error:
-            for index in indices:  # which of them it is, the reader does not say
+            for index in indices:  # the reader does not say which is damaged
                 try:
                     self.source.__getitems__([index])
                 except Exception as own:
@@ -145,8 +145,8 @@ class Records:
         with tfds_builder.quiet(), silent_stderr():
             import tensorflow as tf
 
-            with contextlib.suppress(RuntimeError):  # it runs already
-                tf.config.set_visible_devices([], "GPU")  # of which it would take all the memory
+            with contextlib.suppress(RuntimeError):  # already initialised
+                tf.config.set_visible_devices([], "GPU")  # else it takes all GPU memory
         for shard in self.shards:
             end, count, chunk = shard.skip + shard.take, 0, []
             records = tf.data.TFRecordDataset(shard.filename).as_numpy_iterator()
@@ -183,7 +183,7 @@ class Records:
                     image[i] = self._decode_image(encoded)
                 except decode.Unsuitable as error:
                     raise DataError(f"{self._place(indices[i])}: {error}") from None
-                except Exception as error:  # what protobuf and Pillow raise is of many types
+                except Exception as error:  # protobuf and Pillow raise many types
                     raise self._damaged(self._place(indices[i]), error) from error
 
         if self.threads == 1:
@@ -223,7 +223,7 @@ class Records:
     # ------------------------------------------------------------------------------ errors
 
     def _place(self, index: int) -> str:
-        """The file and the place in it of the example at `index`."""
+        """The file of the example at `index`, and its place in that file."""
         k = bisect.bisect_right(self.ends, index)
         shard = self.shards[k]
         name = tfds_builder.shown(shard.filename)
@@ -240,7 +240,7 @@ class Records:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Loading TensorFlow's libraries writes to file descriptor 2, whatever TF_CPP_* may say."""
+    """Discards output to file descriptor 2: TensorFlow writes to it even if TF_CPP_* forbids that."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 2)

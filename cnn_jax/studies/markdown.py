@@ -1,4 +1,4 @@
-"""Results in Markdown: figures, tables, sections of RESULTS.md between marks of their own."""
+"""Results in Markdown: figures, tables, marked sections of RESULTS.md."""
 
 import re
 import statistics
@@ -17,7 +17,7 @@ def put_section(path: Path, mark: str, text: str, first: bool = False) -> None:
 
     Args:
       path: of the file, which need not exist.
-      mark: names the section in comments before and after it.
+      mark: the section's name, written in comments before and after it.
       text: Markdown.
       first: adds a new section below the title instead of at the end.
 
@@ -44,14 +44,14 @@ def _with_section(old: str, mark: str, section: str, first: bool) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Accuracies as "0.8973 ± 0.0021": mean and standard deviation; one alone as it is."""
+    """Accuracies as "0.8973 ± 0.0021", mean and standard deviation; "0.8973" for one value."""
     if len(values) == 1:
         return f"{values[0]:.4f}"
     return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that can be read as text too; the columns after the first are figures, flush right."""
+    """A table that is also readable as text; all columns but the first are aligned right."""
     widths = [max(4, *map(len, column)) for column in zip(head, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 

@@ -1,6 +1,6 @@
-"""Commands of this project, one after another, each as a process of its own.
+"""Runs commands of this project one after another, each in its own process.
 
-What a run held is free when its process ends, and a run that dies takes no other one with it.
+A run's memory and devices are free when its process ends, and a crash does not stop other runs.
 """
 
 import os
@@ -17,12 +17,12 @@ from cnn_jax.train.signals import EXIT_CODES, handle
 PACKAGE = Path(__file__).resolve().parent.parent
 ADVICE = "stopped by a signal; run the same command again to go on"
 
-# The exit codes of a process that a signal ended, before it could choose one itself or afterwards.
+# The exit codes of a process that a signal ended, whether or not it handled the signal.
 STOPPED = {*EXIT_CODES.values(), *(-number for number in EXIT_CODES)}
 
 
 class CommandFailed(Exception):
-    """A command ended with an error: its line, its exit code."""
+    """A command ended with an error; has its error message and its exit code."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -32,7 +32,7 @@ class CommandFailed(Exception):
 class Processes:
     """Runs the commands; use it as a context manager.
 
-    A signal that asks to stop goes on to the command, which saves and ends; then Preempted is raised.
+    A stop signal is passed on to the command, which saves and ends; then Preempted is raised.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Processes:
     def __enter__(self) -> "Processes":
         if threading.current_thread() is threading.main_thread():
             self._handlers = handle(self._stop)
-            self._wakeup = signal.set_wakeup_fd(-1)  # from whoever would end this process at once
+            self._wakeup = signal.set_wakeup_fd(-1)  # its reader would end this process at once
         return self
 
     def __exit__(
@@ -52,7 +52,7 @@ class Processes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._running is not None:  # an error of our own, as when nobody reads what we print
+        if self._running is not None:  # an error of this process, such as a broken pipe
             self._running.terminate()
             self._running.wait()
         if self._handlers:
@@ -61,15 +61,15 @@ class Processes:
             signal.signal(number, handler)
 
     def run(self, *arguments: str, quiet: bool = False) -> None:
-        """Runs `./launch.sh ARGUMENTS`; what it says on standard error but its error is passed on.
+        """Runs `./launch.sh ARGUMENTS`; passes on its standard error, except its error line.
 
         Args:
           *arguments: a command and its flags.
-          quiet: drops what it prints.
+          quiet: drops its standard output.
 
         Raises:
           CommandFailed: it ended with an error.
-          Preempted: a signal ended it, or was meant for us.
+          Preempted: a signal stopped it, or this process.
         """
         self._check_stopped("")
         paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -80,10 +80,10 @@ class Processes:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             text=True,
             errors="replace",
-            process_group=0,  # Ctrl-C comes to us alone, and once
+            process_group=0,  # Ctrl-C reaches only this process, which passes it on
         )
         self._running = process
-        if self._stopped_by:  # between the check and now
+        if self._stopped_by:  # a signal came after the check
             process.send_signal(self._stopped_by)
         reason = ""
         with process.stderr:
@@ -95,7 +95,7 @@ class Processes:
         code = process.wait()
         self._running = None
         self._check_stopped(reason)
-        if code in STOPPED:  # somebody stopped the command itself
+        if code in STOPPED:  # a signal was sent to the command itself
             raise Preempted(reason or ADVICE, EXIT_CODES.get(-code, code))
         if code < 0:
             raise CommandFailed(f"killed by {signal.Signals(-code).name}", 1)

@@ -1,7 +1,7 @@
-"""Trains an experiment with every combination of some values, and says which is best.
+"""Trains an experiment with every combination of given values, and selects the best.
 
-The best is chosen by validation accuracy after the last epoch, and by nothing else: a setting that
-was chosen by test accuracy would make that accuracy a training result.
+Only the validation accuracy after the last epoch selects it. If test accuracy selected the setting,
+it would no longer estimate the accuracy on unseen images.
 """
 
 import dataclasses
@@ -30,17 +30,17 @@ from cnn_jax.train.workdir import metrics, prepare, read_config, write_json, wri
 
 log = logging.getLogger(__name__)
 
-_LONGEST_NAME = 200  # of a folder; file systems take 255 bytes
+_LONGEST_NAME = 200  # of a folder; file systems allow 255 bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What became of a setting with one seed.
+    """The result of a setting with one seed.
 
     Attributes:
       seed: of the run.
-      lines: of metrics.jsonl, as far as it came.
-      problem: why it did not come to its end; empty if it did.
+      lines: of metrics.jsonl, as far as the run came.
+      problem: why the run did not finish; empty if it did.
     """
 
     seed: int
@@ -55,8 +55,8 @@ class Setting:
     Attributes:
       values: field -> value, as text.
       assignments: the same for --set.
-      config: with them, checked.
-      runs: what became of it, by seed; empty before.
+      config: the validated configuration with these values.
+      runs: its results by seed; empty before training.
     """
 
     values: dict[str, str]
@@ -82,18 +82,18 @@ class Setting:
         return [run for run in self.runs if not run.problem]
 
     def accuracies(self, split: str) -> list[float]:
-        """After the last epoch, of the runs that came to it."""
+        """Accuracies after the last epoch, of the finished runs."""
         return [run.lines[-1][f"{split}_accuracy"] for run in self.finished]
 
 
 def settings(experiment: str, assignments: Sequence[str]) -> list[Setting]:
-    """Every combination of the values of `--set field=a,b`, in the order they are given.
+    """Every combination of the values of `--set field=a,b`, in the given order.
 
-    A comma separates values; inside ( ) or [ ] it belongs to one. Where the field takes several
-    numbers, as data.mean does, what stands without brackets is one value: data.mean=0.1,0.2,0.3.
+    A comma separates values, except inside ( ) or [ ]. If the field takes several numbers, as
+    data.mean does, text without brackets is one value: data.mean=0.1,0.2,0.3.
 
     Raises:
-      ConfigError: an unknown experiment or field, a value that is wrong, or given twice.
+      ConfigError: an experiment or field is unknown, or a value is wrong or given twice.
     """
     config = load(experiment)
     axes: dict[str, list[str]] = {}
@@ -126,7 +126,7 @@ def _values(config: Config, path: str, text: str) -> list[str]:
     try:
         if isinstance(_at(override(config, [f"{path}={text}"]), path), tuple):
             return [text]
-    except ConfigError:  # there are several, or one that is wrong, which is told later
+    except ConfigError:  # several values, or a wrong one that `settings` reports
         pass
     return [part.strip() for part in re.split(r",(?![^(\[]*[)\]])", text)]
 
@@ -153,24 +153,24 @@ def sweep(
     data_dir: str | None = None,
     download: bool = False,
 ) -> int:
-    """Trains what is not trained yet, prints the table, writes it and a picture into `workdir`.
+    """Trains the runs that are missing, prints the table, writes it and a plot into `workdir`.
 
     Args:
       experiment: a name or a path, as for `train`.
       assignments: of --set, as for `settings`.
       seeds: how many runs each setting has, with the seeds 0, 1, ...
-      workdir: each run has WORKDIR/SETTING/seed_S; beside them sweep.json, sweep.md, curves.png.
-      data_dir: where the dataset lies.
-      download: fetches it if it is not prepared.
+      workdir: for the runs, WORKDIR/SETTING/seed_S, and sweep.json, sweep.md and curves.png.
+      data_dir: the folder of the dataset.
+      download: downloads the dataset if it is not prepared.
 
     Returns:
-      The exit code of the first run that failed; 0 if none did but by a loss that is not finite,
-      which is a result.
+      The exit code of the first run that failed, or 0. A run with a loss that is not finite has not
+      failed: that is a result.
 
     Raises:
       ConfigError: as `settings`, or `seeds` is less than 1.
       WorkdirError: the workdir cannot be written.
-      Preempted: a signal asked to end; the same call goes on.
+      Preempted: a signal asked to stop; the same call resumes.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds={seeds}: must be at least 1")
@@ -209,7 +209,7 @@ def sweep(
 
 
 def _run(processes: Processes, command: list[str], folder: Path, config: Config) -> tuple[Run, int]:
-    """Trains one run to its end, unless it has come to it already."""
+    """Trains one run to its end, unless it has ended already."""
     if (run := _ended(folder, config)) is not None:
         return run, NotFiniteError.exit_code if run.problem else 0
     try:
@@ -222,7 +222,7 @@ def _run(processes: Processes, command: list[str], folder: Path, config: Config)
 
 
 def _ended(folder: Path, config: Config) -> Run | None:
-    """The run in `folder` if it is this one, and there is nothing left to do."""
+    """The run in `folder` if it has this configuration and has ended; otherwise None."""
     try:
         if not is_of(read_config(folder)["config"], config):
             return None
@@ -292,7 +292,7 @@ def _as_json(run: Run) -> dict:
 
 
 def choose(done: Sequence[Setting], seeds: int) -> Setting | None:
-    """The setting with the highest mean validation accuracy, of those that never failed."""
+    """The setting with the highest mean validation accuracy, of those without a failed run."""
     whole = [setting for setting in done if len(setting.finished) == seeds]
     return max(
         whole, key=lambda setting: statistics.fmean(setting.accuracies("validation")), default=None
@@ -302,7 +302,7 @@ def choose(done: Sequence[Setting], seeds: int) -> Setting | None:
 def _table(
     done: list[Setting], seeds: int, best: Setting | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: the fields that vary, n, accuracies, what went wrong."""
+    """Head and rows: the fields that vary, n, accuracies, problems."""
     fields = [k for k in done[0].values if len({setting.values[k] for setting in done}) > 1]
     splits = ["test"]
     if any(setting.config.data.validation_examples for setting in done):
@@ -321,7 +321,7 @@ def _table(
 
 
 def _problems(setting: Setting) -> str:
-    """What went wrong, each thing once with its seeds; sweep.json has all of it."""
+    """The problems, each once with its seeds; sweep.json has their full text."""
     by_text: dict[str, list[str]] = {}
     for run in setting.runs:
         if run.problem:
@@ -330,7 +330,7 @@ def _problems(setting: Setting) -> str:
 
 
 def _short(problem: str) -> str:
-    """A reason as a table holds it: of long paths their last part, and then 120 letters."""
+    """A problem for the table: only the last part of long paths, and at most 120 characters."""
 
     def last_part(path: re.Match) -> str:
         return path[0] if len(path[0]) <= 30 else "…/" + path[0].rstrip("/").rpartition("/")[2]

@@ -12,11 +12,11 @@ MOST = 16  # settings; more curves would hide each other
 
 
 def curves(settings: Sequence[tuple[str, list[list[dict]]]], split: str) -> plotting.Chart | None:
-    """A panel of loss and one of accuracy, a line a setting: means over its runs.
+    """Two panels, loss and accuracy, with one line per setting: the mean over its runs.
 
     Args:
-      settings: the name of each, and for each of its runs the lines of metrics.jsonl.
-      split: "validation" or "test"; its curves are solid, those of training thin and dotted.
+      settings: the name of each, and the lines of metrics.jsonl for each of its runs.
+      split: "validation" or "test"; its curves are solid, the training curves thin and dotted.
 
     Returns:
       The chart; None if no run ended an epoch.
@@ -71,7 +71,7 @@ def curves(settings: Sequence[tuple[str, list[list[dict]]]], split: str) -> plot
 
 
 def means(runs: list[list[dict]], key: str) -> list[tuple[int, float]]:
-    """(epoch, mean over the runs) for the epochs in which every one of them has a finite value."""
+    """(epoch, mean over the runs) for the epochs in which every run has a finite value."""
     values: dict[int, list[float]] = {}
     for lines in runs:
         for line in lines:

@@ -1,4 +1,4 @@
-"""The contenders: a worker process each, those of PyTorch and Keras in an environment of their own."""
+"""The contenders, one worker process each; PyTorch and Keras run in their own environment."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ class Contender:
         self.peak_memory = 0
 
     def measure(self, mode: str, seconds: float, batch_size: int) -> None:
-        """One round."""
+        """Measures one round."""
         self._process.stdin.write(json.dumps({"mode": mode, "seconds": seconds}) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
@@ -69,7 +69,7 @@ class Contender:
 
 
 def contenders(peers: bool) -> dict[str, list[str]]:
-    """Name -> command, to which NETWORK BATCH [VARIANT] are added as "{network}" and "{batch}"."""
+    """Name -> command, with the placeholders "{network}" and "{batch}"."""
     job = ["{network}", "{batch}"]
     commands = {OURS: [sys.executable, "-m", "cnn_jax.studies.benchmark.ours", *job]}
     if peers:
@@ -85,10 +85,10 @@ def contenders(peers: bool) -> dict[str, list[str]]:
 
 
 def install_peers() -> None:
-    """Makes .venv-peers, once.
+    """Makes .venv-peers if it is absent or outdated.
 
     Raises:
-      ConfigError: pip could not.
+      ConfigError: pip could not install the packages.
     """
     stamp = _PEERS_ENVIRONMENT / "requirements.txt"
     wanted = "\n".join(_PEERS_REQUIREMENTS) + "\n"

@@ -1,4 +1,4 @@
-"""One contender's figures on one network, and what is said of several: ratios, shares of the peak."""
+"""One contender's figures on one network, and comparisons: ratios, shares of the peak."""
 
 import dataclasses
 import statistics
@@ -21,7 +21,7 @@ class Measured:
       rates: mode -> images/s of each round ("peak": multiplications of 2048 x 2048 matrices a second).
       compile_seconds: mode -> seconds of its first step.
       peak_memory: bytes, of the whole process.
-      parameters: how many are trained.
+      parameters: the number of trained parameters.
       version: of the framework.
     """
 
@@ -45,7 +45,7 @@ def fastest_peer(measured: dict[str, Measured], mode: str) -> str | None:
 
 
 def ratio(measured: dict[str, Measured], peer: str, mode: str) -> float:
-    """Median over the rounds of our rate to the peer's in the same round."""
+    """Median over the rounds of our rate divided by the peer's rate in the same round."""
     pairs = zip(measured[OURS].rates[mode], measured[peer].rates[mode], strict=True)
     return statistics.median(ours / theirs for ours, theirs in pairs)
 

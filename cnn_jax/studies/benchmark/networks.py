@@ -1,6 +1,6 @@
-"""The networks that are compared, as plain data that every framework's contender builds from.
+"""The compared networks as plain data, from which every contender builds its model.
 
-Standard library only. The parameter counts of all contenders are compared before anything is timed.
+Standard library only. The parameter counts of all contenders are compared before the measurement.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class Network(NamedTuple):
       model: its class in cnn_jax.models.
       image_shape: (H, W, C).
       layers: ("conv", features, kernel, stride, padding), each followed by ReLU; ("pool", window);
-        ("flatten",); ("dense", features, relu); the speedrun's are built by hand.
+        ("flatten",); ("dense", features, relu); each contender builds ("speedrun",) by hand.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""The contender cnn_jax: the product's own train step and forward pass. Arguments: NETWORK BATCH."""
+"""The contender cnn_jax: this project's train step and forward pass. Arguments: NETWORK BATCH."""
 
 import functools
 import sys
@@ -15,7 +15,7 @@ from cnn_jax.studies.benchmark.worker import serve
 from cnn_jax.train import optim, parallel
 from cnn_jax.train.step import init_state, train_step
 
-# Large enough for the float32 peak, small enough for the cache of one core complex.
+# Large enough to reach the float32 peak, small enough for the cache of one core complex.
 PEAK_SIZE = 2048
 
 
@@ -39,7 +39,7 @@ def main(network: str, batch_size: int) -> None:
         "label": random.integers(0, 10, batch_size).astype(np.int32),
         "index": np.arange(batch_size, dtype=np.int32),
     }
-    # As the peers are given them: floats that are there already.
+    # As for the peers: the images are already in memory as float32.
     image = jnp.asarray(random.random((batch_size, *shape), np.float32))
 
     def train(steps: int) -> None:

@@ -21,7 +21,7 @@ from worker import serve
 
 
 def build(network: Network) -> keras.Model:
-    """`network` as the lecture's Sequential model, logits out."""
+    """`network` as the lecture's Sequential model, whose outputs are logits."""
     model = keras.Sequential([layers.Input(network.image_shape)])
     for kind, *options in network.layers:
         if kind == "conv":

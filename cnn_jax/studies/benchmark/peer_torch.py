@@ -1,7 +1,7 @@
 """The contender PyTorch, in its own environment. Arguments: NETWORK BATCH VARIANT.
 
 Variants: default, channels_last, compile (channels_last and torch.compile), bf16 (channels_last and
-autocast). Adam 1e-3, cross-entropy, the batch already a float32 tensor.
+autocast). Adam 1e-3, cross-entropy; the batch is already a float32 tensor.
 """
 
 import sys
@@ -16,7 +16,7 @@ from worker import serve
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """What Keras and JAX pad before and after, which for stride 2 is not symmetric."""
+    """The padding before and after, as in Keras and JAX; for stride 2 it is not symmetric."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 

@@ -1,8 +1,8 @@
 """Measures the contenders in turn, A B A B, and writes the table.
 
-All contenders of a network are alive and warm at once; each round gives every one of them a few
-seconds alone. The figures are medians over the rounds; a ratio is the median of the rounds' ratios,
-so that a machine whose speed drifts does not favour anyone.
+All contenders of a network are loaded and warm at once. In each round, each of them runs alone for
+a few seconds. The figures are medians over the rounds. A ratio is the median of the rounds' ratios,
+so a machine whose speed drifts favours no contender.
 """
 
 import logging
@@ -47,7 +47,7 @@ def measure(
 def benchmark(
     networks: list[str], batch_size: int, peers: bool, rounds: int, seconds: float, write: bool
 ) -> None:
-    """Measures, prints the tables, and puts them into experiments/RESULTS.md if `write`.
+    """Measures, prints a line per network, and with `write` puts tables into RESULTS.md.
 
     Raises:
       ConfigError: an unknown network, or a number out of range.

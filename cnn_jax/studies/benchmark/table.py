@@ -1,4 +1,4 @@
-"""The benchmark's tables in Markdown, and their place in RESULTS.md beside other processors'."""
+"""The benchmark's tables in Markdown, and their section in RESULTS.md, one per processor."""
 
 import datetime
 import statistics
@@ -13,7 +13,7 @@ from cnn_jax.studies.benchmark.figures import OURS, Measured
 def render(
     results: dict[str, dict[str, Measured]], batch_size: int, rounds: int, seconds: float
 ) -> str:
-    """The tables of one call: training, evaluation, ours in detail."""
+    """The tables of one call: training, evaluation, cnn_jax in detail."""
     names = list(dict.fromkeys(name for measured in results.values() for name in measured))
     versions = dict.fromkeys(m.version for measured in results.values() for m in measured.values())
     lines = [
@@ -55,7 +55,7 @@ def render(
 
 
 def put_into(path: Path, text: str, batch_size: int) -> None:
-    """Replaces this processor's section of the file for this batch, or adds it at the end."""
+    """Replaces the section of this processor and batch size, or adds it at the end."""
     mark = f"benchmark {cpu.description()} batch {batch_size}"
     markdown.put_section(path, mark, text)
 

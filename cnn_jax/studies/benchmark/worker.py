@@ -1,7 +1,7 @@
 """The loop of a contender's process. Standard library only: the peers run it in their own environment.
 
-The parent writes one JSON line {"mode": ..., "seconds": ...} at a time, the worker answers with one
-{"steps": ..., "seconds": ...}. All contenders of a network stay warm while each is measured in turn.
+The parent writes a JSON line {"mode": ..., "seconds": ...}, and the worker answers with a JSON line
+{"steps": ..., "seconds": ...}. All contenders of a network stay warm; each is measured in turn.
 """
 
 import json
@@ -16,8 +16,8 @@ def serve(modes: dict[str, Callable[[int], None]], **about: object) -> None:
     """Answers the parent until it closes standard input.
 
     Args:
-      modes: "train" and its like, each a function that runs so many steps and waits for them.
-      about: facts to report once, as in versions.
+      modes: for "train" and others, a function that runs a number of steps and waits for them.
+      about: facts to report once, such as versions.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a framework prints must not mix with the answers
@@ -35,7 +35,7 @@ def serve(modes: dict[str, Callable[[int], None]], **about: object) -> None:
         while (seconds := time.perf_counter() - began) < asked["seconds"]:
             run(block)
             steps += block
-            # Waiting for the device once in a tenth of a second measures the steps, not the waiting.
+            # Wait for the device only every 0.1 s, so that the waits do not distort the time.
             block = max(1, int(0.1 * steps / max(time.perf_counter() - began, 1e-6)))
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         _answer(out, {"steps": steps, "seconds": seconds, "peak_memory": peak})

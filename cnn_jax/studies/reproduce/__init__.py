@@ -1,1 +1,1 @@
-"""All that RESULTS.md says of accuracy: the runs, their records, the tables."""
+"""The accuracies in RESULTS.md: the runs, their records, the tables."""

@@ -1,4 +1,4 @@
-"""What `reproduce` trains, and the figures that others measured."""
+"""The experiments that `reproduce` trains, and the accuracies that others measured."""
 
 import dataclasses
 import difflib
@@ -14,10 +14,10 @@ class Row:
     Attributes:
       experiment: its name under experiments/, or the path of a file.
       seeds: how many runs, with the seeds 0, 1, ...
-      lecture_train: the lecture's training accuracy after its last epoch, where it gives one.
-      lecture_test: its test accuracy.
-      keras_test: that of Keras 3.15 on TensorFlow, seed 0, with the same settings.
-      target: the mean test accuracy a better recipe is to reach.
+      lecture_train: the lecture's training accuracy after its last epoch, if it gives one.
+      lecture_test: the lecture's test accuracy.
+      keras_test: the test accuracy of Keras 3.15 on TensorFlow, seed 0, with the same settings.
+      target: the mean test accuracy that a better recipe should reach.
     """
 
     experiment: str
@@ -49,16 +49,16 @@ RECORDS = (
     Row("cifar10/speedrun", 5, target=0.94),
     Row("fashion_mnist/record", 3, target=0.95),
 )
-# Needs no dataset from anywhere: shows in a minute that all of this works.
+# Needs no download: shows within a minute that reproduce works.
 EMBEDDED = (Row("quickstart", 3),)
 ROWS = (*LECTURE, *BETTER, *RECORDS, *EMBEDDED)
 
 
 def choose(rows: Sequence[Row], only: Sequence[str], seeds: int | None) -> list[Row]:
-    """The rows named in `only`, all if it is empty, each with `seeds` runs if that is given.
+    """The rows named in `only`, or all if it is empty, each with `seeds` runs if that is given.
 
     Raises:
-      ConfigError: there is no such row, with the nearest names, or `seeds` is less than 1.
+      ConfigError: there is no such row (shows the nearest names), or `seeds` is less than 1.
     """
     names = [row.experiment for row in rows]
     for name in only:

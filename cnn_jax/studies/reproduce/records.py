@@ -1,7 +1,7 @@
-"""Records of finished runs: what of a run is worth keeping in the repository, without its weights.
+"""Records of finished runs: what the repository keeps of a run, without its weights.
 
-RECORDS/EXPERIMENT/seed_S/ holds config.json and metrics.jsonl as the run left them, evaluation.json of
-the test split, and run.json: commit, versions, device, seconds, FLOPs, command.
+RECORDS/EXPERIMENT/seed_S/ holds the run's config.json and metrics.jsonl, the evaluation.json of the
+test split, and run.json: commit, versions, device, seconds, FLOPs, command.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from cnn_jax.models import summary
 from cnn_jax.train.workdir import PACKAGES, metrics, read_config, write_json
 
 FILES = ("config.json", "metrics.jsonl", "evaluation.json", "run.json")
-# What the tables need of run.json, and of each line of metrics.jsonl.
+# What the tables need from run.json, and from each line of metrics.jsonl.
 NEEDED = ("device", "versions", "parameters", "training_flops", "training_seconds")
 NEEDED_OF_EPOCH = ("epoch", "train_accuracy", "epoch_seconds", "images_per_second")
 REPOSITORY = FOLDER.parent
@@ -47,17 +47,17 @@ class Record:
 
 
 def folder(records: Path, experiment: str, seed: int) -> Path:
-    """Where the record of a run lies; below a workdir, the run itself."""
+    """The folder of a run's record; if `records` is a workdir, the folder of the run."""
     return records / short_name(experiment) / f"seed_{seed}"
 
 
 def read(path: Path) -> Record | None:
-    """The record in the folder `path`; None: there is none.
+    """The record in the folder `path`, or None if there is none.
 
     Raises:
       WorkdirError: it is damaged.
     """
-    if not (path / "run.json").exists():  # which is written last
+    if not (path / "run.json").exists():  # run.json is written last
         return None
     try:
         config, evaluation, run = (
@@ -78,9 +78,9 @@ def read(path: Path) -> Record | None:
 def commit() -> dict[str, Any]:
     """The repository's commit, and whether files other than results differ from it.
 
-    Both are None where there is no git, or this is no checkout.
+    Both are None without git, or if this package is not a checkout.
     """
-    if not CHECKOUT:  # another repository may lie around an installed package
+    if not CHECKOUT:  # an installed package may be inside another repository
         return {"commit": None, "dirty": None}
     try:
         head = _git("rev-parse", "HEAD")
@@ -96,18 +96,18 @@ def _git(*arguments: str) -> str:
 
 
 def write(path: Path, workdir: Path, config: Config, command: str, origin: dict) -> None:
-    """Makes the record of a finished and evaluated run.
+    """Writes the record of a finished and evaluated run.
 
     Args:
       path: the record's folder.
       workdir: of the run.
       config: of the run.
-      command: that trains it.
+      command: the command that trains it.
       origin: commit and dirty, as `commit` gave them when the run began; processor, its description;
-        wall_seconds of its processes, with start, compilation and evaluation.
+        wall_seconds of its processes, including start, compilation and evaluation.
 
     Raises:
-      WorkdirError: the evaluation is not that of the last epoch, or the disk does not take it.
+      WorkdirError: the evaluation is not of the last epoch, or the record cannot be written.
     """
     saved = read_config(workdir)
     lines = metrics(workdir)
@@ -136,7 +136,7 @@ def write(path: Path, workdir: Path, config: Config, command: str, origin: dict)
     }
     with written(path, WorkdirError):
         path.mkdir(parents=True, exist_ok=True)
-        (path / "run.json").unlink(missing_ok=True)  # until the others are in their place
+        (path / "run.json").unlink(missing_ok=True)  # written last: it marks a complete record
         for name in FILES[:3]:
             shutil.copyfile(workdir / name, path / name)
         write_json(path / "run.json", run)

@@ -31,28 +31,28 @@ def reproduce(
 ) -> int:
     """Trains, evaluates and records every run of `rows` that has no record yet.
 
-    A run that fails is told on one line, and the others go on.
+    A failed run is reported on one line, and the other runs continue.
 
     Args:
       rows: what to train.
-      workdir: each run has WORKDIR/EXPERIMENT/seed_S.
-      output: where RESULTS.md and records/ lie.
-      data_dir: where the datasets lie.
+      workdir: each run is in WORKDIR/EXPERIMENT/seed_S.
+      output: the folder of RESULTS.md and records/.
+      data_dir: the folder of the datasets.
       shown: the rows of RESULTS.md.
-      download: fetches datasets that are not prepared.
+      download: downloads datasets that are not prepared.
 
     Returns:
       The exit code of the first run that failed, or 0.
 
     Raises:
       WorkdirError: a folder cannot be written.
-      Preempted: a signal asked to end; the same call goes on.
+      Preempted: a signal asked to stop; the same call resumes.
     """
     prepare(workdir)
     prepare(output)
-    # This process only counts; an accelerator's memory is for the runs.
+    # This process only counts FLOPs; the runs need the accelerator's memory.
     jax.config.update("jax_platforms", "cpu")
-    table.rebuild(output, shown)  # what is in its way is better told now than hours later
+    table.rebuild(output, shown)  # fail now rather than after hours of training
     runs = [(row.experiment, seed) for row in rows for seed in range(row.seeds)]
     codes: list[int] = []
     with Processes() as processes:
@@ -99,13 +99,13 @@ def _run(
 
 
 class _Origin:
-    """Where a run comes from, over all the calls that worked on it; kept in its workdir.
+    """The origin of a run over all calls that worked on it; kept in its workdir.
 
-    Its commit and processor are those of the call that began it. If a call at another commit trained
-    on, the run is "dirty", as one of changed files is: its commit alone does not give it.
+    Commit and processor are those of the call that began the run. If a call at another commit
+    resumed it, the run is "dirty", like a run of changed files: no single commit reproduces it.
 
     Attributes:
-      saved: commit, dirty, processor, and wall_seconds of the calls that ended, whatever their end.
+      saved: commit, dirty, processor, and wall_seconds of all ended calls, also of failed ones.
     """
 
     def __init__(self, workdir: Path, config: Config):
@@ -125,6 +125,6 @@ class _Origin:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._path.parent.is_dir():  # there is a run
+        if self._path.parent.is_dir():  # the run exists
             self.saved["wall_seconds"] += time.perf_counter() - self._began
             write_json(self._path, self.saved)

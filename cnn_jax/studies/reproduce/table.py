@@ -1,4 +1,4 @@
-"""RESULTS.md's section of accuracies, rebuilt from the records: no figure in it is written by hand."""
+"""The accuracy section of RESULTS.md, built from the records: no figure is written by hand."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ class Figures:
     """What the runs of one experiment measured, after their last epoch.
 
     Attributes:
-      runs: their records, at least one, by seed.
+      runs: their records, at least one, sorted by seed.
     """
 
     runs: tuple[Record, ...]
@@ -41,12 +41,12 @@ class Figures:
 
     @property
     def device(self) -> str:
-        """Of the first run."""
+        """The device of the first run."""
         return self.runs[0].run["device"]
 
     @property
     def by_device(self) -> list["Figures"]:
-        """Those of each device alone, whose times can be compared."""
+        """The figures of each device alone: times on different devices cannot be compared."""
         devices = dict.fromkeys(run.run["device"] for run in self.runs)
         return [
             Figures(tuple(run for run in self.runs if run.run["device"] == device))
@@ -59,7 +59,7 @@ class Figures:
 
     @property
     def train(self) -> float:
-        """Mean training accuracy, which is taken while the last epoch changes the weights."""
+        """Mean training accuracy, measured during the last epoch while the weights change."""
         return statistics.fmean(run.metrics[-1]["train_accuracy"] for run in self.runs)
 
     @property
@@ -93,12 +93,12 @@ class Figures:
 
     @property
     def training_seconds(self) -> float:
-        """Of one run, without compilation and evaluation: mean."""
+        """Mean over the runs, without compilation and evaluation."""
         return statistics.fmean(run.run["training_seconds"] for run in self.runs)
 
     @property
     def petaflop(self) -> float:
-        """Of one run's training."""
+        """PFLOP of one run's training."""
         return statistics.fmean(run.run["training_flops"] for run in self.runs) / 1e15
 
     def _median(self, name: str) -> float:
@@ -106,11 +106,11 @@ class Figures:
 
 
 def rebuild(output: Path, rows: Sequence[plan.Row] = plan.ROWS) -> None:
-    """Writes the section of OUTPUT/RESULTS.md anew; other sections stay as they are.
+    """Rewrites the accuracy section of OUTPUT/RESULTS.md; other sections stay as they are.
 
     Args:
       output: the folder of RESULTS.md and records/.
-      rows: of the tables; those that are not in the plan are shown with the embedded dataset.
+      rows: of the tables; rows outside the plan are shown with the embedded dataset.
 
     Raises:
       WorkdirError: a record is damaged, or the file cannot be written.
@@ -119,7 +119,7 @@ def rebuild(output: Path, rows: Sequence[plan.Row] = plan.ROWS) -> None:
 
 
 def render(folder: Path, rows: Sequence[plan.Row] = plan.ROWS) -> str:
-    """The section in Markdown, of the records in `folder`."""
+    """The section in Markdown, from the records in `folder`."""
     runs = {row.experiment: read_all(folder, row.experiment) for row in rows}
     every = [record for found in runs.values() for record in found]
     devices = list(dict.fromkeys(record.run["device"] for record in every))
@@ -146,7 +146,7 @@ def render(folder: Path, rows: Sequence[plan.Row] = plan.ROWS) -> str:
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-@functools.cache  # a run of many hours shall not see it change
+@functools.cache  # the template must not change during a run of hours
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cnn_jax.studies.reproduce"),
@@ -165,7 +165,7 @@ def _environment() -> jinja2.Environment:
 
 
 def read_all(folder: Path, experiment: str) -> list[Record]:
-    """The records of an experiment, by seed, that are of its configuration as it is now.
+    """The records of an experiment that match its current configuration, sorted by seed.
 
     Raises:
       WorkdirError: one is damaged.
@@ -221,7 +221,7 @@ def short(number: float) -> str:
 
 
 def against(share: float, other: float) -> str:
-    """ "0.34 points above", of accuracies as they are printed."""
+    """ "0.34 points above": compares two accuracies as they are printed."""
     points = 100 * (round(share, 4) - round(other, 4))
     if abs(points) < 0.005:
         return "equal to"
@@ -229,14 +229,14 @@ def against(share: float, other: float) -> str:
 
 
 def difference(figures: Figures, other: Figures) -> str:
-    """`against` for two experiments' means."""
+    """`against` for the mean test accuracies of two experiments."""
     return against(figures.test, other.test)
 
 
 def chance(figures: Figures, other: Figures) -> float | None:
-    """The probability of so large a difference of two means if there were none: Welch's t-test.
+    """The p-value of Welch's t-test for the difference of two mean test accuracies.
 
-    None: a single run tells nothing of how much runs differ.
+    None if either has a single run, which gives no variance.
     """
     if figures.n < 2 or other.n < 2:
         return None
@@ -246,7 +246,7 @@ def chance(figures: Figures, other: Figures) -> float | None:
 
 
 def certainty(figures: Figures, other: Figures) -> str:
-    """Whether the difference of two means could be chance."""
+    """Says whether the difference of two means could be chance."""
     probability = chance(figures, other)
     if probability is None:
         return "single runs differ by chance, so this is no proof"
@@ -254,7 +254,7 @@ def certainty(figures: Figures, other: Figures) -> str:
 
 
 def order(below: Figures, above: Figures) -> str:
-    """Whether the first is below the second, as the lecture has it."""
+    """Says whether the first is below the second, as in the lecture."""
     probability = chance(below, above)
     if probability is None or probability >= 0.05:
         return "which decides no order"
