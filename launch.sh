@@ -3,136 +3,107 @@
 set -euo pipefail
 
 usage() {
-  cat <<'EOF'
-Usage:
-  ./launch.sh                        set up what is missing, then run the quick start: a small training run
-  ./launch.sh COMMAND [--flags...]   set up what is missing, then run a command; some examples:
-      ./launch.sh list
-      ./launch.sh train --experiment=fashion_mnist/lenet --workdir=runs/lenet
-      ./launch.sh evaluate --workdir=runs/lenet
-  ./launch.sh test [--faults] [pytest arguments]
-                                     run the tests; --faults adds the long fault-injection runs. Paths are relative
-                                     to the repository; -n 0 runs in one process.
-  ./launch.sh setup                  only set up; looks again for a GPU or TPU
-
+  cat <<'END'
+./launch.sh                        sets up what is missing, then runs the quick start: a small training run
+./launch.sh COMMAND [--flags]      sets up what is missing, then runs a command; ./launch.sh list is one
+./launch.sh test [--faults] [...]  runs the tests with these arguments of pytest; --faults adds the long fault injections
+./launch.sh setup [--pinned] [--with=prepare] [--with=test]
+    only sets up, and looks again for a GPU or TPU. --pinned: with the versions that passed the tests.
+    --with=prepare: with TensorFlow, which prepares most public datasets. --with=test: with the tests' tools.
 Environment:
-  CNN_JAX_PLATFORM=cpu|cuda|tpu      what JAX is installed for (default: cuda where nvidia-smi finds a GPU, tpu on a
-                                     TPU VM, else cpu)
-  PYTHON=...                         the Python that .venv is made with (default: the newest of 3.11 to 3.13 on PATH)
-EOF
+CNN_JAX_PLATFORM=cpu|cuda|cuda12|cuda13|tpu   what JAX is installed for (default: what is found)
+PYTHON=...   makes .venv (default: the newest of 3.11 to 3.13, else 3.14; on PATH, in pyenv's or uv's folder,
+             /usr/local/bin or /opt/*/bin)
+END
 }
 
 say() { printf 'launch.sh: %s\n' "$*" >&2; }
+die() { say "${@:2}" && exit "$1"; }
 
-die() {
-  local status=$1
-  shift
-  say "$@"
-  exit "$status"
-}
-
-self=${BASH_SOURCE[0]}
-while [ -L "$self" ]; do
-  link=$(readlink "$self")
-  case $link in
-    /*) self=$link ;;
-    *) self=$(dirname -- "$self")/$link ;;
-  esac
-done
-root=$(CDPATH='' cd -P -- "$(dirname -- "$self")" && pwd -P)
+root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 venv=$root/.venv
 stamp=$venv/.cnn_jax-ready        # written when a set-up has succeeded
 unready=$venv/.cnn_jax-unready    # stands there from a set-up's first step to its last
 log=$root/.venv-setup.log         # what the last set-up printed; also the lock
+allowed="CPython 3.11 to 3.14 with venv and ensurepip"
+child='' why='' asked_platform=${CNN_JAX_PLATFORM:-} asked_python='' asked_options=''
 
-asked_platform=${CNN_JAX_PLATFORM:-}
-asked_python=   # PYTHON as a path, or empty
-asked_extra=    # "test" or empty
-
-read_stamp() {
-  stamp_root='' stamp_python='' stamp_platform='' stamp_extra='' stamp_sources=''
-  [ -r "$stamp" ] || return 1
-  {
-    IFS= read -r stamp_root && IFS= read -r stamp_python && IFS= read -r stamp_platform &&
-      IFS= read -r stamp_extra && IFS= read -r stamp_sources
-  } <"$stamp"
-}
-
-# Is .venv what is asked for? Every call asks, so: one cksum and no Python.
+# Is .venv what is asked for? Every call asks, so: one cksum and no Python. Sets was_root and so on from the stamp.
 is_ready() {
-  local installed
-  read_stamp || return 1
-  [ ! -e "$unready" ] && [ -x "$venv/bin/python" ] || return 1
-  [ "$stamp_root" = "$root" ] && [ "$stamp_sources" = "$sources" ] || return 1
-  [ -z "$asked_platform" ] || [ "$stamp_platform" = "$asked_platform" ] || return 1
-  [ -z "$asked_python" ] || [ "$stamp_python" = "$asked_python" ] || return 1
-  [ -z "$asked_extra" ] || [ "$stamp_extra" = "$asked_extra" ] || return 1
-  for installed in "$venv"/lib/python3*/site-packages/cnn_jax-*.dist-info; do
-    [ ! -d "$installed" ] || return 0
-  done
-  return 1
+  local name installed=("$venv"/lib/python3*/site-packages/cnn_jax-*.dist-info)
+  was_root='' was_python='' was_platform='' was_options='' was_sources=''
+  [ ! -r "$stamp" ] || for name in root python platform options sources; do IFS= read -r "was_$name" || true; done <"$stamp"
+  for name in $asked_options; do [[ " $was_options " == *" $name "* ]] || return 1; done
+  [ -d "${installed[0]}" ] && [ ! -e "$unready" ] && [ -x "$venv/bin/python" ] && [ "$was_root" = "$root" ] &&
+    [ "$was_sources" = "$sources" ] && [[ $was_platform == "$asked_platform"* ]] &&
+    [ "${asked_python:-$was_python}" = "$was_python" ]
 }
 
 # Succeeds, with python_version and base_python (not of a virtual environment) set, where $1 can make .venv; else says why
-# not in refusal. It runs $1: the name of a Python may be a shim with nothing behind it.
+# not in refusal. It runs $1: pyenv's shims may have nothing behind them.
 probe_python() {
-  local answer has_venv
-  refusal="it does not run"
-  answer=$("$1" -c 'import sys
-try:
-    import ensurepip, venv
-    has_venv = "yes"
-except ImportError:
-    has_venv = "no"
-base = getattr(sys, "_base_executable", None) or sys.executable
-print("%d.%d %s %s" % (sys.version_info[0], sys.version_info[1], has_venv, base))' 2>/dev/null </dev/null) || return 1
-  read -r python_version has_venv base_python <<<"$answer"
-  case $python_version in
-    3.11 | 3.12 | 3.13) ;;
-    *) refusal="it is Python $python_version" && return 1 ;;
+  local kind answer has_venv=true
+  answer=$(timeout 60 "$1" -c 'import sys
+print(sys.implementation.name + sys.abiflags + " %d.%d" % sys.version_info[:2])
+print(sys._base_executable)
+import ensurepip, venv' 2>/dev/null </dev/null) || has_venv=false
+  { read -r kind python_version && read -r base_python; } <<<"$answer" || true
+  case "$kind $python_version" in
+    "cpython 3.1"[1-4]) refusal="it lacks venv or ensurepip (Debian and Ubuntu: apt install python$python_version-venv)" ;;
+    [a-z]*" 3."[0-9]*) refusal="it is $kind $python_version" && return 1 ;;
+    *) refusal="it does not run as Python 3" && return 1 ;;
   esac
-  refusal="it lacks venv or ensurepip (Debian and Ubuntu: apt install python$python_version-venv)"
-  [ "$has_venv" = yes ]
+  $has_venv
 }
 
-# Sets python_path, python_version and base_python, or ends with exit code 2.
+# Sets python, python_version and base_python, or ends with exit code 2. 3.14 comes late: the tests have not run on it.
 find_python() {
-  local name refusals=''
+  local name refusals='' pyenv=${PYENV_ROOT:-${HOME:-}/.pyenv}/versions
+  local uv=${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-${HOME:-}/.local/share}/uv/python}
   if [ -n "$asked_python" ]; then
-    python_path=$asked_python
-    probe_python "$python_path" ||
-      die 2 "PYTHON is '$PYTHON': $refusal; allowed: a Python 3.11 to 3.13 with venv and ensurepip"
+    python=$asked_python
+    probe_python "$python" || die 2 "PYTHON is '$PYTHON': $refusal; allowed: $allowed"
     return
   fi
-  for name in python3.13 python3.12 python3.11 python3; do
-    while IFS= read -r python_path; do
-      ! probe_python "$python_path" || return 0
-      refusals="$refusals; $python_path: $refusal"
-    done < <(type -aP "$name")
+  for name in python3.13 python3.12 python3.11 python3.14 python3; do
+    while IFS= read -r python; do
+      [ -x "$python" ] || continue
+      ! probe_python "$python" || return 0
+      refusals="$refusals; $python: $refusal"
+    done < <(type -aP $name && true; ls -vr "$pyenv"/*/bin/$name "$uv"/*/bin/$name /usr/local/bin/$name /opt/*/bin/$name 2>/dev/null)
   done
-  die 2 "found no Python 3.11 to 3.13 with venv and ensurepip on PATH; install one or name it in PYTHON$refusals"
+  die 2 "found no $allowed on PATH or in pyenv's or uv's folder; install one or name it in PYTHON$refusals"
 }
 
-# JAX looks for the same PCI devices.
-is_tpu_vm() {
-  local device
-  [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ] || return 1
-  for device in /sys/bus/pci/devices/*; do
-    [ -r "$device/vendor" ] && [ "$(<"$device/vendor")" = 0x1ae0 ] || continue
-    case $(<"$device/device") in
-      0x0027 | 0x0056 | 0x005e | 0x0062 | 0x0063 | 0x006f | 0x0076) return 0 ;;
-    esac
-  done
-  return 1
-}
+# The smallest value among the GPUs. A broken driver can hang nvidia-smi.
+smi() { timeout 30 nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | LC_ALL=C sort -n | head -n 1 || true; }
 
-detect_platform() {
-  local patience=()
-  ! command -v timeout >/dev/null || patience=(timeout 30) # a broken driver can hang nvidia-smi
-  case $(${patience[@]+"${patience[@]}"} nvidia-smi -L 2>/dev/null || true) in
-    GPU\ *) echo cuda ;;
-    *) if is_tpu_vm; then echo tpu; else echo cpu; fi ;;
-  esac
+# Sets platform, and why: $1, that of .venv, if that is what is asked for. What CUDA needs: docs.jax.dev, Installation.
+choose_platform() {
+  local driver gpu
+  platform=$1 why="as before"
+  [[ $platform =~ ^(cpu|cuda1.|tpu)$ && $platform == "$asked_platform"* ]] && return
+  platform=$asked_platform why="as CNN_JAX_PLATFORM says"
+  [[ $platform == '' || $platform == cuda ]] || return 0
+  driver=$(smi driver_version) gpu=$(smi compute_cap)
+  if [[ ! $driver =~ ^[0-9]+\. ]]; then
+    why="nvidia-smi finds no GPU"
+    if [ "$platform" = cuda ]; then
+      platform=cuda12 why="$why; more drivers run CUDA 12 than 13"
+    elif { [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; } && grep -qs 0x1ae0 /sys/bus/pci/devices/*/vendor; then
+      platform=tpu why="there is a PCI device of Google's"
+    else
+      platform=cpu
+    fi
+  elif [ "${driver%%.*}" -lt 525 ] && [ -z "$platform" ]; then
+    platform=cpu why="driver $driver is older than 525, which CUDA 12 needs; update it, then run ./launch.sh setup"
+  elif [ "${driver%%.*}" -lt 580 ]; then
+    platform=cuda12 why="driver $driver is older than 580, which CUDA 13 needs"
+  elif [[ $gpu == [0-6].* || $gpu == 7.[0-4] ]]; then
+    platform=cuda12 why="compute capability $gpu is below 7.5, which CUDA 13 needs"
+  else
+    platform=cuda13 why="driver $driver is 580 or newer"
+  fi
 }
 
 # Runs a command of the set-up from the repository: in the background, so that a signal ends it at once, and as a process
@@ -152,24 +123,18 @@ cut_short() {
 
 # Why .venv has to be made anew before anything is installed into it; prints nothing where it can stay.
 reason_to_rebuild() {
-  if [ -e "$unready" ]; then
-    echo "its last set-up did not finish"
-  elif [ -n "$stamp_root" ] && [ "$stamp_root" != "$root" ]; then
-    echo "it was made in another folder"
-  elif [ -n "$stamp_python" ] && [ -n "$asked_python" ] && [ "$stamp_python" != "$asked_python" ]; then
-    echo "it was made with $stamp_python"
-  elif [ "$stamp_platform" != "$platform" ] && [[ $stamp_platform == cuda || $stamp_platform == tpu ]]; then
-    echo "it was made for $stamp_platform"
-  elif ! probe_python "$venv/bin/python"; then
-    echo "its Python cannot be used: $refusal"
-  elif ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 </dev/null; then
-    echo "its pip cannot be used"
+  if [ ! -d "$venv" ]; then echo "there is none"
+  elif [ -e "$unready" ]; then echo "its last set-up did not finish"
+  elif [ "${was_root:-$root}" != "$root" ]; then echo "it was made in another folder"
+  elif [ "${asked_python:-$was_python}" != "$was_python" ]; then echo "it was made with ${was_python:-another Python}"
+  elif [[ $was_platform != "$platform" && $was_platform =~ cuda|tpu ]]; then echo "it was made for $was_platform"
+  elif ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 </dev/null; then echo "its Python or pip cannot be used"
   fi
 }
 
 make_venv() {
   find_python
-  say "creating .venv with $python_path (Python $python_version)"
+  say "creating .venv with $python (Python $python_version): $1"
   [ -d "$venv" ] || rm -f "$venv"
   mkdir -p "$venv"
   : >"$unready"
@@ -178,99 +143,97 @@ make_venv() {
   run_logged "$base_python" -m venv "$venv" || die 1 "$base_python could not make $venv (exit $?); see $log"
 }
 
+# Installs into .venv what is asked for beside what is there.
+install() {
+  local options=$was_options extras='' pip=(-m pip install) name reason status=0
+  [ -n "$why" ] || choose_platform "$was_platform"
+  for name in $asked_options; do [[ " $options " == *" $name "* ]] || options=${options:+$options }$name; done
+  for name in $options ${platform#cpu}; do [ "$name" = pinned ] || extras=${extras:+$extras,}$name; done
+  python=${asked_python:-$was_python} reason=$(reason_to_rebuild)
+  [ -z "$reason" ] || make_venv "$reason"
+  # The old stamp waits in $unready: it holds again where pip gives up before it has changed anything.
+  if [ -e "$stamp" ]; then mv -f "$stamp" "$unready"; else : >>"$unready"; fi
+  say "installing cnn_jax for $platform ($why)${options:+, $options}; a first set-up takes a minute or two"
+  [[ " $options " != *" pinned "* ]] || pip+=(--constraint .ci/constraints.txt)
+  # Modules are compiled when they are first imported, which halves the time of a set-up. The tests take warnings for
+  # errors, so for them all are compiled now: compilers warn.
+  pip+=(--no-compile --no-input --disable-pip-version-check --editable ".${extras:+[$extras]}")
+  run_logged "$venv/bin/python" "${pip[@]}" || status=$?
+  if [ "$status" -ne 0 ]; then
+    [ ! -s "$unready" ] || mv -f "$unready" "$stamp"
+    die 1 "pip could not install cnn_jax (exit $status): $(grep -o 'ERROR.*' "$log" | tail -n 1); see $log"
+  fi
+  [[ " $options " != *" test "* ]] || run_logged "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" || true
+  printf '%s\n' "$root" "$python" "$platform" "$options" "$sources" >"$unready"
+  mv -f "$unready" "$stamp"
+}
+
+# One at a time; descriptor 9 is the lock.
 set_up() {
-  local platform extras reason status=0 started=$SECONDS
-  child=
+  local started=$SECONDS
   [ -w "$root" ] || die 1 "cannot write to $root, where .venv belongs"
   exec 9>>"$log"
   if command -v flock >/dev/null && ! flock -n 9; then
     say "waiting for another set-up of $venv"
     flock 9 || true
   fi
-  if is_ready; then
-    exec 9>&-
-    return
+  if ! is_ready; then
+    : >"$log"
+    trap 'cut_short 129' HUP
+    trap 'cut_short 130' INT
+    trap 'cut_short 143' TERM
+    install
+    trap - HUP INT TERM
+    say "ready after $((SECONDS - started)) s"
   fi
-  : >"$log"
-  trap 'cut_short 129' HUP
-  trap 'cut_short 130' INT
-  trap 'cut_short 143' TERM
-  platform=${asked_platform:-$stamp_platform}
-  platform=${platform:-$(detect_platform)}
-  extras=${asked_extra:-$stamp_extra}
-  if [ -d "$venv" ]; then
-    reason=$(reason_to_rebuild)
-    [ -z "$reason" ] || say "removing .venv: $reason"
-  else
-    reason="there is none"
-  fi
-  [ -z "$reason" ] || make_venv
-  python_path=${python_path:-${asked_python:-$stamp_python}}
-  # The old stamp waits in $unready: it holds again where pip gives up before it has changed anything.
-  if [ -e "$stamp" ]; then mv -f "$stamp" "$unready"; else : >>"$unready"; fi
-  say "installing cnn_jax for $platform${extras:+ with its $extras tools}; a first set-up takes a minute or two"
-  [ "$platform" = cpu ] || extras=${extras:+$extras,}$platform
-  run_logged "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --editable ".${extras:+[$extras]}" ||
-    status=$?
-  if [ "$status" -ne 0 ]; then
-    [ ! -s "$unready" ] || mv -f "$unready" "$stamp"
-    die 1 "pip could not install cnn_jax (exit $status): $(grep -o 'ERROR.*' "$log" | tail -n 1); see $log"
-  fi
-  extras=${asked_extra:-$stamp_extra}
-  printf '%s\n' "$root" "$python_path" "$platform" "$extras" "$sources" >"$unready"
-  mv -f "$unready" "$stamp"
-  trap - HUP INT TERM
   exec 9>&-
-  say "ready after $((SECONDS - started)) s"
 }
 
-case $asked_platform in
-  '' | cpu | cuda | tpu) ;;
-  *) die 2 "CNN_JAX_PLATFORM is '$asked_platform'; allowed: cpu, cuda, tpu" ;;
-esac
+[[ $asked_platform =~ ^(cpu|cuda|cuda12|cuda13|tpu|)$ ]] ||
+  die 2 "CNN_JAX_PLATFORM is '$asked_platform'; allowed: cpu, cuda, cuda12, cuda13, tpu"
 if [ -n "${PYTHON:-}" ]; then
-  asked_python=$(command -v "$PYTHON") || die 2 "PYTHON is '$PYTHON', which is not a command; allowed: a Python 3.11 to 3.13"
-  case $asked_python in
-    /*) ;;
-    *) asked_python=$PWD/$asked_python ;;
-  esac
+  asked_python=$(type -P -- "$PYTHON") || die 2 "PYTHON is '$PYTHON', which is not a command; allowed: $allowed"
+  [[ $asked_python == /* ]] || asked_python=$PWD/$asked_python
 fi
-sources=$(cd -- "$root" && cksum setup.cfg pyproject.toml)
+sources=$(cd -- "$root" && cksum setup.cfg pyproject.toml .ci/constraints.txt)
 sources=${sources//$'\n'/ }
 
-case ${1:-} in
+command=${1:-}
+[ "$command" != setup ] || shift
+while [[ ${1:-} =~ ^--(pinned|with=(prepare|test))$ ]]; do
+  asked_options="$asked_options ${BASH_REMATCH[2]:-pinned}"
+  shift
+done
+case $command in
   -h | --help)
     usage
-    if is_ready; then
-      printf '\nThe commands and their flags:\n\n'
-      "$venv/bin/python" -P -m cnn_jax.main --help || true
-    fi
+    ! is_ready || { echo && "$venv/bin/python" -P -m cnn_jax.main --help; }
     exit
     ;;
   setup)
-    [ $# -eq 1 ] || die 2 "setup takes no argument, got '$2'"
-    [ -n "$asked_platform" ] || asked_platform=$(detect_platform)
+    [ $# -eq 0 ] || die 2 "setup takes --pinned, --with=prepare and --with=test, got '$1'"
+    choose_platform ''
+    asked_platform=$platform
     is_ready || set_up
-    read_stamp
-    say "$venv is set up for $stamp_platform"
+    is_ready
+    say "$venv is set up for $was_platform${was_options:+, $was_options}"
     exit
     ;;
   test)
     shift
-    faults=false
-    for argument; do
-      shift
-      if [ "$argument" = --faults ]; then faults=true; else set -- "$@" "$argument"; fi
-    done
-    ! $faults || set -- -m '' "$@"
-    asked_extra='test'
+    asked_options='test'
     is_ready || set_up
     cd -- "$root"
-    exec "$venv/bin/python" -m pytest -n logical --maxprocesses=4 --dist worksteal "$@"
+    exec "$venv/bin/python" -m pytest -n logical --maxprocesses=4 --dist worksteal "${@/#--faults/-mfaults or not faults}"
     ;;
 esac
 
 is_ready || set_up
+# The program calls it to add TensorFlow, once.
+[[ " $asked_options " == *" prepare "* ]] || export CNN_JAX_LAUNCHER=$root/launch.sh
 [ $# -gt 0 ] || set -- train --experiment=quickstart
 # -P: the folder it is called from may hold a cnn_jax or jax.py of its own.
-exec "$venv/bin/python" -P -m cnn_jax.main "$@"
+run=("$venv/bin/python" -P -m cnn_jax.main "$@")
+# While Python starts, Ctrl-C would be a traceback. Held back, it comes when cnn_jax.main is ready for it; only GNU's env can.
+! env --block-signal=INT true 2>/dev/null || run=(env --block-signal=INT "${run[@]}")
+exec "${run[@]}"

@@ -1,16 +1,21 @@
 """./launch.sh COMMAND --flags: one command, one function call, one exit code."""
 
-import logging
 import os
-import re
 import signal
 import sys
+
+if __name__ == "__main__":  # before the imports below; `console` takes over
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+
+import logging
+import re
 from collections.abc import Sequence
 
 from absl import logging as absl_logging
 
+from cnn_jax.common import environment
 from cnn_jax.common.errors import CnnJaxError
-from cnn_jax.train.signals import EXIT_CODES
+from cnn_jax.train import signals
 
 log = logging.getLogger("cnn_jax")
 
@@ -24,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
     debug = any(re.fullmatch(r"--?debug(=(true|t|1))?", text, re.IGNORECASE) for text in argv)
     code = 128 + signal.SIGPIPE  # if the reader of our output leaves before the end
     try:
-        from cnn_jax.cli import commands  # JAX, a second: Ctrl-C must find us ready
+        environment.import_jax()
+        from cnn_jax.cli import commands
         from cnn_jax.common import cache, malloc
 
         name, *rest = argv or ["help"]
@@ -36,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
             print(command.usage())
             return 0
         values = command.parse(rest)
+        environment.check_xla_flags()
         cache.enable_compilation_cache()
         malloc.keep_freed()
         code = command.run(values) or 0
@@ -77,16 +84,21 @@ def _end(code: int) -> None:
     Where it fails alone, the others are waiting for it. JAX's farewell would in turn wait for them,
     for minutes; silence tells them sooner.
     """
-    from cnn_jax.train import parallel
-
-    if code not in (0, *EXIT_CODES.values()) and parallel.is_one_of_several():
+    parallel = sys.modules.get("cnn_jax.train.parallel")  # without it there are no others
+    alone = code not in (0, *signals.EXIT_CODES.values())
+    if alone and parallel and parallel.is_one_of_several():
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """What `cnn_jax`, `python -m cnn_jax` and ./launch.sh start: `main` as a process."""
     sys.unraisablehook = _on_unraisable
-    # Until `train` takes signals in hand, this one shall end the process as SIGTERM does.
-    signal.signal(signal.SIGUSR1, lambda *_: os._exit(128 + signal.SIGTERM))
+    signals.end_at_once()
+    environment.take_any_text()
     _end(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

@@ -63,8 +63,8 @@ def test_the_help_of_a_command(name, capsys):
     for flag in ("--help", "-h"):
         assert main.main([name, flag]) == 0
         lines = capsys.readouterr().out.splitlines()
-        first = " TOPIC" if name == "explain" else ""
-        assert lines[0] == f"./launch.sh {name}{first}: {commands.COMMANDS[name].title}"
+        assert re.fullmatch(rf"\./launch\.sh {name}( [A-Z]+)*( \.\.\.)?: .+", lines[0])
+        assert lines[0].endswith(f": {commands.COMMANDS[name].title}")
         shown = [line.split()[0] for line in lines[2:]]
         assert shown == [f"--{flag}" for flag in commands.COMMANDS[name].flags]
         assert all(len(line.split()) > 2 for line in lines[2:])  # each is explained
@@ -134,10 +134,14 @@ MISTAKES = [  # command line, exit code, what is said
     ("train --experiment=own.py --workdir=gs://a/b", 2, "gs://a/b: must be a local or a mounted"),
     ("list --xyzzy", 2, "--xyzzy: list has no such flag; it has: --debug"),
     ("evaluate --workdir=x --set epochs=3", 2, "--set: evaluate has no such flag; "),
-    ("train own.py", 2, "own.py: unexpected; flags are written --name=value"),
+    (
+        "list own.py",
+        2,
+        "own.py: unexpected; list takes no words and flags, which are written --name=",
+    ),
     ("train --experiment=own.py epochs=3", 2, "epochs=3: unexpected"),
     ("train --experiment=own.py --set epochs 3", 2, "3: unexpected"),
-    ("predict --workdir=x --images a.png b.png", 2, "b.png: unexpected; flags are written --name="),
+    ("predict --workdir=x --images a.png b.png", 4, "workdir=x: no such folder"),
     ("train --experiment=own.py --dry_run=maybe", 2, "--dry_run=maybe: must be true or false"),
     ("train --experiment=own.py --nodry_run=3", 2, "--nodry_run=3"),
     ("train --experiment=own.py --processes=x", 2, "--processes=x: must be a whole number"),
@@ -178,6 +182,22 @@ MISTAKES = [  # command line, exit code, what is said
         "batch_size=30: must be divisible by the 4",
     ),
     ("train --experiment=own.py --set model.num_classes=0", 2, "model.num_classes=0: must be at "),
+    (
+        "train --experiment=cifar10/speedrun --set model.axis_name=data",
+        2,
+        "model.axis_name=data: must be none; ",
+    ),
+    (
+        "sweep --experiment=cifar10/speedrun --set model.axis_name=a,b",
+        2,
+        "model.axis_name=a: must ",
+    ),
+    ("train --experiment=~nosuchuser/x.py", 2, "~nosuchuser/x.py: the home folder ~nosuchuser is"),
+    ("train --experiment=own.py --workdir=~nosuchuser", 2, "~nosuchuser: the home folder"),
+    ("evaluate --workdir=~nosuchuser/x", 2, "~nosuchuser/x: the home folder ~nosuchuser is not "),
+    ("evaluate --workdir=x --output=~nosuchuser/x", 2, "~nosuchuser/x: the home folder"),
+    ("train --experiment=own.py --data_dir=~nosuchuser/x", 3, "data.name=tiny_squares: "),
+    ("evaluate --workdir=x --output=file", 2, "--output=file: file is a file; name a folder"),
     ("summary --experiment=own.py --set epochs=0", 2, "epochs=0: must be from 1 to "),
     (
         "summary --experiment=own.py --input_size=2X2",
@@ -262,7 +282,7 @@ def test_exit_codes(kind, monkeypatch, caplog):
     expected = {
         "ConfigError": 2,
         "DataError": 3,
-        "CheckpointError": 4,
+        "WorkdirError": 4,
         "NotFiniteError": 5,
         "Preempted": 143,
     }
@@ -296,7 +316,7 @@ def test_train_says_what_comes_next(folder, tfds_dir, capsys):
     assert main.main(["train", *flags, "--set", "devices=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"test accuracy 0\.\d{4} after epoch 1, in runs/own", lines[-2])
-    assert lines[-1] == "next: ./launch.sh evaluate --workdir=runs/own"
+    assert lines[-1] == "next: ./launch.sh evaluate runs/own"
     assert (folder / "runs" / "own" / "config.json").is_file()
     # ... again, nothing is left to do
     assert main.main(["train", *flags, "--set", "devices=1"]) == 0

@@ -29,8 +29,11 @@ def make_examples(count: int, shape: tuple[int, int, int] = (28, 28, 1), seed: i
     return InMemory(image, label, CLASS_NAMES)
 
 
-def prepare_tiny_squares(data_dir: Path, file_format: str = "array_record") -> None:
-    """Writes `make_examples` as a TFDS dataset named tiny_squares, as TFDS itself would."""
+def prepare_tiny_squares(data_dir: Path, file_format: str = "array_record", shift: int = 0) -> None:
+    """Writes `make_examples` as a TFDS dataset named tiny_squares, as TFDS itself would.
+
+    `shift` is added to each label.
+    """
     import tensorflow_datasets as tfds
 
     class TinySquares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -59,7 +62,7 @@ def prepare_tiny_squares(data_dir: Path, file_format: str = "array_record") -> N
                 encoded = io.BytesIO()
                 Image.fromarray(examples.image[i, :, :, 0]).save(encoded, "PNG")
                 encoded.seek(0)
-                yield i, {"image": encoded, "label": int(examples.label[i])}
+                yield i, {"image": encoded, "label": int(examples.label[i] + shift) % 10}
 
     TinySquares(data_dir=str(data_dir), file_format=file_format).download_and_prepare()
 

@@ -13,13 +13,14 @@ from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.serialize import to_json
-from cnn_jax.data.loader import normalise
 from cnn_jax.models import summary
 from cnn_jax.models.convolutional import convolutional
 from cnn_jax.models.receptive_field import Field
-from cnn_jax.train import checkpoint
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train import checkpoint, parallel
+from cnn_jax.train.checkpoint_writer import CheckpointWriter
+from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
+from cnn_jax.train.workdir import line_of, metrics, write_json, write_text
 
 IMAGES = 64
 # Of the largest logit: the sums are the same, but added in another order.
@@ -57,7 +58,7 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
 
     Raises:
       ConfigError: the network cannot be converted, or `folder` is not new.
-      CheckpointError: `folder` cannot be written.
+      ConfigError: `folder` cannot be written.
     """
     files.check_folder(folder, new=True)
     made = dataclasses.replace(as_convolutions(run), workdir=folder)
@@ -73,13 +74,13 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
     saved["config"]["model"] = to_json(made.model)
     saved["converted_from"] = {"workdir": str(run.workdir), "checkpoint": run.step}
     with files.writing(folder):
-        checkpoints = checkpoint.Checkpoints(folder)
+        checkpoints = CheckpointWriter(folder)
         checkpoints.start_writing(None)
         checkpoints.save({"step": np.int32(run.step), **made.variables}, {})
         checkpoints.close()
-        lines = [line for line in workdirs.metrics(run.workdir) if line["step"] <= run.step]
-        workdirs.write_text(folder / "metrics.jsonl", "".join(map(workdirs.line_of, lines)))
-        workdirs.write_json(folder / "config.json", saved)
+        lines = [line for line in metrics(run.workdir) if line["step"] <= run.step]
+        write_text(folder / "metrics.jsonl", "".join(map(line_of, lines)))
+        write_json(folder / "config.json", saved)
     after = checkpoint.names(made.variables["params"])
     kernels = tuple(
         (name.removesuffix("/kernel"), old.shape, after[name].shape)
@@ -162,7 +163,7 @@ def _compare(dense: RestoredRun, made: RestoredRun) -> tuple[float, float]:
     noise = np.random.default_rng(0).integers(0, 256, (IMAGES, *dense.image_shape), np.uint8)
 
     def logits(run: RestoredRun) -> np.ndarray:
-        model = jax.jit(
+        model = parallel.jit(
             lambda variables, image: forward(run.model, variables, normalise(image, run.data))
         )
         return np.asarray(model(run.variables, noise), np.float32).reshape(IMAGES, -1)

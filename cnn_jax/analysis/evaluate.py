@@ -1,85 +1,26 @@
-"""Exact evaluation: of a split during training, and of a workdir's checkpoint afterwards."""
+"""The evaluation of a restored run on a split of a dataset."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnn_jax import PROGRAM
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.common.errors import CheckpointError, DataError, NotFiniteError
-from cnn_jax.config import DataConfig
-from cnn_jax.data import loader, sources
+from cnn_jax.common import files
+from cnn_jax.common.errors import DataError, NotFiniteError
+from cnn_jax.data import sources
+from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
-from cnn_jax.train import parallel, step
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train import evaluation, parallel, step
+from cnn_jax.train.workdir import write_json
 
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """An evaluation over every example of a split.
-
-    Attributes:
-      examples: how many.
-      loss: mean softmax cross-entropy.
-      accuracy: the share that was classified rightly.
-      confusion: int64 [classes, classes], rows by label, columns by prediction.
-    """
-
-    examples: int
-    loss: float
-    accuracy: float
-    confusion: np.ndarray
-
-    def class_accuracy(self) -> list[float | None]:
-        """The share of each class that was classified rightly; None for a class without examples."""
-        totals = self.confusion.sum(1)
-        pairs = zip(self.confusion.diagonal(), totals, strict=True)
-        return [float(right / total) if total else None for right, total in pairs]
-
-
-def make_eval_step(model: nn.Module, data: DataConfig, compute_dtype: str, mesh: Any) -> Callable:
-    """The compiled `step.eval_step` over a mesh: eval_step(variables, batch)."""
-    pure = functools.partial(step.eval_step, model=model, data=data, compute_dtype=compute_dtype)
-    return parallel.jit_step(pure, mesh, donate=False)
-
-
-def evaluate_examples(
-    eval_step: Callable,
-    variables: Any,
-    examples: sources.Examples,
-    batch_size: int,
-    mesh: Any,
-    before_each: Callable[[], None] | None = None,
-) -> Result:
-    """Evaluates every example once.
-
-    Args:
-      eval_step: from `make_eval_step`.
-      variables: "params" and the model's other collections, on the mesh.
-      examples: a split.
-      batch_size: raised to a multiple of the devices; decides the last digits of the loss.
-      mesh: the devices.
-      before_each: called before each batch; what it raises ends the evaluation.
-    """
-    # A batch larger than the split would be padding only.
-    batch_size = -(-min(batch_size, len(examples)) // mesh.size) * mesh.size
-    sums: list[Any] = []
-    for batch in loader.evaluation_batches(examples, batch_size):
-        if before_each is not None:
-            before_each()
-        sums.append(eval_step(variables, parallel.shard(batch, mesh)))
-        if len(sums) > parallel.QUEUE:
-            jax.block_until_ready(sums[-parallel.QUEUE])
-    sums = [parallel.to_host(batch_sums) for batch_sums in sums]
-    confusion = np.sum([s["confusion"] for s in sums], axis=0, dtype=np.int64)
-    loss = float(np.sum([s["loss"] for s in sums], dtype=np.float64))
-    total = len(examples)
-    return Result(total, loss / total, int(confusion.trace()) / total, confusion)
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -89,12 +30,12 @@ def evaluate(
     data_dir: str | None = None,
     devices: int | None = None,
 ) -> dict:
-    """Evaluates a restored run and writes evaluation.json into its workdir.
+    """Evaluates a restored run.
 
     Args:
       run: from `restore.load_run`.
       split: "train", "validation", "test", or any split of the dataset.
-      dataset: another dataset than the one of the training; its classes must be as many.
+      dataset: another dataset than the one of the training; its classes are matched by name.
       data_dir: where the dataset lies.
       devices: how many to use; None: all.
 
@@ -103,22 +44,27 @@ def evaluate(
 
     Raises:
       DataError: the dataset is missing, damaged, or does not fit the model.
-      CheckpointError: evaluation.json cannot be written.
-      NotFiniteError: the loss is infinite or NaN; nothing is written.
+      NotFiniteError: the loss is infinite or NaN.
     """
     data = dataclasses.replace(run.data, name=dataset) if dataset else run.data
-    examples = sources.load_examples(data, split, data_dir)
-    check_fits(run, examples, data.name)
+    try:
+        examples = sources.load_examples(data, split, data_dir)
+    except SizesDiffer:
+        height, width, _ = run.image_shape
+        log.info("%s has images of several sizes: resized to %dx%d", data.name, height, width)
+        data = dataclasses.replace(data, image_size=(height, width))
+        examples = sources.load_examples(data, split, data_dir)
+    examples = fitting(run, examples, data.name)
     mesh = parallel.make_mesh(devices)
-    eval_step = make_eval_step(run.model, run.data, run.compute_dtype, mesh)
+    eval_step = evaluation.make_eval_step(run.model, run.data, run.compute_dtype, mesh)
     variables = parallel.replicate(run.variables, mesh)
-    result = evaluate_examples(eval_step, variables, examples, run.batch_size, mesh)
+    result = evaluation.evaluate_examples(eval_step, variables, examples, run.batch_size, mesh)
     if not np.isfinite(result.loss):
         raise NotFiniteError(
             f"checkpoint {run.step} of {run.workdir} on {data.name}/{split}: loss={result.loss} is not "
             "finite, so its accuracy says nothing; choose another one with --checkpoint"
         )
-    report = {
+    return {
         "checkpoint": run.step,
         "dataset": data.name,
         "split": split,
@@ -128,20 +74,61 @@ def evaluate(
         "class_accuracy": dict(zip(run.class_names, result.class_accuracy(), strict=True)),
         "confusion_matrix": result.confusion.tolist(),
     }
-    try:
-        workdirs.write_json(run.workdir / "evaluation.json", report)
-    except OSError as error:
-        path = run.workdir / "evaluation.json"
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
-    return report
 
 
-def check_fits(run: RestoredRun, examples: sources.Examples, name: str) -> None:
-    """Refuses a dataset of another image shape or with more classes than the run's.
+def write(report: dict, run: RestoredRun, output: Path | None = None) -> Path | None:
+    """Writes evaluation.json, and returns its path.
+
+    Args:
+      report: from `evaluate`.
+      run: that was evaluated. Its workdir may be somebody else's, or read-only: then this is told, and
+        None is returned.
+      output: another folder, made if missing.
 
     Raises:
-      DataError: names both.
+      ConfigError: `output` cannot be written.
     """
+    path = (output or run.workdir) / "evaluation.json"
+    if output:
+        with files.writing(output):
+            write_json(path, report)
+        return path
+    try:
+        write_json(path, report)
+    except OSError as error:
+        reason = error.strerror
+        log.warning("warning: %s: cannot be written: %s; --output names a folder", path, reason)
+        return None
+    return path
+
+
+def fitting(run: RestoredRun, examples: sources.Examples, name: str) -> sources.Examples:
+    """`examples` with labels that count in the order of the run's classes.
+
+    Args:
+      run: that is to be evaluated on them.
+      examples: of a dataset whose classes may come in another order.
+      name: of the dataset, for errors.
+
+    Raises:
+      DataError: their shape is not one that the model takes, or a class is not one of the run's;
+        names both.
+    """
+    unknown = [c for c in examples.class_names if c not in run.class_names]
+    if unknown:
+        raise DataError(
+            f"dataset={name}: its classes {_listed(unknown)} are none of those that {run.workdir} was "
+            f"trained on: {_listed(run.class_names)}"
+        )
+    _check_shape(run, examples, name)
+    return sources.with_classes(examples, run.class_names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _check_shape(run: RestoredRun, examples: sources.Examples, name: str) -> None:
 
     def shown(shape: tuple) -> str:
         return "x".join(map(str, shape))
@@ -150,11 +137,6 @@ def check_fits(run: RestoredRun, examples: sources.Examples, name: str) -> None:
         raise DataError(
             f"dataset={name}: its images have {examples.image_shape[2]} channels, "
             f"{run.workdir} was trained on {run.image_shape[2]}"
-        )
-    if len(examples.class_names) > len(run.class_names):
-        raise DataError(
-            f"dataset={name}: has {len(examples.class_names)} classes, "
-            f"{run.workdir} was trained on {len(run.class_names)}"
         )
     if examples.image_shape == run.image_shape:
         return
@@ -165,7 +147,7 @@ def check_fits(run: RestoredRun, examples: sources.Examples, name: str) -> None:
     if takes_one_image_size(run.model):
         raise DataError(
             f"{sizes}, and {type(run.model).__name__} takes no other size; FullyConvCNN does, and "
-            "so does what ./launch.sh convert makes of this run"
+            f"so does what {PROGRAM} convert makes of this run"
         )
     try:
         image = jax.ShapeDtypeStruct((1, *examples.image_shape), jnp.float32)

@@ -81,7 +81,7 @@ def export(run: RestoredRun, folder: Path) -> tuple[Path, Path]:
     paths = folder / "model.zip", folder / "classify.py"
     with files.writing(folder):
         paths[0].write_bytes(archive.getvalue())
-        paths[1].write_text(script)
+        paths[1].write_text(script, encoding="utf-8")
     return paths
 
 

@@ -88,21 +88,26 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Figure, Theme], An
         with _style(theme):
             figure = Figure(figsize=(WIDTH, height), layout="constrained")
             paint(figure, theme)
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            files.append(png(np.asarray(canvas.buffer_rgba())[..., :3], 256))
+            files.append(png(pixels(figure), 256))
     return Chart(name, *files, alt)
 
 
-def picture(name: str, pixels: np.ndarray, alt: str) -> Chart:
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure as it is drawn: uint8 [h, w, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def picture(name: str, image: np.ndarray, alt: str) -> Chart:
     """uint8 [h, w, 1, 3 or 4] as a picture that serves on a light page and on a dark one."""
-    return Chart(name, png(pixels, 256 if pixels.shape[2] == 4 else None), None, alt)
+    return Chart(name, png(image, 256 if image.shape[2] == 4 else None), None, alt)
 
 
-def png(pixels: np.ndarray, colours: int | None = None) -> bytes:
+def png(image: np.ndarray, colours: int | None = None) -> bytes:
     """uint8 [h, w, 1, 3 or 4] as a PNG file; at most 256 `colours` make it a third as large."""
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[pixels.shape[2]]
-    image = Image.fromarray(pixels[..., 0] if mode == "L" else pixels)
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[image.shape[2]]
+    image = Image.fromarray(image[..., 0] if mode == "L" else image)
     if colours:
         # The other methods know no transparency, this one has few shades to spare.
         method = Image.Quantize.FASTOCTREE if mode == "RGBA" else Image.Quantize.MEDIANCUT
@@ -168,8 +173,9 @@ def bare(axes: Any) -> None:
 
 
 def clip(text: str, length: int) -> str:
-    """At most `length` characters on one line."""
+    """At most `length` characters on one line, as a label."""
     text = " ".join(text.split())
+    text = f" {text}" if text.startswith("_") else text  # which a legend would leave out
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -19,7 +19,7 @@ from cnn_jax.common import files as outputs
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.models import summary
 from cnn_jax.models.convolutional import gives_class_map
-from cnn_jax.train import step
+from cnn_jax.train import parallel, step
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def predict(
         raise ConfigError(f"--top_k={top_k}: must be from 1 to {len(run.class_names)}, the classes")
     files = find_images(patterns)
     outputs.check_folder(output)
-    scores = jax.jit(functools.partial(_scores, run=run))
+    scores = parallel.jit(functools.partial(_scores, run=run))
     own_size = gives_class_map(run.model, run.image_shape)
     predictions, broken = [], []
     for file in files:
@@ -226,7 +226,7 @@ def _scores(
 def _write_csv(path: Path, predictions: list[Prediction]) -> None:
     places = range(1, len(predictions[0].classes) + 1)
     header = ["file", *(f"{kind}_{i}" for i in places for kind in ("class", "probability"))]
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for prediction in predictions:

@@ -13,7 +13,7 @@ from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.serialize import data_from_json, model_from_json
 from cnn_jax.config.validate import validate
 from cnn_jax.train import checkpoint, step
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load_run(
       ConfigError: config.json names a model that is not one of cnn_jax.models, and none was given, or
         a field in it is out of range.
     """
-    saved = workdirs.read_config(workdir)
+    saved = read_config(workdir)
     try:
         config = saved["config"]
         model = model_from_json(config["model"], model)

@@ -1,29 +1,33 @@
 """The commands of ./launch.sh: the flags of each, and the function it calls."""
 
 import difflib
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
 
+from cnn_jax import PROGRAM
 from cnn_jax.cli.flags import FLAGS, REQUIRED, SEVERAL, Command
+from cnn_jax.common import environment, files
 from cnn_jax.common.errors import ConfigError
 
 COMMANDS: dict[str, Command] = {}
 
 
-def command(*names: str, first: str | None = None, **defaults: object) -> Callable:
+def command(*names: str, words: str = "", **defaults: object) -> Callable:
     """Registers a function as the command of its name.
 
     Args:
       *names: its flags.
-      first: the one of them whose value may stand alone behind the command's name.
+      words: those whose values may stand alone behind the command's name, in this order.
       **defaults: defaults that differ from those in FLAGS.
     """
 
     def register(run: Callable) -> Callable:
-        own = {name: defaults.get(name, FLAGS[name][1]) for name in (*names, "debug")}
-        COMMANDS[run.__name__] = Command(run.__name__, run, own, first)
+        own = {name: defaults.get(name, FLAGS[name].default) for name in (*names, "debug")}
+        name = run.__name__.rstrip("_")  # list_, which would hide Python's list
+        COMMANDS[name] = Command(name, run, own, tuple(words.split()))
         return run
 
     return register
@@ -46,13 +50,13 @@ def find(name: str) -> Command:
 
 def overview() -> str:
     """The text of `./launch.sh --help`."""
-    lines = ["usage: ./launch.sh COMMAND [--flags]", ""]
+    lines = [f"usage: {PROGRAM} COMMAND [--flags]", ""]
     lines += [f"  {name:12}{entry.title}" for name, entry in COMMANDS.items()]
-    return "\n".join([*lines, "", "./launch.sh COMMAND --help shows a command's flags."])
+    return "\n".join([*lines, "", f"{PROGRAM} COMMAND --help shows a command's flags."])
 
 
 @command()
-def list(values: flags.FlagValues) -> None:
+def list_(values: flags.FlagValues) -> None:
     """Shows all experiments."""
     from cnn_jax.config import experiment
 
@@ -74,6 +78,7 @@ def list(values: flags.FlagValues) -> None:
     "processes",
     "process",
     workdir=None,
+    words="experiment",
 )
 def train(values: flags.FlagValues) -> None:
     """Trains an experiment, going on where an earlier call stopped."""
@@ -88,41 +93,66 @@ def train(values: flags.FlagValues) -> None:
             parallel.start_processes(
                 values.coordinator, values.processes, values.process, config.heartbeat_seconds
             )
+        environment.check_devices()
     if values.dry_run:
-        loop.dry_run(config, values.data_dir, values.download)
+        from cnn_jax.train import dry_run
+
+        dry_run.dry_run(config, values.data_dir, values.download)
         return
     name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
-    lines = loop.train(
-        config, workdir, name, values.data_dir, values.download, verify=values.verify
-    )
+    with parallel.naming_the_lost():
+        lines = loop.train(
+            config, workdir, name, values.data_dir, values.download, verify=values.verify
+        )
     if not parallel.is_main_process():
         return
     if lines and "test_accuracy" in (last := lines[-1]):
         print(
             f"test accuracy {last['test_accuracy']:.4f} after epoch {last['epoch']}, in {workdir}"
         )
-    print(f"next: ./launch.sh evaluate --workdir={workdir}")
+    print(f"next: {PROGRAM} evaluate {shlex.quote(str(workdir))}")
     if name == "quickstart":
-        print("then the real data: ./launch.sh train --experiment=fashion_mnist/lenet --download")
+        print(f"then the real data: {PROGRAM} train fashion_mnist/lenet --download")
 
 
 @command(
-    "workdir", "checkpoint", "split", "dataset", "data_dir", "experiment", "verify", experiment=None
+    "workdir",
+    "checkpoint",
+    "split",
+    "dataset",
+    "data_dir",
+    "output",
+    "experiment",
+    "verify",
+    experiment=None,
+    words="workdir",
 )
 def evaluate(values: flags.FlagValues) -> None:
     """Restores a checkpoint and evaluates it on every example of a split."""
     from cnn_jax.analysis import evaluate as evaluation
     from cnn_jax.cli import tables
 
+    output = _path(values.output) if values.output else None
+    if output:
+        files.check_folder(output)
     run = _load_run(values)
     report = evaluation.evaluate(run, values.split, values.dataset, values.data_dir)
     tables.print_evaluation(report)
-    print(f"written to {run.workdir / 'evaluation.json'}")
+    if path := evaluation.write(report, run, output):
+        print(f"written to {path}")
 
 
 @command(
-    "workdir", "images", "checkpoint", "top_k", "output", "experiment", "verify", experiment=None
+    "workdir",
+    "images",
+    "checkpoint",
+    "top_k",
+    "output",
+    "experiment",
+    "verify",
+    experiment=None,
+    words="workdir images",
 )
 def predict(values: flags.FlagValues) -> int:
     """Restores a checkpoint and names the classes of image files."""
@@ -137,14 +167,27 @@ def predict(values: flags.FlagValues) -> int:
     return prediction.BROKEN_IMAGES_EXIT_CODE if broken else 0
 
 
-@command("experiment", "workdir", "set", "input_size", "data_dir", experiment=None, workdir=None)
+@command(
+    "experiment",
+    "workdir",
+    "set",
+    "input_size",
+    "data_dir",
+    experiment=None,
+    workdir=None,
+    words="experiment",
+)
 def summary(values: flags.FlagValues) -> None:
     """Shows an architecture: layers, output shapes, parameters, FLOPs, receptive fields."""
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.cli import tables
     from cnn_jax.config import Config, experiment
-    from cnn_jax.models import summary as summaries
+    from cnn_jax.data.sources import input_shape
+    from cnn_jax.models.summary import summarise
 
+    environment.check_devices()
+    if values.experiment and not values.workdir and _is_run(values.experiment):
+        values.workdir, values.experiment = values.experiment, None
     if not (values.experiment or values.workdir):
         raise ConfigError("--experiment: summary needs it, or --workdir, the folder of a run")
     config = experiment.load(values.experiment, values.set) if values.experiment else None
@@ -155,11 +198,11 @@ def summary(values: flags.FlagValues) -> None:
         run = load_run(_path(values.workdir), model=config and config.model)
         config, shape = Config(run.model, run.data), run.image_shape
     if shape is None or values.input_size:
-        shape = summaries.input_shape(config, values.input_size, values.data_dir)
-    tables.print_summary(summaries.summarise(config.model, shape))
+        shape = input_shape(config.data, values.input_size, values.data_dir)
+    tables.print_summary(summarise(config.model, shape))
 
 
-@command("workdir")
+@command("workdir", words="workdir")
 def verify(values: flags.FlagValues) -> int:
     """Checks every checkpoint of a workdir against its checksums."""
     from cnn_jax.train import checkpoint
@@ -185,8 +228,11 @@ def benchmark(values: flags.FlagValues) -> None:
 def _path(text: str) -> Path:
     if "://" in text:
         raise ConfigError(f"{text}: must be a local or a mounted folder")
-    # The shell leaves the ~ of --workdir=~/runs as it is.
-    return Path(text).expanduser()
+    return files.user_path(text)
+
+
+def _is_run(text: str) -> bool:
+    return "://" not in text and (files.user_path(text) / "config.json").exists()
 
 
 def _load_run(values: flags.FlagValues):
@@ -194,6 +240,7 @@ def _load_run(values: flags.FlagValues):
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.config import experiment
 
+    environment.check_devices()
     model = experiment.load(values.experiment).model if values.experiment else None
     return load_run(_path(values.workdir), values.checkpoint, model, values.verify)
 
@@ -207,11 +254,13 @@ def _load_run(values: flags.FlagValues):
     "verify",
     workdir=SEVERAL,
     experiment=None,
+    words="workdir",
 )
 def report(values: flags.FlagValues) -> None:
     """Draws what a run learned, or how several compare, as one HTML page."""
     from cnn_jax.analysis.report import page
 
+    environment.check_devices()
     path = page.report(
         [_path(workdir) for workdir in values.workdir],
         values.checkpoint,
@@ -224,7 +273,14 @@ def report(values: flags.FlagValues) -> None:
 
 
 @command(
-    "workdir", "output", "checkpoint", "experiment", "verify", output=REQUIRED, experiment=None
+    "workdir",
+    "output",
+    "checkpoint",
+    "experiment",
+    "verify",
+    output=REQUIRED,
+    experiment=None,
+    words="workdir",
 )
 def convert(values: flags.FlagValues) -> None:
     """Turns flatten + dense into convolutions: the same network for images of any larger size."""
@@ -246,6 +302,7 @@ def convert(values: flags.FlagValues) -> None:
     "verify",
     rounds=3,
     experiment=None,
+    words="workdir",
 )
 def class_map(values: flags.FlagValues) -> None:
     """Finds test images on a large canvas with one pass, and compares it with sliding windows."""
@@ -272,7 +329,7 @@ def class_map(values: flags.FlagValues) -> None:
     "input_size",
     "data_dir",
     "output",
-    first="topic",
+    words="topic",
     experiment=None,
 )
 def explain(values: flags.FlagValues) -> None:
@@ -286,12 +343,14 @@ def explain(values: flags.FlagValues) -> None:
     if values.topic == topics.OF_A_NETWORK:
         from cnn_jax.analysis.explain import counts
         from cnn_jax.config import experiment
-        from cnn_jax.models import summary
+        from cnn_jax.data.sources import input_shape
+        from cnn_jax.models.summary import summarise
 
+        environment.check_devices()
         topics.check(values.topic, given, own)
         config = experiment.load(values.experiment or "fashion_mnist/lenet")
-        shape = summary.input_shape(config, values.input_size, values.data_dir)
-        explanation = counts.receptive_field(summary.summarise(config.model, shape))
+        shape = input_shape(config.data, values.input_size, values.data_dir)
+        explanation = counts.receptive_field(summarise(config.model, shape))
     else:
         explanation = topics.explain(values.topic, given)
     if values.output:
@@ -301,7 +360,9 @@ def explain(values: flags.FlagValues) -> None:
         print(f"written to {_path(values.output)}")
 
 
-@command("workdir", "output", "checkpoint", "experiment", "verify", experiment=None)
+@command(
+    "workdir", "output", "checkpoint", "experiment", "verify", experiment=None, words="workdir"
+)
 def export(values: flags.FlagValues) -> None:
     """Writes the network as StableHLO, with its class names, for use without this project."""
     from cnn_jax.analysis import export as exporting
@@ -330,7 +391,7 @@ def reproduce(values: flags.FlagValues) -> int:
     if values["only"].present and not values.only:
         raise ConfigError("--only=: is empty; leave it out, or give it names")
     rows = plan.choose(plan.ROWS, values.only, values.seeds)
-    output = _path(values.output) if values.output else experiment.FOLDER
+    output = _path(values.output) if values.output else experiment.RESULTS
     if values.rebuild:
         for name in ("only", "seeds", "download"):
             if values[name].present:
@@ -344,7 +405,17 @@ def reproduce(values: flags.FlagValues) -> int:
     return code
 
 
-@command("experiment", "set", "seeds", "workdir", "data_dir", "download", seeds=3, workdir=None)
+@command(
+    "experiment",
+    "set",
+    "seeds",
+    "workdir",
+    "data_dir",
+    "download",
+    seeds=3,
+    workdir=None,
+    words="experiment",
+)
 def sweep(values: flags.FlagValues) -> int:
     """Trains every combination of --set field=value,value over several seeds, and compares them."""
     from cnn_jax.config import experiment
@@ -354,3 +425,22 @@ def sweep(values: flags.FlagValues) -> int:
     return sweeps.sweep(
         values.experiment, values.set, values.seeds, workdir, values.data_dir, values.download
     )
+
+
+@command()
+def fields(values: flags.FlagValues) -> None:
+    """Shows every field of the configuration that --set can change."""
+    from cnn_jax.cli import tables
+    from cnn_jax.config import Config, DataConfig
+    from cnn_jax.config.types import described
+
+    tables.print_fields({"": described(Config), "data.": described(DataConfig)})
+
+
+@command("shell", words="shell")
+def completion(values: flags.FlagValues) -> None:
+    """Prints what makes bash or zsh complete commands, flags and experiments."""
+    from cnn_jax.cli.completion import script
+    from cnn_jax.config import experiment
+
+    print(script(values.shell, PROGRAM, COMMANDS, experiment.names()), end="")

@@ -6,112 +6,141 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
+from cnn_jax import PROGRAM
 from cnn_jax.common.errors import ConfigError
 
-# Each flag once: name -> (absl's DEFINE function, default, help). A default of REQUIRED has none; a
-# command that gives SEVERAL as one needs the flag too, and takes it more than once.
 REQUIRED, SEVERAL = object(), object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag as a command may have it.
+
+    Attributes:
+      define: absl's function for its type.
+      default: REQUIRED where there is none; SEVERAL, of a command's own, also takes it more than once.
+      help: one line.
+      least: the smallest number that is allowed.
+    """
+
+    define: Callable
+    default: object
+    help: str
+    least: int | None = None
+
+    @property
+    def allowed(self) -> str:
+        """What `define` takes, in words."""
+        if self.define is flags.DEFINE_bool:
+            return "true or false"
+        kind = "a whole number" if self.define is flags.DEFINE_integer else "a number"
+        return kind if self.least is None else f"{kind}, at least {self.least}"
+
+    @property
+    def is_list(self) -> bool:
+        return self.define is flags.DEFINE_multi_string
+
+
 FLAGS = {
-    "experiment": (
+    "experiment": Flag(
         flags.DEFINE_string,
         REQUIRED,
         "a name under experiments/, as in fashion_mnist/lenet, or a path to a .py file",
     ),
-    "set": (
+    "set": Flag(
         flags.DEFINE_multi_string,
         [],
         "changes a field of the configuration, as in --set batch_size=128 --set model.num_classes=20",
     ),
-    "workdir": (flags.DEFINE_string, REQUIRED, "the folder of a run"),
-    "data_dir": (
+    "workdir": Flag(flags.DEFINE_string, REQUIRED, "the folder of a run"),
+    "data_dir": Flag(
         flags.DEFINE_string,
         None,
         "where TFDS prepared its datasets; TFDS_DATA_DIR, else ~/tensorflow_datasets",
     ),
-    "download": (flags.DEFINE_bool, False, "lets TFDS fetch and prepare what is not prepared"),
-    "dry_run": (
-        flags.DEFINE_bool,
-        False,
-        "does everything once, on two batches, and keeps nothing",
+    "download": Flag(flags.DEFINE_bool, False, "lets TFDS fetch and prepare what is not prepared"),
+    "dry_run": Flag(
+        flags.DEFINE_bool, False, "does everything once, on two batches, and keeps nothing"
     ),
-    "verify": (flags.DEFINE_bool, True, "compares restored checkpoints with their checksums"),
-    "checkpoint": (
-        flags.DEFINE_string,
-        "latest",
-        "latest, best (by validation accuracy) or a step",
+    "verify": Flag(flags.DEFINE_bool, True, "compares restored checkpoints with their checksums"),
+    "checkpoint": Flag(
+        flags.DEFINE_string, "latest", "latest, best (by validation accuracy) or a step"
     ),
-    "split": (flags.DEFINE_string, "test", "train, validation, test, or any split of the dataset"),
-    "dataset": (flags.DEFINE_string, None, "another dataset than the one of the training"),
-    "images": (
+    "split": Flag(
+        flags.DEFINE_string, "test", "train, validation, test, or any split of the dataset"
+    ),
+    "dataset": Flag(flags.DEFINE_string, None, "another dataset than the one of the training"),
+    "images": Flag(
         flags.DEFINE_multi_string,
         REQUIRED,
         "image files, folders or glob patterns, separated by commas; may be repeated",
     ),
-    "top_k": (
+    "top_k": Flag(
         flags.DEFINE_integer,
         None,
         "how many classes to name for each image; default 3, or all if there are fewer",
+        least=1,
     ),
-    "output": (flags.DEFINE_string, None, "where to write"),
-    "input_size": (
-        flags.DEFINE_string,
-        None,
-        "image size as SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS",
+    "output": Flag(flags.DEFINE_string, None, "where to write"),
+    "input_size": Flag(
+        flags.DEFINE_string, None, "image size as SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS"
     ),
-    "coordinator": (
-        flags.DEFINE_string,
-        None,
-        "host:port of process 0 of a run of several processes",
+    "coordinator": Flag(
+        flags.DEFINE_string, None, "host:port of process 0 of a run of several processes"
     ),
-    "processes": (flags.DEFINE_integer, 1, "how many processes take part in the run"),
-    "process": (flags.DEFINE_integer, 0, "which of them this is, from 0"),
-    "networks": (flags.DEFINE_list, [], "which to measure, separated by commas; all by default"),
-    "batch_size": (flags.DEFINE_integer, 128, "examples a step"),
-    "peers": (
-        flags.DEFINE_bool,
-        False,
-        "measures PyTorch and Keras too, installed into .venv-peers",
+    "processes": Flag(flags.DEFINE_integer, 1, "how many processes take part in the run", least=1),
+    "process": Flag(flags.DEFINE_integer, 0, "which of them this is, from 0"),
+    "networks": Flag(
+        flags.DEFINE_list, [], "which to measure, separated by commas; all by default"
     ),
-    "rounds": (flags.DEFINE_integer, 5, "how often each contender is measured, in turn"),
-    "seconds": (flags.DEFINE_float, 2.0, "how long each time"),
-    "write": (flags.DEFINE_bool, False, "puts the tables into experiments/RESULTS.md"),
-    "only": (flags.DEFINE_list, [], "which experiments, separated by commas; all by default"),
-    "seeds": (flags.DEFINE_integer, None, "how many runs of each, with the seeds 0, 1, ..."),
-    "rebuild": (
-        flags.DEFINE_bool,
-        False,
-        "trains nothing, and writes RESULTS.md from the records there are",
+    "batch_size": Flag(flags.DEFINE_integer, 128, "examples a step", least=1),
+    "peers": Flag(
+        flags.DEFINE_bool, False, "measures PyTorch and Keras too, installed into .venv-peers"
     ),
-    "canvas": (flags.DEFINE_integer, 512, "height and width of the canvas, in pixels"),
-    "topic": (
-        flags.DEFINE_string,
-        REQUIRED,
-        "conv, pool, padding, dense, parameters or receptive_field",
+    "rounds": Flag(
+        flags.DEFINE_integer, 5, "how often each contender is measured, in turn", least=1
     ),
-    "size": (flags.DEFINE_integer, None, "height and width of the data"),
-    "kernel": (flags.DEFINE_integer, None, "height and width of the kernel, or of the pooling"),
-    "stride": (flags.DEFINE_integer, None, "pixels from one window to the next"),
-    "padding": (flags.DEFINE_string, None, "same, valid, or how many zeros on each side"),
-    "channels": (flags.DEFINE_integer, None, "channels of the data, or inputs of a dense layer"),
-    "filters": (flags.DEFINE_integer, None, "filters, or outputs of a dense layer"),
-    "debug": (flags.DEFINE_bool, False, "shows the traceback of an error"),
-}
-
-ALLOWED = {
-    flags.DEFINE_bool: "true or false",
-    flags.DEFINE_integer: "a whole number",
-    flags.DEFINE_float: "a number",
+    "seconds": Flag(flags.DEFINE_float, 2.0, "how long each time"),
+    "write": Flag(flags.DEFINE_bool, False, "puts the tables into experiments/RESULTS.md"),
+    "only": Flag(flags.DEFINE_list, [], "which experiments, separated by commas; all by default"),
+    "seeds": Flag(
+        flags.DEFINE_integer, None, "how many runs of each, with the seeds 0, 1, ...", least=1
+    ),
+    "rebuild": Flag(
+        flags.DEFINE_bool, False, "trains nothing, and writes RESULTS.md from the records there are"
+    ),
+    "canvas": Flag(flags.DEFINE_integer, 512, "height and width of the canvas, in pixels", least=1),
+    "topic": Flag(
+        flags.DEFINE_string, REQUIRED, "conv, pool, padding, dense, parameters or receptive_field"
+    ),
+    "size": Flag(flags.DEFINE_integer, None, "height and width of the data", least=1),
+    "kernel": Flag(
+        flags.DEFINE_integer, None, "height and width of the kernel, or of the pooling", least=1
+    ),
+    "stride": Flag(flags.DEFINE_integer, None, "pixels from one window to the next", least=1),
+    "padding": Flag(flags.DEFINE_string, None, "same, valid, or how many zeros on each side"),
+    "channels": Flag(
+        flags.DEFINE_integer, None, "channels of the data, or inputs of a dense layer", least=1
+    ),
+    "filters": Flag(flags.DEFINE_integer, None, "filters, or outputs of a dense layer", least=1),
+    "debug": Flag(flags.DEFINE_bool, False, "shows the traceback of an error"),
+    "shell": Flag(flags.DEFINE_string, REQUIRED, "bash or zsh"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command: what it is called, what it does, and its flags with their own defaults."""
+    """A command: what it is called, what it does, and its flags with their own defaults.
+
+    Attributes:
+      positional: the flags whose values may stand alone behind the command's name, in their order. The
+        last one takes all that is left where it takes several.
+    """
 
     name: str
     run: Callable[[flags.FlagValues], int | None]
     flags: dict[str, object]
-    first: str | None = None  # the flag whose value may stand alone behind the command's name
+    positional: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -125,59 +154,81 @@ class Command:
             on the command line.
         """
         values = self._definitions()
-        if self.first and arguments and not arguments[0].startswith("-"):
-            arguments = [f"--{self.first}={arguments[0]}", *arguments[1:]]
         try:
-            rest = values([self.name, *arguments])[1:]
+            alone = values([self.name, *arguments])[1:]
         except flags.UnrecognizedFlagError as error:
-            from cnn_jax.config import Config  # Flax and Optax, half a second
-
-            if "set" in self.flags and error.flagname in Config.__dataclass_fields__:
-                raise ConfigError(
-                    f"--{error.flagname}: is a field of the configuration; write "
-                    f"--set {error.flagname}=VALUE"
-                ) from None
-            near = difflib.get_close_matches(error.flagname, self.flags, n=3, cutoff=0.5)
-            raise ConfigError(
-                f"--{error.flagname}: {self.name} has no such flag; "
-                f"{'nearest' if near else 'it has'}: "
-                + ", ".join(f"--{flag}" for flag in near or self.flags)
-            ) from None
+            raise self._unknown(error.flagname) from None
         except flags.IllegalFlagValueError as error:  # "flag --top_k=x: ", then words of Python's
             given = str(error).removeprefix("flag ").partition(": ")[0]
             name = given.partition("=")[0].lstrip("-")
-            allowed = ALLOWED[FLAGS[name][0]] if name in FLAGS else "valid"
+            allowed = FLAGS[name].allowed if name in FLAGS else "valid"
             raise ConfigError(f"{given}: must be {allowed}") from None
         except (flags.Error, ValueError) as error:  # ValueError: --nodry_run=3
             raise ConfigError(str(error)) from None
-        if rest:
-            raise ConfigError(
-                f"{rest[0]}: unexpected; flags are written --name=value, patterns in quotes"
-            )
+        self._assign(values, alone)
         for flag, default in self.flags.items():
             value = values[flag].value
             if default in (REQUIRED, SEVERAL) and value in (None, []):
-                raise ConfigError(f"--{flag}: {self.name} needs it ({FLAGS[flag][2]})")
-            multi = default is SEVERAL or FLAGS[flag][0] is flags.DEFINE_multi_string
-            if "" in (value if multi else [value]):
+                raise ConfigError(f"--{flag}: {self.name} needs it ({FLAGS[flag].help})")
+            if "" in (value if self._takes_several(flag) else [value]):
                 raise ConfigError(f"--{flag}=: is empty; leave it out, or give it a value")
         return values
 
+    def _assign(self, values: flags.FlagValues, alone: Sequence[str]) -> None:
+        """Gives the words that stand alone to the flags that they stand for."""
+        left = list(alone)
+        for flag in self.positional:
+            if not left:
+                return
+            if self._takes_several(flag):
+                values[flag].value = [*(values[flag].value or []), *left]
+                return
+            if not values[flag].present:
+                values[flag].value = left.pop(0)
+        if left:
+            takes = " ".join(flag.upper() for flag in self.positional) or "no words"
+            given = [flag for flag in self.positional if values[flag].present]
+            raise ConfigError(
+                f"{left[0]}: unexpected; {self.name} takes {takes} and flags, which are written "
+                "--name=value"
+                + "".join(f"; --{flag}={values[flag].value} is given" for flag in given)
+            )
+
+    def _takes_several(self, flag: str) -> bool:
+        return self.flags[flag] is SEVERAL or FLAGS[flag].is_list
+
+    def _unknown(self, flag: str) -> ConfigError:
+        from cnn_jax.config import Config  # Flax and Optax, half a second
+
+        if "set" in self.flags and flag in Config.__dataclass_fields__:
+            return ConfigError(
+                f"--{flag}: is a field of the configuration; write --set {flag}=VALUE"
+            )
+        near = difflib.get_close_matches(flag, self.flags, n=3, cutoff=0.5)
+        return ConfigError(
+            f"--{flag}: {self.name} has no such flag; {'nearest' if near else 'it has'}: "
+            + ", ".join(f"--{name}" for name in near or self.flags)
+        )
+
     def usage(self) -> str:
         """The text of `./launch.sh COMMAND --help`."""
-        first = f" {self.first.upper()}" if self.first else ""
-        lines = [f"./launch.sh {self.name}{first}: {self.title}", ""]
+        words = [
+            flag.upper() + (" ..." if self._takes_several(flag) else "") for flag in self.positional
+        ]
+        lines = [" ".join([PROGRAM, self.name, *words]) + f": {self.title}", ""]
         for flag, default in self.flags.items():
             shown = "" if default in (None, [], False, REQUIRED) else f" (default {default})"
             shown = "; may be repeated" if default is SEVERAL else shown
-            lines.append(f"  --{flag:14}{FLAGS[flag][2]}{shown}")
+            lines.append(f"  --{flag:14}{FLAGS[flag].help}{shown}")
         return "\n".join(lines)
 
     def _definitions(self) -> flags.FlagValues:
         values = flags.FlagValues()
-        for flag, default in self.flags.items():
-            define, _, text = FLAGS[flag]
-            define = flags.DEFINE_multi_string if default is SEVERAL else define
+        values.set_gnu_getopt()  # words and flags in any order
+        for name, default in self.flags.items():
+            flag = FLAGS[name]
+            define = flags.DEFINE_multi_string if default is SEVERAL else flag.define
+            options = {} if flag.least is None else {"lower_bound": flag.least}
             default = None if default in (REQUIRED, SEVERAL) else default
-            define(flag, default, text, flag_values=values)
+            define(name, default, flag.help, flag_values=values, **options)
         return values

@@ -1,6 +1,7 @@
 """Results as tables on the terminal."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import rich.console
@@ -11,6 +12,8 @@ import rich.text
 from cnn_jax.analysis.convert import IMAGES, Converted
 from cnn_jax.analysis.explain.explanation import Explanation, Grid
 from cnn_jax.analysis.predict import Prediction
+from cnn_jax.config.serialize import to_json
+from cnn_jax.config.types import Description
 from cnn_jax.models.summary import Summary
 
 
@@ -84,6 +87,34 @@ def print_summary(summary: Summary) -> None:
         + (f", {elsewhere:,} of them outside of these layers" if elsewhere else "")
         + f"), {summary.flops:,} FLOPs an image forward, {summary.training_flops:,} in training",
         soft_wrap=True,
+    )
+
+
+def print_fields(parts: Mapping[str, Sequence[Description]]) -> None:
+    """Each field's name, default, range and meaning; `parts` has a prefix for each record."""
+    table = rich.table.Table(box=None, pad_edge=False)
+    table.add_column("field", no_wrap=True)
+    table.add_column("default", no_wrap=True)
+    table.add_column("may be", max_width=28)
+    table.add_column("what it is")
+    for prefix, fields in parts.items():
+        for field in fields:
+            table.add_row(prefix + field.name, _default(field), field.allowed, field.help)
+    _console().print(table)
+
+
+def _default(field: Description) -> str:
+    if field.default is dataclasses.MISSING:
+        return "(no default)"
+    value = to_json(field.default)
+    if isinstance(value, dict):
+        return value.get("function", "")
+    return (
+        "none"
+        if value is None
+        else ",".join(map(str, value))
+        if isinstance(value, list | tuple)
+        else str(value)
     )
 
 

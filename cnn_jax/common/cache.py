@@ -4,20 +4,30 @@ CNN_JAX_CACHE_DIR names the folder, by default ~/.cache/cnn_jax (XDG_CACHE_HOME 
 CNN_JAX_CACHE=off writes and reads nothing but the embedded dataset.
 """
 
+import contextlib
 import hashlib
+import logging
 import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
 
 from cnn_jax.common import cpu
+from cnn_jax.common.files import user_path
+
+log = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
     """The cache's folder; it need not exist."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("CNN_JAX_CACHE_DIR") or home / "cnn_jax").absolute()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return user_path(os.environ.get("CNN_JAX_CACHE_DIR") or f"{home}/cnn_jax").absolute()
 
 
 def cache_enabled() -> bool:
@@ -38,3 +48,38 @@ def enable_compilation_cache() -> None:
     # Small networks compile in less than the default of one second, several times a run.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    warnings.showwarning = _Mending(folder, warnings.showwarning)
+
+
+class _Mending:
+    """Shows JAX's warnings of the compilation cache in `folder` as one line, and mends the cache.
+
+    JAX leaves an entry that it cannot read where it is, and warns of it at every start. Removed, it is
+    written anew. The warning holds the name of the program, with which the names of its entries begin.
+    """
+
+    def __init__(self, folder: Path, show: Callable[..., None]):
+        self._folder, self._show, self._told = folder, show, False
+
+    def __call__(self, message: Warning | str, *place: Any, **options: Any) -> None:
+        start = r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)"
+        found = re.match(start, str(message), re.DOTALL)
+        if not found:
+            self._show(message, *place, **options)
+            return
+        entries = [*self._folder.glob(f"{found[2]}-*-cache")] if found[1] == "reading" else []
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+        if not self._told:
+            what = (
+                "a damaged entry is removed; its program is compiled anew"
+                if entries
+                else "cannot be used; CNN_JAX_CACHE_DIR chooses another, CNN_JAX_CACHE=off does without"
+            )
+            reason = " ".join(found[3].split())[:120]
+            log.warning("warning: compilation cache %s: %s (%s)", self._folder, what, reason)
+        self._told = True

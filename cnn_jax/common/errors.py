@@ -22,10 +22,14 @@ class DataError(CnnJaxError):
     exit_code = 3
 
 
-class CheckpointError(CnnJaxError):
-    """A workdir or a checkpoint is missing, unsuitable or damaged."""
+class WorkdirError(CnnJaxError):
+    """A folder of runs or of results is missing, unsuitable or damaged, or cannot be written."""
 
     exit_code = 4
+
+
+class CheckpointError(WorkdirError):
+    """A run's workdir or a checkpoint is missing, unsuitable or damaged."""
 
 
 class NotFiniteError(CnnJaxError):

@@ -7,12 +7,26 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from cnn_jax.common.errors import ConfigError
+from cnn_jax.common.errors import CnnJaxError, ConfigError
 
 # What Orbax, TensorStore and TFDS take literally in a path. They read * ? [ ] as a pattern and a
 # backslash as a separator, refuse a component that ends in .__lock, and need valid UTF-8.
 _LITERAL = re.compile(r"[\w ./+=,~:-]*")
 _OPEN_FOLDERS = Path("/proc/self/fd")
+
+
+def user_path(text: str) -> Path:
+    """`text` as a path; the shell leaves the ~ of --workdir=~/runs as it is.
+
+    Raises:
+      ConfigError: it begins with the home folder of a user that there is not.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{text}: the home folder {Path(text).parts[0]} is not known; write the whole path"
+        ) from None
 
 
 def library_path(folder: Path) -> Path:
@@ -63,13 +77,26 @@ def check_folder(output: Path, new: bool = False) -> None:
 
 @contextlib.contextmanager
 def writing(output: Path) -> Iterator[None]:
-    """Makes the folder, and turns what then fails to be written into one line.
+    """Makes the folder; `written` then reports what cannot be written into it.
 
     Raises:
       ConfigError: the system's reason.
     """
-    try:
+    with written(f"--output={output}", ConfigError):
         output.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        raise ConfigError(f"--output={output}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def written(name: object, error: type[CnnJaxError]) -> Iterator[None]:
+    """Turns the system's refusal of what is written inside into one line.
+
+    Args:
+      name: of the file or folder, as the line names it.
+      error: the class that is raised.
+    """
+    try:
+        yield
+    except OSError as refusal:
+        reason = refusal.strerror or refusal
+        raise error(f"{name}: cannot be written: {reason}") from refusal

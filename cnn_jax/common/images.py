@@ -4,12 +4,7 @@ TensorBoard gets them while a run trains, where importing a plotting library wou
 the report draws its kernels and feature maps with the same functions.
 """
 
-from typing import Any
-
-import flax.linen as nn
 import numpy as np
-
-from cnn_jax.models import summary
 
 # Colours, RGB, at equal distances: told apart with any colour vision, and in grey by their lightness.
 DIVERGING = ((12, 84, 140), (120, 178, 214), (246, 246, 244), (236, 160, 102), (168, 66, 0))
@@ -48,33 +43,6 @@ def tiles(images: np.ndarray, columns: int, side: int) -> np.ndarray:
         picture[top : top + height, left : left + width, :3] = image
         picture[top : top + height, left : left + width, 3] = 255
     return picture
-
-
-def first_kernel(
-    model: nn.Module, image_shape: tuple[int, int, int], params: Any
-) -> tuple[str, np.ndarray] | None:
-    """The kernel that meets the image: that of the first layer with one.
-
-    Args:
-      model: the module.
-      image_shape: (H, W, C) of its images.
-      params: its parameters.
-
-    Returns:
-      The layer's name and its kernel [h, w, C, filters]; a dense one over the flattened image as
-      [H, W, C, units]. None if the layer is of another kind.
-    """
-    for layer in summary.summarise(model, image_shape).layers:
-        own = params
-        for name in layer.name.split("/"):
-            own = own.get(name, {}) if hasattr(own, "get") else {}
-        if not hasattr(own, "get") or own.get("kernel") is None:
-            continue
-        kernel = np.asarray(own["kernel"], np.float32)
-        if kernel.ndim == 2 and len(kernel) == np.prod(image_shape):
-            kernel = kernel.reshape(*image_shape, -1)
-        return (layer.name, kernel) if kernel.ndim == 4 else None
-    return None
 
 
 def draw_kernels(kernel: np.ndarray, side: int = 48) -> np.ndarray:

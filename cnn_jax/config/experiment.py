@@ -9,12 +9,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cnn_jax import CHECKOUT, EXPERIMENTS, PROGRAM
 from cnn_jax.common.errors import ConfigError
+from cnn_jax.common.files import user_path
 from cnn_jax.config.overrides import override
 from cnn_jax.config.schema import Config
 from cnn_jax.config.validate import validate
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "experiments"
+FOLDER = EXPERIMENTS
+# Where RESULTS.md and the records are written: an installed package is no place for them.
+RESULTS = FOLDER if CHECKOUT else Path("runs", "results")
 
 
 def names() -> list[str]:
@@ -25,7 +29,7 @@ def names() -> list[str]:
 
 def title(name: str) -> str:
     """The first line of an experiment's docstring; its code is not run."""
-    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")))
     return (docstring or "").partition("\n")[0]
 
 
@@ -44,7 +48,7 @@ def find(experiment: str) -> Path:
       ConfigError: there is none; names the nearest.
     """
     if experiment.endswith(".py"):
-        path = Path(experiment).expanduser().absolute()
+        path = user_path(experiment).absolute()
         if not path.is_file():
             raise ConfigError(f"--experiment={experiment}: no such file")
         return path
@@ -54,7 +58,7 @@ def find(experiment: str) -> Path:
         raise ConfigError(
             f"--experiment={experiment}: no such experiment; "
             f"{'nearest' if near else 'there are'}: {', '.join(near or known)} "
-            "(./launch.sh list shows all; a file of your own ends in .py)"
+            f"({PROGRAM} list shows all; a file of your own ends in .py)"
         )
     return FOLDER / f"{experiment}.py"
 

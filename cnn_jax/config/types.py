@@ -11,7 +11,7 @@ from typing import Any, Literal
 import flax.linen as nn
 
 from cnn_jax.common.errors import ConfigError
-from cnn_jax.config.schema import Config, DataConfig
+from cnn_jax.config.schema import Config, DataConfig, Range
 
 _UNIONS = (typing.Union, types.UnionType)
 _LISTS = (tuple, collections.abc.Sequence)
@@ -26,6 +26,46 @@ def fields_of(value: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(type(value))
     hidden = {"parent", "name"} if isinstance(value, nn.Module) else set()
     return {f.name: hints[f.name] for f in dataclasses.fields(value) if f.name not in hidden}
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A field of the configuration, as its definition describes it.
+
+    Attributes:
+      name: as in `--set name=value`, without the part before a dot.
+      hint: its type.
+      default: dataclasses.MISSING where an experiment file must give it.
+      range: what it may be; None: anything of its type.
+      help: what it is for, with its unit.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    range: Range | None
+    help: str
+
+    @property
+    def allowed(self) -> str:
+        """Its range in words, behind "must be"."""
+        words = self.range.allowed if self.range else _described(self.hint)
+        return f"{words}, or none" if _takes_none(self.hint) else words
+
+
+def described(kind: type) -> list[Description]:
+    """The fields of Config or DataConfig, in their order."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    found = []
+    for field in dataclasses.fields(kind):
+        hint, *more = typing.get_args(hints[field.name])
+        allowed = next((one for one in more if isinstance(one, Range)), None)
+        found.append(Description(field.name, hint, field.default, allowed, more[-1]))
+    return found
+
+
+def _takes_none(hint: Any) -> bool:
+    return typing.get_origin(hint) in _UNIONS and types.NoneType in typing.get_args(hint)
 
 
 def is_record(value: Any) -> bool:
@@ -117,4 +157,6 @@ def _described(hint: Any) -> str:
         return str(hint)
     if hint is types.NoneType:
         return "None"
+    if origin is collections.abc.Callable:
+        return "a function"
     return hint.__name__ if hint in (bool, int, float, str) else f"an object of {hint.__name__}"

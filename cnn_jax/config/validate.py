@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,7 +12,8 @@ from jax.interpreters import partial_eval
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.schema import Config, DataConfig
 from cnn_jax.config.serialize import to_json
-from cnn_jax.config.types import check_types
+from cnn_jax.config.types import check_types, described, fields_of
+from cnn_jax.models.shapes import takes_no, too_small
 
 
 def validate(config: Config, trained: bool = False) -> Config:
@@ -43,51 +43,27 @@ def validate(config: Config, trained: bool = False) -> Config:
     check(not fixed, "optimizer", f"without {', '.join(sorted(fixed))}: set the field of that name")
     classes = getattr(config.model, "num_classes", 1)
     check(not isinstance(classes, int) or classes >= 1, "model.num_classes", "at least 1")
-    check(0 <= config.seed < 2**31, "seed", "from 0 to 2**31 - 1")
-    check(1 <= config.epochs < 2**31, "epochs", "from 1 to 2**31 - 1")
-    for field in (
-        "batch_size",
-        "eval_batch_size",
-        "eval_every_epochs",
-        "checkpoint_every_epochs",
-        "keep_checkpoints",
-        "log_every_steps",
-        "heartbeat_seconds",
-    ):
-        check(getattr(config, field) >= 1, field, "at least 1")
-    for field in ("devices", "checkpoint_every_steps"):
-        value = getattr(config, field)
-        check(value is None or value >= 1, field, "at least 1, or none")
-    for field in ("learning_rate", "grace_seconds"):
-        check(0 < getattr(config, field) < math.inf, field, "greater than 0 and finite")
-    for field in ("clip_norm", "checkpoint_every_minutes"):
-        value = getattr(config, field)
-        check(value is None or 0 < value < math.inf, field, "greater than 0 and finite, or none")
-    for field in ("warmup_epochs", "final_learning_rate", "weight_decay"):
-        check(0 <= getattr(config, field) < math.inf, field, "0 or more, and finite")
-    check(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
-    check(0 <= config.label_smoothing < 1, "label_smoothing", "in [0, 1)")
-    check(config.init_examples >= 0, "init_examples", "0 or more")
-    data = config.data
-    for field in ("name", "train_split", "test_split"):
-        check(bool(getattr(data, field)), f"data.{field}", "given")
-    check(data.validation_examples >= 0, "data.validation_examples", "0 or more")
-    check(data.crop_padding >= 0, "data.crop_padding", "0 or more")
+    _check_axis_names(config.model, "model.")
+    for record, prefix in ((config, ""), (config.data, "data.")):
+        for entry in described(type(record)):
+            value = getattr(record, entry.name)
+            if entry.range and value is not None:
+                check(entry.range.holds(value), prefix + entry.name, entry.allowed)
+    _check_together(config, check)
+    if not trained:
+        mean, std = config.data.mean, config.data.std
+        check(all(0 <= one <= 1 for one in mean), "data.mean", "from 0 to 1, as pixels are")
+        check(all(one <= 1 for one in std), "data.std", "at most 1, as pixels are from 0 to 1")
+    return config
+
+
+def _check_together(config: Config, check: Callable[[bool, str, str], None]) -> None:
+    """Checks what a field may be beside the others."""
+    data, warmup, epochs = config.data, config.warmup_epochs, config.epochs
+    check(warmup <= epochs, "warmup_epochs", f"at most epochs={epochs}")
     check(
         not (data.flip and data.alternating_flip), "data.alternating_flip", "False with data.flip"
     )
-    size = data.image_size
-    check(size is None or min(size) >= 1, "data.image_size", "at least 1,1, or none")
-    mean, std = data.mean, data.std
-    check(len(mean) > 0 and all(map(math.isfinite, mean)), "data.mean", "finite numbers")
-    check(
-        len(std) > 0 and all(0 < s < math.inf for s in std),
-        "data.std",
-        "numbers greater than 0 and finite",
-    )
-    if not trained:
-        check(all(0 <= m <= 1 for m in mean), "data.mean", "from 0 to 1, as pixels are")
-        check(all(s <= 1 for s in std), "data.std", "at most 1, as pixels are from 0 to 1")
     if config.final_learning_rate:
         check(
             config.schedule != "constant",
@@ -95,12 +71,22 @@ def validate(config: Config, trained: bool = False) -> Config:
             "0 with schedule=constant, which does not end elsewhere; choose cosine or linear",
         )
         check(
-            config.warmup_epochs < config.epochs,
+            warmup < epochs,
             "final_learning_rate",
-            f"0 with warmup_epochs={config.warmup_epochs:g} of epochs={config.epochs}, as the schedule "
-            "begins after them",
+            f"0 with warmup_epochs={warmup:g} of epochs={epochs}, as the schedule begins after them",
         )
-    return config
+
+
+def _check_axis_names(value: object, prefix: str) -> None:
+    """Refuses a module's axis of jax.pmap: training is one jit over all devices and has none."""
+    for name in fields_of(value):
+        inside = value.keywords[name] if isinstance(value, functools.partial) else vars(value)[name]
+        if name.endswith("axis_name") and inside is not None:
+            raise ConfigError(
+                f"{prefix}{name}={inside}: must be none; only parallel.pmap_step has a named axis, "
+                "and statistics over the whole batch need none in training"
+            )
+        _check_axis_names(inside, f"{prefix}{name}.")
 
 
 def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: int) -> int:
@@ -139,28 +125,6 @@ def check_init_examples(config: Config, image_shape: tuple[int, int, int]) -> No
             f"init_examples={config.init_examples}: must be 0, as the first parameters of "
             f"model={type(config.model).__name__} do not depend on images"
         )
-
-
-def takes_no(image_shape: tuple[int, ...], model: nn.Module, error: Exception) -> ConfigError:
-    """What to raise where `model` fails on such images; one of its own mistakes is called by name."""
-    reason = " ".join(str(error).splitlines()[:1])[:200]
-    if not isinstance(error, ValueError):
-        reason = f"{type(error).__name__}: {reason}; --debug shows where"
-    return ConfigError(
-        f"model={type(model).__name__}: takes no images of {_shown(image_shape)} ({reason})"
-    )
-
-
-def too_small(image_shape: tuple[int, ...], model: nn.Module) -> ConfigError:
-    """What to raise where the layers of `model` leave nothing of such images."""
-    name = type(model).__name__
-    return ConfigError(
-        f"model={name}: images of {_shown(image_shape)} are too small for its layers"
-    )
-
-
-def _shown(image_shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, image_shape))
 
 
 def check_images(data: DataConfig, image_shape: tuple[int, int, int]) -> None:

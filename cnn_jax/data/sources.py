@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import typing
 from pathlib import Path
 
 import numpy as np
 
 from cnn_jax.common import cache, decode
-from cnn_jax.common.errors import DataError
+from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import decoded_cache, tfds_builder
 
@@ -85,9 +86,48 @@ class OnDemand:
         return OnDemand(self.records, self.indices[indices])
 
 
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+    """Examples whose labels count in another order.
+
+    Attributes:
+      examples: with labels of their own.
+      class_names: in the order of the new labels.
+      new_label: int32 [classes of `examples`].
+    """
+
+    examples: Examples
+    class_names: tuple[str, ...]
+    new_label: np.ndarray
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.examples.image_shape
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        batch = self.examples[indices]
+        return batch | {"label": self.new_label[batch["label"]]}
+
+    def take(self, indices: np.ndarray) -> "Relabelled":
+        return dataclasses.replace(self, examples=self.examples.take(indices))
+
+
+def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
+    """`examples` with labels that count in the order of `class_names`, which hold all of theirs."""
+    if examples.class_names == class_names[: len(examples.class_names)]:
+        return examples
+    new_label = np.array([class_names.index(name) for name in examples.class_names], np.int32)
+    if isinstance(examples, InMemory):
+        return InMemory(examples.image, new_label[examples.label], class_names)
+    return Relabelled(examples, class_names, new_label)
+
+
 def default_data_dir() -> str:
     """TFDS_DATA_DIR, else TFDS's own folder."""
-    return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
+    return os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
 
 
 def load_examples(
@@ -138,6 +178,28 @@ def image_shape(data: DataConfig, data_dir: str | None = None) -> tuple[int, int
     """
     builder = tfds_builder.open_builder(data.name, _folder(data, data_dir))
     return tfds_builder.layout(builder, data).image_shape
+
+
+def input_shape(
+    data: DataConfig, input_size: str | None, data_dir: str | None = None
+) -> tuple[int, int, int]:
+    """(H, W, C) of the images: what --input_size says; for the rest, what TFDS says of the dataset.
+
+    The dataset need not be prepared, and HEIGHTxWIDTHxCHANNELS asks nothing of it.
+
+    Raises:
+      ConfigError: `input_size` is not SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS.
+      DataError: as `image_shape`.
+    """
+    if input_size is None:
+        return image_shape(data, data_dir)
+    if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", input_size, re.ASCII):
+        raise ConfigError(f"--input_size={input_size}: write SIZE, HxW or HxWxC, as in 64x64x3")
+    sizes = [int(part) for part in input_size.split("x")]
+    if len(sizes) == 3:
+        return tuple(sizes)
+    data = dataclasses.replace(data, image_size=(sizes[0], sizes[-1]))
+    return image_shape(data, data_dir)
 
 
 def _hold_out(data: DataConfig, total: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 
+from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import Config
+from cnn_jax.config.validate import check_images, check_model
 from cnn_jax.data import sources
 
 
@@ -25,3 +27,25 @@ def load_splits(config: Config, data_dir: str | None = None, download: bool = Fa
     load = functools.partial(sources.load_examples, data_dir=data_dir, download=download)
     validation = load(config.data, "validation") if config.data.validation_examples else None
     return Splits(load(config.data, "train"), validation, load(config.data, "test"))
+
+
+def check_splits(config: Config, splits: Splits) -> dict:
+    """What config.json says of the data, after checking that the configuration fits it.
+
+    Raises:
+      ConfigError, DataError: it does not.
+    """
+    shape, names = splits.train.image_shape, splits.train.class_names
+    if len(splits.train) < config.batch_size:
+        raise ConfigError(
+            f"batch_size={config.batch_size}: must be at most the {len(splits.train)} training examples"
+        )
+    check_images(config.data, shape)
+    if splits.test.image_shape != shape:
+        raise DataError(f"data.test_split: images of {splits.test.image_shape}, not {shape}")
+    logits = check_model(config.model, shape, len(names))
+    return {
+        "class_names": [*names, *(f"class {i}" for i in range(len(names), logits))],
+        "image_shape": shape,
+        "train_examples": len(splits.train),
+    }

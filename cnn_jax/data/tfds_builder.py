@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cnn_jax.common import extras
 from cnn_jax.common.errors import DataError
 from cnn_jax.common.files import library_path
 from cnn_jax.config import DataConfig
@@ -30,10 +31,14 @@ EMBEDDED = "garments"
 CHANNELS = (1, 3, 4)
 NO_TENSORFLOW = (
     "needs TensorFlow, which is not installed; add it with ./launch.sh setup --with=prepare "
-    "or pip install 'cnn_jax[prepare]'"
+    "or pip install tensorflow"
 )
 # TFDS also takes namespaces ("huggingface:mnist"), which it would fetch code for, and arguments.
 NAME = re.compile(r"(?P<dataset>[A-Za-z]\w*)(/\w[\w+.-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?")
+
+
+class SizesDiffer(DataError):
+    """The images of a dataset differ in size, and nothing says which one they are to have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +186,8 @@ def layout(builder: Any, data: DataConfig) -> Layout:
             "must be uint8 with 1, 3 or 4 (of a uint8 feature, files of 16 bits are scaled to 8)"
         )
     if data.image_size is None and None in (height, width):
-        raise DataError(
-            f"data.name={data.name}: its images differ in size; set one, as in "
+        raise SizesDiffer(
+            f"data.name={data.name}: its images differ in size; set one: train and summary take "
             "--set data.image_size=64,64"
         )
     return Layout(
@@ -222,7 +227,7 @@ def _is_prepared(builder: Any) -> bool:
 
 
 def _check_download(builder: Any, name: str, data_dir: str, download: bool) -> None:
-    """Refuses at once what would fail after minutes or hours."""
+    """Refuses at once what would fail after minutes or hours; may start the program again."""
     there = "://" in data_dir or Path(data_dir).is_dir()
     advice = (
         f"data.name={name}: not prepared in data_dir={data_dir}"
@@ -236,6 +241,7 @@ def _check_download(builder: Any, name: str, data_dir: str, download: bool) -> N
 
     of_tfds = builder.__module__.startswith("tensorflow_datasets.")
     if of_tfds and not raw_files.is_known(builder) and not tensorflow_is_installed():
+        extras.add_tensorflow()
         raise DataError(f"data.name={name}: preparing it {NO_TENSORFLOW}")
     if silent := _silent_hosts(builder, data_dir):
         raise DataError(f"{advice} (--download: {', '.join(silent)} cannot be reached)")

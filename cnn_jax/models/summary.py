@@ -1,7 +1,6 @@
 """What an architecture is made of: layers, output shapes, parameters, FLOPs."""
 
 import dataclasses
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -10,13 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from cnn_jax.common.errors import ConfigError
-from cnn_jax.config import Config
-from cnn_jax.config.validate import takes_no, too_small
-from cnn_jax.data import sources
 from cnn_jax.models.convolutional import replaces
 from cnn_jax.models.layers import Flatten, MaxPool
 from cnn_jax.models.receptive_field import Call, Field, follow
+from cnn_jax.models.shapes import takes_no, too_small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,28 +66,6 @@ class Summary:
         """
         own = (layer.flops for layer in self.layers if layer.parameters and layer.flops)
         return 3 * self.flops - next(own, 0)
-
-
-def input_shape(
-    config: Config, input_size: str | None, data_dir: str | None = None
-) -> tuple[int, int, int]:
-    """(H, W, C) of the images: what --input_size says; for the rest, what TFDS says of the dataset.
-
-    The dataset need not be prepared, and HEIGHTxWIDTHxCHANNELS asks nothing of it.
-
-    Raises:
-      ConfigError: `input_size` is not SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS.
-      DataError: as `sources.image_shape`.
-    """
-    if input_size is None:
-        return sources.image_shape(config.data, data_dir)
-    if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", input_size, re.ASCII):
-        raise ConfigError(f"--input_size={input_size}: write SIZE, HxW or HxWxC, as in 64x64x3")
-    sizes = [int(part) for part in input_size.split("x")]
-    if len(sizes) == 3:
-        return tuple(sizes)
-    data = dataclasses.replace(config.data, image_size=(sizes[0], sizes[-1]))
-    return sources.image_shape(data, data_dir)
 
 
 def summarise(model: nn.Module, image_shape: tuple[int, int, int]) -> Summary:

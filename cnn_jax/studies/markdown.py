@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnn_jax.common.errors import CheckpointError
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.common.errors import WorkdirError
+from cnn_jax.common.files import written
+from cnn_jax.train.workdir import write_text
 
 TITLE = "# Results\n"
 
@@ -21,14 +22,12 @@ def put_section(path: Path, mark: str, text: str, first: bool = False) -> None:
       first: adds a new section below the title instead of at the end.
 
     Raises:
-      CheckpointError: the file cannot be read or written.
+      WorkdirError: the file cannot be read or written.
     """
     section = f"<!-- {mark} -->\n{text.rstrip()}\n<!-- end of {mark} -->\n"
-    try:
-        old = path.read_text() if path.exists() else TITLE
-        workdirs.write_text(path, _with_section(old, mark, section, first))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+    with written(path, WorkdirError):
+        old = path.read_text(encoding="utf-8") if path.exists() else TITLE
+        write_text(path, _with_section(old, mark, section, first))
 
 
 def _with_section(old: str, mark: str, section: str, first: bool) -> str:

@@ -43,6 +43,7 @@ class Processes:
     def __enter__(self) -> "Processes":
         if threading.current_thread() is threading.main_thread():
             self._handlers = handle(self._stop)
+            self._wakeup = signal.set_wakeup_fd(-1)  # from whoever would end this process at once
         return self
 
     def __exit__(
@@ -54,6 +55,8 @@ class Processes:
         if self._running is not None:  # an error of our own, as when nobody reads what we print
             self._running.terminate()
             self._running.wait()
+        if self._handlers:
+            signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -17,15 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.common.errors import CheckpointError, ConfigError, NotFiniteError
+from cnn_jax.common.errors import ConfigError, NotFiniteError, WorkdirError
+from cnn_jax.common.files import written
 from cnn_jax.config import Config
-from cnn_jax.config import experiment as experiments
+from cnn_jax.config.experiment import load
 from cnn_jax.config.overrides import override
 from cnn_jax.config.serialize import is_of, to_json
 from cnn_jax.config.validate import validate
 from cnn_jax.studies import markdown, sweep_plot
 from cnn_jax.studies.subprocesses import CommandFailed, Processes
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.workdir import metrics, prepare, read_config, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def settings(experiment: str, assignments: Sequence[str]) -> list[Setting]:
     Raises:
       ConfigError: an unknown experiment or field, a value that is wrong, or given twice.
     """
-    config = experiments.load(experiment)
+    config = load(experiment)
     axes: dict[str, list[str]] = {}
     for assignment in assignments:
         path, equals, text = (part.strip() for part in assignment.partition("="))
@@ -168,13 +169,13 @@ def sweep(
 
     Raises:
       ConfigError: as `settings`, or `seeds` is less than 1.
-      CheckpointError: the workdir cannot be written.
+      WorkdirError: the workdir cannot be written.
       Preempted: a signal asked to end; the same call goes on.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds={seeds}: must be at least 1")
     planned = settings(experiment, assignments)
-    workdirs.prepare(workdir)
+    prepare(workdir)
     blind = [setting for setting in planned if not setting.config.data.validation_examples]
     if blind:
         log.warning(
@@ -216,20 +217,20 @@ def _run(processes: Processes, command: list[str], folder: Path, config: Config)
     except CommandFailed as error:
         if error.exit_code == NotFiniteError.exit_code and (run := _ended(folder, config)):
             return run, error.exit_code
-        return Run(config.seed, workdirs.metrics(folder), str(error)), error.exit_code
-    return Run(config.seed, workdirs.metrics(folder), ""), 0
+        return Run(config.seed, metrics(folder), str(error)), error.exit_code
+    return Run(config.seed, metrics(folder), ""), 0
 
 
 def _ended(folder: Path, config: Config) -> Run | None:
     """The run in `folder` if it is this one, and there is nothing left to do."""
     try:
-        if not is_of(workdirs.read_config(folder)["config"], config):
+        if not is_of(read_config(folder)["config"], config):
             return None
-    except CheckpointError:
+    except WorkdirError:
         return None
-    lines = workdirs.metrics(folder)
+    lines = metrics(folder)
     if (folder / "not_finite.json").exists():
-        what = json.loads((folder / "not_finite.json").read_text())["what"]
+        what = json.loads((folder / "not_finite.json").read_text(encoding="utf-8"))["what"]
         return Run(config.seed, lines, f"{what}: not finite")
     ended = lines and lines[-1].get("epoch") == config.epochs
     return Run(config.seed, lines, "") if ended else None
@@ -276,13 +277,11 @@ def _write(
         ],
         "validation" if chosen_by else "test",
     )
-    try:
-        workdirs.write_json(workdir / "sweep.json", report)
-        workdirs.write_text(workdir / "sweep.md", f"{title}\n\n{table}\n\n{choice}\n{note}\n")
+    with written(f"workdir={workdir}", WorkdirError):
+        write_json(workdir / "sweep.json", report)
+        write_text(workdir / "sweep.md", f"{title}\n\n{table}\n\n{choice}\n{note}\n")
         if chart:
             (workdir / "curves.png").write_bytes(chart.light)
-    except OSError as error:
-        raise CheckpointError(f"workdir={workdir}: cannot be written: {error.strerror}") from None
     print(f"{table}\n\n{choice}\nwritten to {workdir / 'sweep.md'}, sweep.json", end="")
     print(" and curves.png" if chart else "")
 
@@ -326,6 +325,15 @@ def _problems(setting: Setting) -> str:
     by_text: dict[str, list[str]] = {}
     for run in setting.runs:
         if run.problem:
-            text = run.problem if len(run.problem) <= 80 else f"{run.problem[:79]}…"
-            by_text.setdefault(text, []).append(str(run.seed))
+            by_text.setdefault(_short(run.problem), []).append(str(run.seed))
     return "; ".join(f"{text} (seed {', '.join(found)})" for text, found in by_text.items())
+
+
+def _short(problem: str) -> str:
+    """A reason as a table holds it: of long paths their last part, and then 120 letters."""
+
+    def last_part(path: re.Match) -> str:
+        return path[0] if len(path[0]) <= 30 else "…/" + path[0].rstrip("/").rpartition("/")[2]
+
+    text = re.sub(r"[^\s:;,=()]*/[^\s:;,()]*", last_part, problem)
+    return text if len(text) <= 120 else f"{text[:119]}…"

@@ -40,20 +40,16 @@ def curves(settings: Sequence[tuple[str, list[list[dict]]]], split: str) -> plot
             axes.grid(axis="y")
             heights = []
             for i, (name, runs) in enumerate(drawn):
-                colour = theme.series[i % len(theme.series)]
+                marker = plotting.MARKERS[i % 8] if last <= 25 else None
                 line = plotting.LINES[i // len(theme.series)]
-                for source, style in ((split, {"label": name}), ("train", {"alpha": 0.5})):
+                evaluated = {"label": name, "linestyle": line, "marker": marker, "linewidth": 1.6}
+                training = {"alpha": 0.5, "linestyle": ":", "linewidth": 0.9}
+                for source, style in ((split, evaluated), ("train", training)):
                     points = means(runs, f"{source}_{metric}")
-                    if not points:
-                        continue
-                    epochs, values = zip(*points, strict=True)
-                    heights += values
-                    style |= {"linewidth": 1.6} if source == split else {"linewidth": 0.9}
-                    shape = line if source == split else ":"
-                    marker = plotting.MARKERS[i % 8] if source == split and last <= 25 else None
-                    axes.plot(
-                        epochs, values, shape, color=colour, marker=marker, clip_on=False, **style
-                    )
+                    heights += [value for _, value in points]
+                    color = theme.series[i % len(theme.series)]
+                    if points:
+                        axes.plot(*zip(*points, strict=True), color=color, clip_on=False, **style)
             if metric == "loss" and heights and max(heights) > 20 * min(heights) > 0:
                 axes.set_yscale("log")
             axes.set_ylabel(metric)

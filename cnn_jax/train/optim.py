@@ -109,9 +109,7 @@ def muon_and_sgd(
     """
     first = float(learning_rate(0))
     if not first:
-        raise ConfigError(
-            "warmup_epochs: must be 0, as muon_and_sgd follows the rate from its first"
-        )
+        raise ConfigError("warmup_epochs: must be 0; muon_and_sgd divides by the first rate")
 
     def course(step: jax.Array) -> jax.Array:
         return learning_rate(step) / first
@@ -119,7 +117,7 @@ def muon_and_sgd(
     def whitening_course(step: jax.Array) -> jax.Array:
         return jnp.maximum(0, 1 - (1 - course(step)) / whitening_share)
 
-    def sgd(rate: float, course: optax.Schedule) -> optax.GradientTransformation:
+    def sgd(rate: float, course: optax.Schedule = course) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale(rate),
             optax.add_decayed_weights(decay),
@@ -141,8 +139,8 @@ def muon_and_sgd(
     return optax.multi_transform(
         {
             "filters": filters,
-            "biases": sgd(bias_learning_rate, course),
-            "head": sgd(head_learning_rate, course),
+            "biases": sgd(bias_learning_rate),
+            "head": sgd(head_learning_rate),
             "whitening bias": sgd(bias_learning_rate, whitening_course),
             "whitening": optax.set_to_zero(),
         },

@@ -3,24 +3,38 @@
 The only file that says mesh, sharding, pmap or jax.distributed. One device is a mesh of one.
 """
 
+import contextlib
+import ctypes
 import functools
+import json
+import os
 import re
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # its store of keys, which jax.distributed does not show
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnn_jax.common.errors import ConfigError
+from cnn_jax.common import gpu
+from cnn_jax.common.errors import CnnJaxError, ConfigError
 
 AXIS = "data"
 
 # Steps that may be waiting for the device. More would not make it busier, would hold their batches in
 # memory, and a signal could not be answered before they are done.
 QUEUE = 3
+
+_ADVICE = (
+    "its own last lines say why. Start all processes again with the same commands: the run goes on "
+    "from its newest checkpoint"
+)
+_HANDLERS: list = []
 
 
 def start_processes(coordinator: str, processes: int, process: int, heartbeat_seconds: int) -> None:
@@ -48,6 +62,66 @@ def start_processes(coordinator: str, processes: int, process: int, heartbeat_se
     # The first exchange connects them, for which Gloo gives 30 seconds: now, while they are together.
     # Later, one may still be decoding images.
     largest(0)
+    _add_last_line_to_aborts()
+
+
+def _add_last_line_to_aborts() -> None:
+    """Has a line printed where JAX aborts this process.
+
+    It does so from a thread in C++, after a page about its reason, where another process is silent or
+    the coordinator cannot be reached. Python's own handlers run between two bytecodes of the main
+    thread, which is too late.
+    """
+    lost = "another is gone, which the lines above name"
+    if jax.process_count() == 2:
+        lost = f"process {1 - jax.process_index()} is gone"
+    line = f"error: JAX ended this process, most likely because {lost}; {_ADVICE}\n".encode()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def print_line(_: int) -> None:
+        os.write(2, line)
+        os._exit(CnnJaxError.exit_code)
+
+    _HANDLERS.append(print_line)  # C keeps no reference
+    ctypes.CDLL(None).signal(signal.SIGABRT, print_line)
+
+
+@contextlib.contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """Says which process is gone, and what to do, where an exchange with the others fails.
+
+    Raises:
+      CnnJaxError: names the process.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (is_one_of_several() and re.search(r"\b(gloo|nccl)", str(error), re.IGNORECASE)):
+            raise
+        lost = ", ".join(map(str, _missing()))
+        raise CnnJaxError(
+            f"gone: process {lost} of the {jax.process_count()} of this run; {_ADVICE}"
+        ) from error
+
+
+def _missing() -> list[int]:
+    """The processes that do not answer a roll call, which all others hold at the same time."""
+    me, everyone = jax.process_index(), set(range(jax.process_count()))
+    if len(everyone) == 2:
+        return sorted(everyone - {me})
+    client, pause = distributed.global_state.client, threading.Event()
+    missing = {0}
+    with contextlib.suppress(Exception):  # no answer from process 0, which keeps the list
+        client.key_value_set(f"cnn_jax/roll_call/{me}", "here")
+        for _ in range(50):
+            here = client.key_value_dir_get("cnn_jax/roll_call")
+            missing = everyone - {int(key.rpartition("/")[2]) for key, _ in here}
+            if len(missing) == 1:
+                break
+            pause.wait(0.1)
+        if me == 0:
+            pause.wait(1)  # until the others have read the list
+    return sorted(missing)
 
 
 def is_one_of_several() -> bool:
@@ -67,12 +141,14 @@ def make_mesh(devices: int | None = None) -> Mesh:
       ConfigError: there are fewer, or several processes would not all take part.
     """
     visible = jax.devices()
+    gpu.tell_unused()
     count = devices or len(visible)
     if count > len(visible):
         raise ConfigError(f"devices={count}: only {len(visible)} visible ({jax.default_backend()})")
     if jax.process_count() > 1 and count != len(visible):
         raise ConfigError(f"devices={count}: a run of several processes uses all {len(visible)}")
-    return jax.make_mesh((count,), (AXIS,), (AxisType.Auto,), devices=visible[:count])
+    # Not jax.make_mesh: it refuses devices of several slices, which two machines with GPUs count as.
+    return Mesh(np.array(visible[:count]), (AXIS,))
 
 
 def check_divides(mesh: Mesh, batch_size: int) -> None:
@@ -104,7 +180,7 @@ def _copy_to(mesh: Mesh) -> Callable:
 
 def make_replicated(make: Callable, mesh: Mesh, *arguments: Any) -> Any:
     """What `make(*arguments)` returns, computed in one program, on every device of the mesh."""
-    return jax.jit(make, out_shardings=replicated(mesh))(*arguments)
+    return jit(make, out_shardings=replicated(mesh))(*arguments)
 
 
 def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -130,14 +206,41 @@ def largest(value: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
+def gather(value: Any) -> list[Any]:
+    """The `value` of each process, plain JSON, in their order; each must call it at the same place."""
+    text = json.dumps(value).encode()
+    padded = np.zeros(largest(len(text)), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded).reshape(jax.process_count(), -1)
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
+
+
 def agree(value: int) -> bool:
     """Whether all processes have the same `value`; each must call it at the same place."""
     return largest(value) == -largest(-value)
 
 
+# What YNN, the library of fused kernels that XLA:CPU calls by default, does in float32. The first two
+# columns are tests' (tests/train/test_parallel.py), on an Intel Xeon; networks are convolutions:
+#   jaxlib    sums of squares (jax-ml/jax#39103)   arctan of 50 and more (#39352)   plain convolutions
+#   0.10.1    right                                right                            up to 8 times slower
+#   0.10.2    wrong                                wrong                            (excluded)
+#   0.11.2    right                                right                            slower
+#   0.12.0.1  right                                right                            slower
+# So every program that computes a network leaves it off, and programs of others keep it.
+#
 # XLA:CPU forgets barriers before it fuses loops. `ops.formulations` puts them between those that are
-# faster apart: this keeps them there, for 2 to 15 % more images a second.
-_CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+# faster apart: the second option keeps them there, for 2 to 15 % more images a second.
+_CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
+
+
+def jit(function: Callable, **options: Any) -> Callable:
+    """`jax.jit` with the compiler's options for this platform, for what computes a network."""
+    on_cpu = jax.default_backend() == "cpu"
+    return jax.jit(function, compiler_options=_CPU_OPTIONS if on_cpu else None, **options)
 
 
 def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
@@ -146,14 +249,33 @@ def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
     One step a call: in a scan over eight, XLA:CPU computes convolutions in scalar loops. It trained
     LeNet at a fifth of the speed, though the MLP at 1.4 times.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jax.jit(
+    return jit(
         step,
         in_shardings=(replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate else (),
-        compiler_options=_CPU_OPTIONS if on_cpu else None,
     )
+
+
+def compile_step(step: Callable, mesh: Mesh, state: Any, batch: dict[str, np.ndarray]) -> Callable:
+    """`jit_step(step, mesh)` compiled ahead for a state and a batch like these.
+
+    With JAX_DISABLE_JIT each operation runs by itself, to be looked at.
+
+    Raises:
+      ConfigError: the model sums over an axis of its own, which training does not name.
+    """
+    jitted = jit_step(step, mesh)
+    if jax.config.jax_disable_jit:
+        return jitted
+    try:
+        return jitted.lower(state, shard(batch, mesh)).compile()
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise ConfigError(
+            f"model: {error}; training has no named axis: leave out the model's axis_name"
+        ) from error
 
 
 def pmap_step(step: Callable, devices: int | None = None) -> Callable:

@@ -31,6 +31,16 @@ def handle(handler: Callable[[int, FrameType | None], None]) -> dict:
     return {number: signal.signal(number, handler) for number in numbers}
 
 
+def end_at_once() -> None:
+    """From now on such a signal ends this process with one line, also in imports and while it ends.
+
+    A KeyboardInterrupt would not do: C++ code swallows it, or crashes. A later `StopSignals`, or
+    `handle`, takes over for as long as it lasts.
+    """
+    StopSignals("interrupted").__enter__()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # whoever started us may have held them
+
+
 class StopSignals:
     """Notes the first such signal in `exit_code`; further ones change nothing.
 
@@ -43,8 +53,11 @@ class StopSignals:
     run in the main thread, between two bytecodes: a minute of compilation would hold them up.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, message: str = "stopped by a signal before training; run the same command again"
+    ) -> None:
         self.exit_code = 0
+        self._message = message
         self._grace_seconds = 0.0
         self._handlers: dict = {}
 
@@ -95,7 +108,7 @@ class StopSignals:
                 continue
             self.exit_code = EXIT_CODES[signal.Signals(number[0])]
             if not self._grace_seconds:
-                log.error("error: stopped by a signal before training; run the same command again")
+                log.error("error: %s", self._message)
                 os._exit(self.exit_code)
             deadline = time.monotonic() + self._grace_seconds
 

@@ -19,9 +19,9 @@ import optax
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.data.loader import alternate_flip, augment, normalise, test_views
 from cnn_jax.models.layers import WHOLE_BATCH_DROPOUT
 from cnn_jax.train.optax_adapter import eval_params
+from cnn_jax.train.preprocess import alternate_flip, augment, normalise, test_views
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -152,10 +152,7 @@ def train_step(
     run_key = jax.random.wrap_key_data(state.rng)
     key = jax.random.fold_in(run_key, state.step)
     augment_key, dropout_key = jax.random.split(key)
-    image = augment(augment_key, batch["image"], batch["index"], config.data)
-    if config.data.alternating_flip:
-        image = alternate_flip(run_key, image, batch["index"], batch["epoch"])
-    image = normalise(image, config.data)
+    image = _augmented(run_key, augment_key, batch, config.data)
 
     def call(params: Any, rngs: dict) -> tuple[jax.Array, Any]:
         variables = {"params": params, **state.model_state}
@@ -179,33 +176,55 @@ def train_step(
         count, correct = jax.lax.psum((count, correct), axis_name)
     extra = {"value": loss, "grad": grads}
     if axis_name is None:  # of a device's part of the batch they would be other functions on each
-        # A line search passes on to it whatever it does not take itself.
-        def value_fn(params: Any, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
-            return loss_of(params)[0]
-
-        extra |= {"value_fn": value_fn, "obj_fn": value_fn}
-        extra["grad_fn"] = lambda params, _: jax.grad(value_fn)(params)
-
+        extra |= _functions_of(lambda params: loss_of(params)[0])
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
-    first_bad = ~jnp.isfinite(loss) & (state.sums["bad_step"] < 0)
     new_state = TrainState(
         step=state.step + 1,
         params=params,
         model_state=model_state,
         opt_state=opt_state,
         rng=state.rng,
-        sums={
-            "loss": state.sums["loss"] + loss * count,
-            "correct": state.sums["correct"] + correct,
-            "count": state.sums["count"] + count,
-            "bad_step": jnp.where(first_bad, state.step, state.sums["bad_step"]),
-            "bad_loss": jnp.where(first_bad, loss, state.sums["bad_loss"]),
-        },
+        sums=_added(state.sums, state.step, loss, correct, count),
         eval_params=eval_params(opt_state, params),
     )
     return new_state, loss
+
+
+def _augmented(run_key: jax.Array, key: jax.Array, batch: Batch, data: DataConfig) -> jax.Array:
+    """The batch's images as the model sees them in training: float32 [N, H, W, C]."""
+    image = augment(key, batch["image"], batch["index"], data)
+    if data.alternating_flip:
+        image = alternate_flip(run_key, image, batch["index"], batch["epoch"])
+    return normalise(image, data)
+
+
+def _functions_of(loss_of: Callable[[Any], jax.Array]) -> dict[str, Callable]:
+    """The loss and its gradient as functions of the parameters, for optimizers that call them."""
+
+    # A line search passes on to it whatever it does not take itself.
+    def value_fn(params: Any, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+        return loss_of(params)
+
+    def grad_fn(params: Any, _: Any) -> Any:
+        return jax.grad(value_fn)(params)
+
+    return {"value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+
+
+def _added(
+    sums: Sums, step: jax.Array, loss: jax.Array, correct: jax.Array, count: jax.Array
+) -> Sums:
+    """An epoch's sums after one more step: its mean loss over `count` examples, `correct` of them."""
+    first_bad = ~jnp.isfinite(loss) & (sums["bad_step"] < 0)
+    return {
+        "loss": sums["loss"] + loss * count,
+        "correct": sums["correct"] + correct,
+        "count": sums["count"] + count,
+        "bad_step": jnp.where(first_bad, step, sums["bad_step"]),
+        "bad_loss": jnp.where(first_bad, loss, sums["bad_loss"]),
+    }
 
 
 def eval_step(

@@ -3,8 +3,8 @@
 import logging
 import os
 import socket
-import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 
-class Curves:
+class TensorBoard:
     """The curves and pictures of one call of `train`, in a file of its own under tensorboard/.
 
     tensorboardX's SummaryWriter hands them to a thread, which a full disk ends with a traceback;
@@ -24,7 +24,7 @@ class Curves:
     def __init__(self, folder: Path):
         """`folder`/tensorboard need not exist."""
         self._folder = folder / "tensorboard"
-        self._file: Any = None
+        self._records: Any = None
         self._failed = False
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -41,40 +41,44 @@ class Curves:
         for name, image in images.items():
             self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
+    def flush(self) -> None:
+        """Shows TensorBoard all that was drawn so far."""
+        if self._records is not None:
+            self._try(self._records.flush)
+
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        records, self._records = self._records, None
+        if records is not None:
+            self._try(records.close)
 
     def _write(self, step: int, **content: Any) -> None:
-        if self._failed:
-            return
+        if not self._failed:
+            self._try(self._append, step=step, **content)
+
+    def _try(self, action: Callable, **fields: Any) -> None:
         try:
-            if self._file is None:
-                self._open(step)
-            self._append(step=step, **content)
+            action(**fields)
         except OSError as error:
+            if not self._failed:
+                reason = error.strerror
+                log.warning(
+                    "warning: %s: cannot be written: %s; no more curves", self._folder, reason
+                )
             self._failed = True
-            log.warning(
-                "warning: %s: cannot be written: %s; no more curves", self._folder, error.strerror
-            )
 
-    def _open(self, step: int) -> None:
-        from tensorboardX.proto.event_pb2 import SessionLog
+    def _append(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
-        self._folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._file = open(self._folder / name, "wb", buffering=0)  # noqa: SIM115
-        self._append(file_version="brain.Event:2")
-        # Hides what a run that died had drawn beyond the step from which this one goes on.
-        self._append(step=step, session_log=SessionLog(status=SessionLog.START))
+        def write(**fields: Any) -> None:
+            event = Event(wall_time=time.time(), **fields)
+            self._records.write(event.SerializeToString())
 
-    def _append(self, **fields: Any) -> None:
-        """One TFRecord: length, checksum, event, checksum."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.record_writer import masked_crc32c
-
-        event = Event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        sums = [struct.pack("<I", masked_crc32c(data)) for data in (length, event)]
-        self._file.write(length + sums[0] + event + sums[1])
+        if self._records is None:
+            self._folder.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+            self._records = RecordWriter(str(self._folder / name))
+            write(file_version="brain.Event:2")
+            # Hides what a run that died had drawn beyond the step from which this one goes on.
+            write(step=step, session_log=SessionLog(status=SessionLog.START))
+        write(step=step, **content)

@@ -19,6 +19,7 @@ import jax
 
 from cnn_jax.common import cpu
 from cnn_jax.common.errors import CheckpointError, ConfigError
+from cnn_jax.common.files import library_path
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
 from cnn_jax.config.serialize import changes, differences, to_json
 from cnn_jax.train import parallel
@@ -35,6 +36,7 @@ def prepare(workdir: Path) -> None:
 
     Raises:
       CheckpointError: it is a file, or cannot be written.
+      ConfigError: checkpoints cannot be saved below a path like this.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -42,6 +44,7 @@ def prepare(workdir: Path) -> None:
         raise CheckpointError(f"workdir={workdir}: is a file or below one; name a folder") from None
     except OSError as error:
         raise CheckpointError(f"workdir={workdir}: cannot be made: {error.strerror}") from None
+    library_path(workdir)
     try:
         probe = workdir / ".writable"
         probe.touch()
@@ -91,7 +94,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         yield check
 
 
-def write_config(workdir: Path, config: Config, experiment: str, about: dict) -> None:
+def write_config(workdir: Path, config: Config, experiment: str, metadata: dict) -> None:
     """Writes config.json: what was asked for, the data, versions, device.
 
     Each call of `train` that goes on with a run writes it anew, so it tells of the last one. What
@@ -100,13 +103,13 @@ def write_config(workdir: Path, config: Config, experiment: str, about: dict) ->
     Raises:
       CheckpointError: it cannot be written.
     """
-    saved = {"experiment": experiment, "config": to_json(config), **about, **_machine()}
+    saved = {"experiment": experiment, "config": to_json(config), **metadata, **machine()}
     path = workdir / "config.json"
     with _written(path):
         write_json(path, saved)
 
 
-def _machine() -> dict[str, dict]:
+def machine() -> dict[str, dict]:
     """What computes: the versions and the device."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     device = jax.devices()[0]
@@ -125,7 +128,7 @@ def warn_of_other_bits(workdir: Path) -> None:
 
     XLA splits sums over the cores that a process may use, and chooses its loops by the processor.
     """
-    saved, now = read_config(workdir), _machine()
+    saved, now = read_config(workdir), machine()
     fields = {"versions": ["jax", "jaxlib"], "device": ["kind", "platform", "count"]}
     if now["device"]["platform"] == "cpu":
         fields["device"] += ["processor", "cores"]
@@ -152,7 +155,7 @@ def read_config(workdir: Path) -> dict:
     """
     path = workdir / "config.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         config = saved.get("config", {})
         missing = [*(NEEDED - saved.keys()), *(NEEDED_OF_CONFIG - config.keys())]
         if missing or not all(isinstance(config[part], dict) for part in ("model", "data")):
@@ -170,14 +173,14 @@ def read_config(workdir: Path) -> dict:
         raise CheckpointError(f"{path}: damaged ({error})") from None
 
 
-def check_same_run(workdir: Path, config: Config, about: dict) -> None:
+def check_same_run(workdir: Path, config: Config, metadata: dict) -> None:
     """Refuses a workdir that holds another run than an earlier part of this one.
 
     Args:
       workdir: of the run; it may hold none yet.
       config: of the run. It may change the fields in config.CHANGEABLE_ON_RESUME, and `epochs`
         where the learning rate does not depend on them.
-      about: what config.json is to say of the data; all of it must be the same.
+      metadata: what config.json is to say of the data; all of it must be the same.
 
     Raises:
       ConfigError: it holds another run, with the fields that differ; or more epochs than asked for.
@@ -187,7 +190,9 @@ def check_same_run(workdir: Path, config: Config, about: dict) -> None:
     saved = read_config(workdir)
     free = {*CHANGEABLE_ON_RESUME, *(["epochs"] if config.schedule == "constant" else [])}
     lines = changes(saved["config"], config, free)
-    lines += differences({name: saved.get(name) for name in about}, json.loads(json.dumps(about)))
+    lines += differences(
+        {name: saved.get(name) for name in metadata}, json.loads(json.dumps(metadata))
+    )
     if lines:
         raise ConfigError(
             f"workdir={workdir}: holds another run; {'; '.join(lines)} (choose another --workdir)"
@@ -238,7 +243,7 @@ def append_metrics(workdir: Path, line: dict[str, Any]) -> None:
       CheckpointError: it cannot be written.
     """
     path = workdir / "metrics.jsonl"
-    with _written(path), open(path, "a") as file:
+    with _written(path), open(path, "a", encoding="utf-8") as file:
         file.write(line_of(line))
 
 
@@ -255,7 +260,7 @@ def write_text(path: Path, text: str) -> None:
     """Replaces the file as a whole: a reader, or a crash, sees the old text or the new one."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     finally:
         with contextlib.suppress(OSError):  # a full disk: the half of it that was written

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import flax.linen as nn
@@ -15,7 +16,8 @@ from cnn_jax.config import Config, DataConfig
 from cnn_jax.data import sources
 from cnn_jax.data.sources import InMemory
 from cnn_jax.models.layers import Dense, Flatten
-from cnn_jax.train import loop, parallel
+from cnn_jax.train import evaluation, loop, parallel
+from tests.data.test_sources import encode, write_pictures
 from tests.quick import make_run, noisy_variables, unoptimised
 from tests.tiny import CLASS_NAMES, make_examples, run_command
 
@@ -91,8 +93,8 @@ def test_every_example_is_counted_once(batch_size, count):
     mesh = parallel.make_mesh(2)
     variables = noisy_variables(models.MLP(), SHAPE) | {"batch_stats": {}}
     examples = make_examples(count)
-    eval_step = evaluate.make_eval_step(models.MLP(), DataConfig("x"), "float32", mesh)
-    result = evaluate.evaluate_examples(
+    eval_step = evaluation.make_eval_step(models.MLP(), DataConfig("x"), "float32", mesh)
+    result = evaluation.evaluate_examples(
         eval_step, parallel.replicate(variables, mesh), examples, batch_size, mesh
     )
     accuracy, loss, confusion = in_numpy(variables["params"], examples)
@@ -118,7 +120,7 @@ def test_a_loss_that_is_not_finite_is_an_error(value, tmp_path, monkeypatch):
 
 def test_accuracy_of_each_class():
     confusion = np.array([[3, 1, 0], [0, 0, 0], [2, 0, 6]])
-    result = evaluate.Result(12, 0.5, 9 / 12, confusion)
+    result = evaluation.Metrics(12, 0.5, 9 / 12, confusion)
     assert result.class_accuracy() == [0.75, None, 0.75]
 
 
@@ -161,6 +163,7 @@ def test_the_report(trained):
     workdir, lines, data_dir = trained
     run = restore.load_run(workdir)
     report = evaluate.evaluate(run, data_dir=str(data_dir))
+    evaluate.write(report, run)
     assert report == json.loads((workdir / "evaluation.json").read_text())
     assert [*report] == [
         "checkpoint",
@@ -194,7 +197,7 @@ def command(*arguments):
     return main.main(["evaluate", *map(str, arguments)])
 
 
-def evaluation(workdir):
+def written(workdir):
     return json.loads((workdir / "evaluation.json").read_text())
 
 
@@ -215,9 +218,9 @@ def test_which_checkpoint(workdir, trained):
         assert (
             command(f"--workdir={workdir}", f"--checkpoint={which}", f"--data_dir={data_dir}") == 0
         )
-        assert evaluation(workdir)["checkpoint"] == step
+        assert written(workdir)["checkpoint"] == step
         expected = by_step[step]["test_loss"]
-        assert evaluation(workdir)["loss"] == pytest.approx(expected, rel=1e-5)
+        assert written(workdir)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("which", ["5", "nonsense", "-1", "4.0", "²", "../4"])
@@ -247,14 +250,14 @@ def test_best_without_validation(tmp_path, splits, caplog):
 )
 def test_which_split(workdir, trained, split, examples):
     assert command(f"--workdir={workdir}", f"--split={split}", f"--data_dir={trained[2]}") == 0
-    report = evaluation(workdir)
+    report = written(workdir)
     assert (report["split"], report["examples"]) == (split, examples)
     assert sum(map(sum, report["confusion_matrix"])) == examples
 
 
 def test_a_class_without_examples(workdir, trained, capsys):
     assert command(f"--workdir={workdir}", "--split=test[:3]", f"--data_dir={trained[2]}") == 0
-    report = evaluation(workdir)
+    report = written(workdir)
     first = sources.load_examples(DataConfig("tiny_squares"), "test[:3]", str(trained[2]))
     present = {CLASS_NAMES[label] for label in first.label}
     assert {k for k, v in report["class_accuracy"].items() if v is not None} == present
@@ -295,7 +298,7 @@ def test_another_dataset(monkeypatch, workdir, trained):
     asked = others(monkeypatch, make_examples(30, seed=9))
     assert command(f"--workdir={workdir}", "--dataset=other") == 0
     assert asked == [("other", "test")]
-    report = evaluation(workdir)
+    report = written(workdir)
     assert (report["dataset"], report["examples"]) == ("other", 30)
     params = restore.load_run(workdir).variables["params"]
     assert report["accuracy"] == in_numpy(params, make_examples(30, seed=9))[0]
@@ -305,14 +308,15 @@ def test_another_dataset_with_fewer_classes(monkeypatch, workdir):
     few = make_examples(30)
     others(monkeypatch, InMemory(few.image, few.label % 3, ("x", "y", "z")))
     assert command(f"--workdir={workdir}", "--dataset=other") == 0
-    assert np.array(evaluation(workdir)["confusion_matrix"])[3:].sum() == 0
+    assert np.array(written(workdir)["confusion_matrix"])[3:].sum() == 0
 
 
 @pytest.mark.parametrize(
     ("shape", "names", "expected"),
     [
         ((28, 28, 3), CLASS_NAMES, ("3 channels", "trained on 1")),
-        (SHAPE, [*CLASS_NAMES, "k"], ("11 classes", "trained on 10")),
+        (SHAPE, [*CLASS_NAMES, "k"], ("classes k are none", "trained on: a, b, c, d")),
+        (SHAPE, ["bird", *CLASS_NAMES[1:]], ("classes bird are none", "trained on: a, b")),
         ((32, 32, 1), CLASS_NAMES, ("32x32x1", "trained on 28x28x1", "MLP", "FullyConvCNN does")),
         ((28, 29, 1), CLASS_NAMES, ("28x29x1", "trained on 28x28x1", "MLP", "FullyConvCNN does")),
     ],
@@ -327,14 +331,37 @@ def test_a_dataset_that_does_not_fit(monkeypatch, trained, caplog, shape, names,
         assert part in message
 
 
+@pytest.mark.parametrize("memory", ["in memory", "on demand"])
+@pytest.mark.parametrize("order", [[1, 0, *range(2, 10)], [*range(9, -1, -1)], [7, 3, 5]])
+def test_classes_are_matched_by_name(tmp_path, monkeypatch, order, memory):
+    """A dataset of the same names in another order, or of some of them."""
+    run = make_run(tmp_path, models.MLP())
+    examples = make_examples(60)
+    kept = examples.take(np.flatnonzero(np.isin(examples.label, order)))
+    label = np.argsort(order)[np.searchsorted(np.sort(order), kept.label)].astype(np.int32)
+    other = InMemory(kept.image, label, tuple(CLASS_NAMES[i] for i in order))
+    expected = evaluate.fitting(run, kept, "other")
+    found = evaluate.fitting(run, other, "other")
+    if memory == "on demand":
+        found = sources.Relabelled(other, CLASS_NAMES, np.array(order, np.int32)).take(
+            np.arange(len(kept))
+        )
+    np.testing.assert_array_equal(found[np.arange(len(kept))]["label"], kept.label)
+    assert found.class_names == expected.class_names == CLASS_NAMES
+    others(monkeypatch, other)
+    report = evaluate.evaluate(run, dataset="other", devices=1)
+    others(monkeypatch, kept)
+    assert report == evaluate.evaluate(run, dataset="other", devices=1)
+
+
 def test_a_dense_model_keeps_to_its_size_where_its_parameters_would_fit_another(tmp_path):
     """StridedCNN has equal parameters for 25x25 to 28x28."""
     run = make_run(tmp_path, models.StridedCNN())
     with pytest.raises(
         DataError, match=r"27x27x1, .* was trained on 28x28x1, and StridedCNN takes"
     ):
-        evaluate.check_fits(run, make_examples(10, (27, 27, 1)), "other")
-    evaluate.check_fits(run, make_examples(10), "other")
+        evaluate.fitting(run, make_examples(10, (27, 27, 1)), "other")
+    evaluate.fitting(run, make_examples(10), "other")
 
 
 def test_fully_conv_takes_larger_images(monkeypatch, fully_conv):
@@ -350,7 +377,7 @@ def test_fully_conv_takes_larger_images(monkeypatch, fully_conv):
 
 def test_fully_conv_refuses_smaller_images(fully_conv):
     with pytest.raises(DataError, match=r"^dataset=other: images of 28x27x1.*from 28x28 up"):
-        evaluate.check_fits(fully_conv, make_examples(10, (28, 27, 1)), "other")
+        evaluate.fitting(fully_conv, make_examples(10, (28, 27, 1)), "other")
 
 
 # ------------------------------------------------------------------------------------ devices
@@ -397,11 +424,46 @@ def test_a_damaged_config(workdir, caplog, damage):
     assert said(caplog).startswith(f"error: {workdir / 'config.json'}: damaged (")
 
 
-def test_a_report_that_cannot_be_written(workdir, trained, caplog):
+def test_a_result_that_cannot_be_written_is_shown_all_the_same(workdir, trained, caplog, capsys):
+    """As of a run in a folder that is somebody else's. Tests may run as root, who may write all."""
     (workdir / "evaluation.json").unlink(missing_ok=True)
     (workdir / "evaluation.json").mkdir()
-    assert command(f"--workdir={workdir}", f"--data_dir={trained[2]}") == 4
-    assert said(caplog).startswith(f"error: {workdir / 'evaluation.json'}: cannot be written: ")
+    flags = f"--workdir={workdir}", f"--data_dir={trained[2]}"
+    assert command(*flags) == 0
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    path = workdir / "evaluation.json"
+    assert warning == f"warning: {path}: cannot be written: Is a directory; --output names a folder"
+    shown = capsys.readouterr().out
+    assert re.search(r"accuracy \d\.\d{4}, loss \d\.\d{4} over 48 examples\n$", shown)
+
+
+def test_a_result_in_another_folder(workdir, trained, caplog, capsys, tmp_path):
+    before = sorted(workdir.rglob("*"))
+    output = tmp_path / "new" / "folder"
+    flags = f"--workdir={workdir}", f"--data_dir={trained[2]}"
+    assert command(*flags, f"--output={output}") == 0
+    assert capsys.readouterr().out.endswith(f"written to {output / 'evaluation.json'}\n")
+    assert written(output)["checkpoint"] == 12
+    assert sorted(workdir.rglob("*")) == before
+    (output / "evaluation.json").unlink()
+    (output / "evaluation.json").mkdir()
+    assert command(*flags, f"--output={output}") == 2
+    assert said(caplog) == f"error: --output={output}: cannot be written: Is a directory"
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [[(28, 28), (32, 16)], [(5, 9), (60, 60)], [(14, 14)] * 2])
+def test_a_dataset_whose_images_differ_in_size_is_resized_to_the_trainings(
+    trained, tmp_path, caplog, sizes
+):
+    """evaluate has no --set data.image_size to advise."""
+    images = [np.full((*size, 1), 100, np.uint8) for size in sizes]
+    write_pictures(tmp_path, [encode(image) for image in images], (None, None, 1))
+    flags = f"--workdir={trained[0]}", "--dataset=pictures", "--split=train[:2]"
+    output = tmp_path / "out"
+    assert command(*flags, f"--data_dir={tmp_path}", f"--output={output}") == 0
+    assert "pictures has images of several sizes: resized to 28x28" in caplog.text
+    assert written(output)["examples"] == 2
 
 
 def test_a_model_of_ones_own(tmp_path, tfds_dir, caplog):
@@ -419,7 +481,7 @@ def test_a_model_of_ones_own(tmp_path, tfds_dir, caplog):
     )
     given = ["--experiment", experiment, f"--workdir={workdir}", f"--data_dir={tfds_dir}"]
     assert command(*given) == 0
-    assert evaluation(workdir)["accuracy"] == lines[-1]["test_accuracy"]
+    assert written(workdir)["accuracy"] == lines[-1]["test_accuracy"]
     # ... and a model that is not the saved one
     assert command("--experiment=quickstart", f"--workdir={workdir}") == 2
     assert "--experiment: its model is LeNet, that of the run Mine" in said(caplog)

@@ -22,6 +22,8 @@ from cnn_jax.models.layers import Dense
 from cnn_jax.train import loop, step
 from tests.quick import make_run, unoptimised
 
+pytestmark = pytest.mark.oldest
+
 GRAY, COLOUR = (28, 28, 1), (32, 32, 3)
 COUNT = 3
 # Runs every classify.py below a folder on its images.npy, and keeps its logits.

@@ -705,7 +705,7 @@ def test_failed_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 ADD_TENSORFLOW = (
     "needs TensorFlow, which is not installed; add it with ./launch.sh setup --with=prepare "
-    "or pip install 'cnn_jax[prepare]'"
+    "or pip install tensorflow"
 )
 
 

@@ -1,6 +1,7 @@
 """A small run from the command line, what disturbs it, and what an undisturbed one leaves."""
 
 import contextlib
+import inspect
 import os
 import signal
 import subprocess
@@ -11,12 +12,13 @@ from pathlib import Path
 
 from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
+from tests.networks import Small
 from tests.tiny import REPOSITORY
 
 TIMES = ("epoch_seconds", "images_per_second")
 
 # All that a state can consist of, small enough for a checkpoint after every step.
-EXPERIMENT = '''"""A small run with BatchNorm, dropout and augmentation."""
+EXPERIMENT = f'''"""A small run with BatchNorm, dropout and augmentation."""
 
 import flax.linen as nn
 
@@ -24,15 +26,7 @@ from cnn_jax.config import Config, DataConfig
 from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten, MaxPool
 
 
-class Small(nn.Module):
-    @nn.compact
-    def __call__(self, image, train=False):
-        x = MaxPool((4, 4))(image)
-        x = Conv(4, (3, 3), use_bias=False)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        x = Dropout(0.25)(x, train)
-        return Dense(10)(Flatten()(x))
-
+{inspect.getsource(Small)}
 
 def config() -> Config:
     data = DataConfig("tiny_squares", flip=True, crop_padding=2, validation_examples=32)

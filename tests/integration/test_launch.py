@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # All that launch.sh may need besides Python.
-TOOLS = "bash cat cksum dirname find flock grep mkdir mv readlink rm tail timeout"
+TOOLS = "bash cat cksum dirname find flock grep head ls mkdir mv readlink rm sort tail timeout"
 
 # Behaves as Python does towards launch.sh and notes what it is asked in $FAKE_LOG. FAKE_VENV and
 # FAKE_PIP say how these two steps end: "killed" takes launch.sh along, "failed" is an ordinary
@@ -40,7 +40,9 @@ def step(name, text):
 
 
 if arguments[0] == "-c":
-    print(os.environ.get("FAKE_ANSWER", "3.11 yes"), me)
+    kind, version, has_venv = os.environ["FAKE_ANSWER"].split()
+    print(f"{kind} {version}\n{me}")
+    sys.exit(has_venv != "yes")
 elif arguments[:2] == ["-m", "venv"]:
     os.mkdir(arguments[2] + "/bin")
     step("VENV", "venv")
@@ -49,10 +51,12 @@ elif arguments[:2] == ["-m", "venv"]:
 elif arguments[:3] == ["-m", "pip", "--version"]:
     sys.exit(not os.path.exists(venv + "/pip"))
 elif arguments[:3] == ["-m", "pip", "install"]:
-    step("PIP", "pip " + arguments[-1])
+    pinned = "pinned " if "--constraint" in arguments else ""
+    step("PIP", "pip " + pinned + arguments[-1])
     os.makedirs(venv + "/lib/python3.11/site-packages/cnn_jax-0.1.0.dist-info", exist_ok=True)
 else:
     report = {"arguments": arguments, "pid": os.getpid(), "cwd": os.getcwd()}
+    report["launcher"] = os.environ.get("CNN_JAX_LAUNCHER")
     if "FAKE_WAIT" not in os.environ:
         print(report)
         sys.exit(int(os.environ.get("FAKE_EXIT", "0")))
@@ -71,29 +75,50 @@ class House:
     def __init__(self, folder: Path):
         self.root = folder / "a [house]"
         self.tools = folder / "tools"
+        self.home = folder / "home"
         self.log = folder / "log"
-        self.root.mkdir()
+        (self.root / ".ci").mkdir(parents=True)
         self.tools.mkdir()
-        for name in ("launch.sh", "setup.cfg", "pyproject.toml"):
-            shutil.copy(REPOSITORY / name, self.root)
+        for name in ("setup.cfg", "pyproject.toml", ".ci/constraints.txt"):
+            shutil.copy(REPOSITORY / name, self.root / name)
+        # The folders outside PATH where it looks for Python are this one's own.
+        text = (REPOSITORY / "launch.sh").read_text()
+        for name in ("/usr/local/bin", "/opt/"):
+            assert f" {name}" in text
+            text = text.replace(f" {name}", f" '{self.home}'{name}")
+        (self.root / "launch.sh").write_text(text)
+        (self.root / "launch.sh").chmod(0o755)
         for name in TOOLS.split():
             if found := shutil.which(name):
                 (self.tools / name).symlink_to(found)
         self.fake = folder / "fake_python.py"
         self.fake.write_text(FAKE_PYTHON)
-        self.add_tool("python3.11", f"exec '{sys.executable}' -SE '{self.fake}' \"$0\" \"$@\"")
+        self.python = self.add_python(self.tools / "python3.11")
 
-    def add_tool(self, name: str, line: str) -> Path:
+    def add_python(self, path: Path, answer: str = "cpython 3.11 yes") -> Path:
+        """A Python at `path`; the answer: implementation, version, whether venv is there."""
+        start = f"'{sys.executable}' -SE '{self.fake}' \"$0\" \"$@\""
+        return self.add_tool(path, f"FAKE_ANSWER='{answer}' exec {start}")
+
+    def add_tool(self, name: Path | str, line: str) -> Path:
         path = self.tools / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/bin/sh\n{line}\n")
         path.chmod(0o755)
         return path
+
+    def add_gpu(self, driver: str, capability: str = "9.0"):
+        lines = f"*=driver_version) echo '{driver}' ;; *=compute_cap) echo '{capability}' ;;"
+        self.add_tool("nvidia-smi", f'case "$1" in {lines} esac')
+
+    def environment(self) -> dict[str, str]:
+        return {"PATH": str(self.tools), "HOME": str(self.home), "FAKE_LOG": str(self.log)}
 
     def start(self, *arguments: str, cwd: Path | None = None, fds=(), **environment: str):
         return subprocess.Popen(
             [self.root / "launch.sh", *arguments],
             cwd=cwd or self.root,
-            env={"PATH": str(self.tools), "FAKE_LOG": str(self.log), **environment},
+            env={**self.environment(), **environment},
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -189,8 +214,7 @@ def test_hands_on_arguments_and_keeps_the_folder(ready_house, tmp_path):
 def test_runs_through_a_link_to_it(ready_house, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(Path(ready_house.root.name) / "launch.sh")
-    environment = {"PATH": str(ready_house.tools), "FAKE_LOG": str(ready_house.log)}
-    stdout = subprocess.check_output([link, "list"], env=environment, text=True)
+    stdout = subprocess.check_output([link, "list"], env=ready_house.environment(), text=True)
     assert handed_on(stdout)[3:] == ["list"]
     assert ready_house.steps() == []
 
@@ -217,13 +241,41 @@ def test_help_without_a_set_up(house):
 def test_setup_runs_nothing(house):
     result = house.call("setup")
     assert (result.returncode, result.stdout) == (0, "")
+    assert "for cpu (nvidia-smi finds no GPU)" in result.stderr
     assert house.steps() == ["venv", "pip ."]
 
 
-def test_setup_refuses_an_argument(house):
-    result = house.call("setup", "--gpu")
+@pytest.mark.parametrize("argument", ["--gpu", "--with=gpu", "--pinned=no", "list"])
+def test_setup_refuses_other_arguments(house, argument):
+    result = house.call("setup", "--pinned", argument)
     assert result.returncode == 2
-    assert error_line(result) == "launch.sh: setup takes no argument, got '--gpu'"
+    expected = f"setup takes --pinned, --with=prepare and --with=test, got '{argument}'"
+    assert error_line(result) == f"launch.sh: {expected}"
+    assert house.steps() == []
+
+
+def test_additions_stay_and_are_made_once(ready_house):
+    def steps(*arguments):
+        assert ready_house.call(*arguments).returncode == 0
+        return ready_house.steps()
+
+    assert steps("setup") == []
+    assert steps("setup", "--with=prepare") == ["pip .[prepare]"]
+    assert steps("setup", "--with=prepare") == []
+    assert steps("setup", "--pinned", "--with=test") == ["pip pinned .[prepare,test]"]
+    assert steps("setup") == steps("list") == []
+    ready_house.change_setup_cfg()
+    assert steps("list") == ["pip pinned .[prepare,test]"]
+
+
+def test_the_program_can_have_tensorflow_added_once(ready_house):
+    """It calls the launcher that it is told of, which then tells of none."""
+    launcher = ast.literal_eval(ready_house.call("train", "--download").stdout)["launcher"]
+    assert launcher == str(ready_house.root / "launch.sh")
+    result = ready_house.call("--with=prepare", "train", "--download")
+    assert handed_on(result.stdout)[3:] == ["train", "--download"]
+    assert ast.literal_eval(result.stdout)["launcher"] is None
+    assert ready_house.steps() == ["pip .[prepare]"]
 
 
 def test_a_second_call_installs_nothing(ready_house):
@@ -232,7 +284,7 @@ def test_a_second_call_installs_nothing(ready_house):
     assert ready_house.steps() == []
 
 
-@pytest.mark.parametrize("name", ["setup.cfg", "pyproject.toml"])
+@pytest.mark.parametrize("name", ["setup.cfg", "pyproject.toml", ".ci/constraints.txt"])
 def test_a_changed_file_is_installed_again(ready_house, name):
     with open(ready_house.root / name, "a") as file:
         file.write("# changed\n")
@@ -255,7 +307,7 @@ def test_tests_add_their_tools_once(ready_house, tmp_path):
 
 def test_faults_selects_every_test_before_other_arguments(ready_house):
     arguments = ready_house.run("test", "-x", "--faults", "-m", "slow")
-    assert arguments[-5:] == ["-m", "", "-x", "-m", "slow"]
+    assert arguments[-4:] == ["-x", "-mfaults or not faults", "-m", "slow"]
 
 
 @pytest.mark.parametrize("step", ["FAKE_VENV", "FAKE_PIP"])
@@ -375,33 +427,67 @@ def test_two_at_once_set_up_once(house, held_pip):
 def test_refuses_an_unknown_platform(house):
     result = house.call("list", CNN_JAX_PLATFORM="gpu")
     assert result.returncode == 2
-    assert error_line(result) == "launch.sh: CNN_JAX_PLATFORM is 'gpu'; allowed: cpu, cuda, tpu"
+    assert error_line(result) == (
+        "launch.sh: CNN_JAX_PLATFORM is 'gpu'; allowed: cpu, cuda, cuda12, cuda13, tpu"
+    )
     assert not (house.root / ".venv").exists()
 
 
-def test_installs_for_the_gpu_that_nvidia_smi_finds(house):
-    house.add_tool("nvidia-smi", "echo 'GPU 0: H100'")
+@pytest.mark.parametrize(
+    ("asked", "driver", "capability", "platform", "why"),
+    [
+        ("", "580.65.06", "9.0", "cuda13", "driver 580.65.06 is 580 or newer"),
+        ("", "1000.1", "10.0", "cuda13", "driver 1000.1 is 580 or newer"),
+        ("", "580.65.06", "12.0\n7.0", "cuda12", "compute capability 7.0 is below 7.5"),
+        ("", "579.1", "9.0", "cuda12", "driver 579.1 is older than 580"),
+        ("", "525.60.13", "Not a valid field", "cuda12", "older than 580"),
+        ("", "470.82.01", "9.0", "cpu", "driver 470.82.01 is older than 525"),
+        ("", "No devices were found", "", "cpu", "nvidia-smi finds no GPU"),
+        ("", "", "", "cpu", "nvidia-smi finds no GPU"),
+        ("cuda", "580.65.06", "9.0", "cuda13", "is 580 or newer"),
+        ("cuda", "470.82.01", "9.0", "cuda12", "older than 580"),
+        ("cuda", "", "", "cuda12", "nvidia-smi finds no GPU; more drivers run CUDA 12"),
+        ("cuda12", "580.65.06", "9.0", "cuda12", "as CNN_JAX_PLATFORM says"),
+        ("cuda13", "", "", "cuda13", "as CNN_JAX_PLATFORM says"),
+        ("tpu", "580.65.06", "9.0", "tpu", "as CNN_JAX_PLATFORM says"),
+        ("cpu", "580.65.06", "9.0", "cpu", "as CNN_JAX_PLATFORM says"),
+    ],
+)
+def test_what_jax_is_installed_for(house, asked, driver, capability, platform, why):
+    house.add_gpu(driver, capability)
+    result = house.call("list", CNN_JAX_PLATFORM=asked)
+    (line,) = (line for line in result.stderr.splitlines() if " installing " in line)
+    assert f"installing cnn_jax for {platform} (" in line
+    assert why in line
+    assert house.steps() == ["venv", "pip ." if platform == "cpu" else f"pip .[{platform}]"]
+    house.run("list", CNN_JAX_PLATFORM=asked)
+    house.run("list")
+    assert house.steps() == []
+
+
+def test_without_nvidia_smi_it_is_the_cpu(house):
+    assert "for cpu (nvidia-smi finds no GPU)" in house.call("list").stderr
+
+
+def test_the_tests_tools_are_added_for_the_same_device(house):
+    house.add_gpu("580.65.06")
     house.run("list")
     house.run("test")
-    assert house.steps() == ["venv", "pip .[cuda]", "pip .[test,cuda]"]
-
-
-def test_a_gpu_driver_without_gpu_means_cpu(house):
-    house.add_tool("nvidia-smi", "echo 'No devices were found'; exit 6")
-    house.run("list")
-    assert house.steps() == ["venv", "pip ."]
+    assert house.steps() == ["venv", "pip .[cuda13]", "pip .[test,cuda13]"]
 
 
 def test_setup_looks_again_for_a_gpu(ready_house):
-    ready_house.add_tool("nvidia-smi", "echo 'GPU 0: H100'")
+    ready_house.add_gpu("550.54.14")
     ready_house.run("list")
     assert ready_house.steps() == []
     assert ready_house.call("setup").returncode == 0
-    assert ready_house.steps() == ["pip .[cuda]"]
+    assert ready_house.steps() == ["pip .[cuda12]"]
+    ready_house.add_gpu("580.65.06")  # a new driver
+    assert ready_house.call("setup").returncode == 0
+    assert ready_house.steps() == ["venv", "pip .[cuda13]"]
 
 
-def test_the_platform_can_be_chosen(house):
-    house.add_tool("nvidia-smi", "echo 'GPU 0: H100'")
+def test_another_device_makes_the_environment_anew(house):
     house.run("list", CNN_JAX_PLATFORM="tpu")
     house.run("list")
     assert house.steps() == ["venv", "pip .[tpu]"]
@@ -409,44 +495,106 @@ def test_the_platform_can_be_chosen(house):
     assert house.steps() == ["venv", "pip ."]
 
 
-def test_passes_over_a_python_that_does_not_run(house):
-    house.add_tool("python3.13", "echo 'pyenv: python3.13: command not found' >&2; exit 127")
+# Each place where it looks for Python beside PATH, and an environment that moves it.
+PLACES = [
+    (".pyenv/versions/3.13.0/bin", {}),
+    ("elsewhere/versions/3.13.0/bin", {"PYENV_ROOT": "elsewhere"}),
+    (".local/share/uv/python/cpython-3.13.0-linux/bin", {}),
+    ("data/uv/python/cpython-3.13.0-linux/bin", {"XDG_DATA_HOME": "data"}),
+    ("pythons/cpython-3.13.0-linux/bin", {"UV_PYTHON_INSTALL_DIR": "pythons"}),
+    ("usr/local/bin", {}),
+    ("opt/python/bin", {}),
+]
+
+
+@pytest.mark.parametrize(("folder", "environment"), PLACES)
+def test_takes_the_newest_python_wherever_it_is(house, folder, environment):
+    path = house.home / folder / "python3.13"
+    house.add_python(path, "cpython 3.13 yes")
+    environment = {name: str(house.home / value) for name, value in environment.items()}
+    result = house.call("list", **environment)
+    assert result.returncode == 0
+    assert f"creating .venv with {path} (Python 3.13)" in result.stderr
+
+
+def test_takes_the_newest_release_of_a_folder_and_an_untested_python_last(house):
+    for version in ("3.12.1", "3.12.10", "3.12.9", "3.14.0"):
+        minor = version[:4]
+        path = house.home / f".pyenv/versions/{version}/bin/python{minor}"
+        house.add_python(path, f"cpython {minor} yes")
+    assert "/versions/3.12.10/bin/python3.12 (Python 3.12)" in house.call("list").stderr
+    house.python.unlink()
+    for path in house.home.glob(".pyenv/versions/3.12*/bin/*"):
+        path.unlink()
+    shutil.rmtree(house.root / ".venv")
+    assert "/versions/3.14.0/bin/python3.14 (Python 3.14)" in house.call("list").stderr
+
+
+@pytest.mark.parametrize(
+    "unusable",
+    [
+        "echo 'pyenv: python3.13: command not found' >&2; exit 127",
+        "echo pypy 3.13; echo /usr/bin/pypy",
+        "echo cpythont 3.13; echo /usr/bin/python3.13t",
+        "echo cpython 3.13; echo /usr/bin/python3.13; exit 1",
+    ],
+)
+def test_passes_over_an_unusable_python(house, unusable):
+    house.add_tool("python3.13", unusable)
     result = house.call("list")
     assert result.returncode == 0
-    assert f"creating .venv with {house.tools}/python3.11 (Python 3.11)" in result.stderr
+    assert f"creating .venv with {house.python} (Python 3.11)" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("3.9 yes", "it is Python 3.9"),
-        ("3.14 yes", "it is Python 3.14"),
-        ("3.11 no", "apt install python3.11-venv"),
+        ("cpython 3.9 yes", "it is cpython 3.9"),
+        ("cpython 3.15 yes", "it is cpython 3.15"),
+        ("pypy 3.11 yes", "it is pypy 3.11"),
+        ("cpythont 3.13 yes", "it is cpythont 3.13"),
+        ("cpython 3.11 no", "apt install python3.11-venv"),
     ],
 )
 def test_no_suitable_python(house, answer, reason):
-    result = house.call("list", FAKE_ANSWER=answer)
+    house.add_python(house.python, answer)
+    result = house.call("list")
     assert result.returncode == 2
     line = error_line(result)
-    assert "found no Python 3.11 to 3.13" in line
-    assert f"{house.tools}/python3.11: " in line
+    assert "found no CPython 3.11 to 3.14" in line
+    assert f"{house.python}: " in line
     assert reason in line
     assert not (house.root / ".venv").exists()
 
 
 def test_python_can_be_chosen(ready_house):
-    (ready_house.tools / "python3.11").rename(ready_house.tools / "my python")
+    ready_house.python.rename(ready_house.tools / "my python")
     ready_house.run("list", PYTHON="my python")
     ready_house.run("list", PYTHON=f"{ready_house.tools}/my python")
     ready_house.run("list")
     assert ready_house.steps() == ["venv", "pip ."]
 
 
-@pytest.mark.parametrize(("python", "reason"), [("none", "not a command"), ("old", "Python 3.9")])
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [
+        ("none", "which is not a command"),
+        (".", "which is not a command"),
+        ("README", "which is not a command"),
+        ("old", "it is cpython 3.9"),
+        ("cat", "it does not run as Python 3"),
+        ("echo", "it does not run as Python 3"),
+        ("silent", "it does not run as Python 3"),
+    ],
+)
 def test_refuses_an_unsuitable_choice_of_python(house, python, reason):
-    house.add_tool("old", "echo 3.9 yes /usr/bin/old")
+    house.add_python(house.tools / "old", "cpython 3.9 yes")
+    house.add_tool("echo", 'printf "%s\\n" "$@"')
+    house.add_tool("silent", "exit 0")
     result = house.call("list", PYTHON=python)
     assert result.returncode == 2
     line = error_line(result)
-    assert f"PYTHON is '{python}'" in line
+    assert line.startswith(f"launch.sh: PYTHON is '{python}'")
     assert reason in line
+    assert "allowed: CPython 3.11 to 3.14" in line
+    assert not (house.root / ".venv").exists()

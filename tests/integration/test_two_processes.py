@@ -1,5 +1,6 @@
 """One run of two processes with one CPU device each."""
 
+import re
 import signal
 import socket
 
@@ -10,6 +11,9 @@ from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
 from tests.faults import runs
 from tests.faults.runs import finish, lines_of, start
+from tests.tiny import prepare_tiny_squares
+
+GONE = "error: .*process {} (is gone|of the 2 of this run); .* Start all processes again"
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +30,13 @@ def flags(tmp_path_factory, tfds_dir):
     )
 
 
-def start_two(flags, *more):
+def start_two(flags, *more, second=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     joined = f"--coordinator=127.0.0.1:{port}", "--processes=2"
-    return [start(*flags, *joined, f"--process={i}", *more) for i in range(2)]
+    each = enumerate((flags, second or flags))
+    return [start(*own, *joined, f"--process={i}", *more) for i, own in each]
 
 
 def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_killed(flags, tmp_path):
@@ -56,15 +61,58 @@ def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_kille
     pair = start_two(flags, f"--workdir={cut}")
     runs.wait_until(runs.has_saved(cut, 6), pair[0])
     pair[1].send_signal(signal.SIGKILL)
-    code, _, _ = finish(pair[0], 120)
+    code, _, errors = finish(pair[0], 120)
     finish(pair[1])
-    assert code != 0
+    assert code == 1
+    assert re.match(GONE.format(1), errors.splitlines()[-1])
     assert Checkpoints(cut).newest().step >= 6
     code, output, errors = finish(start(*flags, f"--workdir={cut}"))
     assert (code, "resumed from step" in output) == (0, True), errors
     for one, other in zip(lines_of(whole), lines_of(cut), strict=True):
         for name in one:
             assert other[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--set=learning_rate=0.5", "config.learning_rate: 0.001 -> 0.5"),
+        ("--set=data.test_split=test[:40]", "config.data.test_split: test -> test[:40]"),
+        ("--set=log_every_steps=8", "config.log_every_steps: 4 -> 8"),
+        ("--experiment", "code.model: "),
+        ("--data_dir", "data.train.labels: "),
+    ],
+)
+def test_processes_that_differ_are_refused_before_the_first_step(flags, tmp_path, more, says):
+    other = list(flags)
+    if more == "--experiment":
+        (tmp_path / "small.py").write_text(runs.EXPERIMENT + "\n# another file\n")
+        other[1] = f"--experiment={tmp_path / 'small.py'}"
+    elif more == "--data_dir":
+        prepare_tiny_squares(tmp_path / "data", shift=1)
+        other[2] = f"--data_dir={tmp_path / 'data'}"
+    else:
+        other.append(more)
+    pair = start_two(flags, f"--workdir={tmp_path / 'run'}", second=other)
+    for code, _, errors in [finish(process) for process in pair]:
+        assert code == 2, errors
+        assert f"process 1 differs from process 0 in {says}" in errors
+    assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "lost"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 0), (signal.SIGSTOP, 1)]
+)
+def test_the_last_line_names_the_process_that_is_gone(flags, tmp_path, number, lost):
+    """Also where it is silent, or was the coordinator, and JAX aborts the one that is left."""
+    pair = start_two(flags, f"--workdir={tmp_path}", "--set=epochs=1000")
+    runs.wait_until(runs.has_saved(tmp_path, 6), pair[0])
+    pair[lost].send_signal(number)
+    code, _, errors = finish(pair[1 - lost], 120)
+    pair[lost].kill()
+    finish(pair[lost])
+    assert code == 1
+    assert re.match(GONE.format(lost), errors.splitlines()[-1])
 
 
 def test_a_process_that_fails_alone_is_not_waited_for(flags, tmp_path):

@@ -7,8 +7,9 @@ import pytest
 
 from cnn_jax import main, models
 from cnn_jax.cli import tables
-from cnn_jax.common.errors import ConfigError, DataError
+from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig, experiment
+from cnn_jax.data.sources import input_shape
 from cnn_jax.models import summary
 
 TOTALS = {  # the lecture's table
@@ -32,7 +33,7 @@ def layer(found, name):
 @pytest.mark.parametrize("name", TOTALS)
 def test_the_totals_are_the_lectures(name):
     config = experiment.load(name)
-    found = summary.summarise(config.model, summary.input_shape(config, None))
+    found = summary.summarise(config.model, input_shape(config.data, None))
     assert found.parameters == TOTALS[name]
     assert found.parameters == sum(layer.parameters for layer in found.layers)
     assert found.flops == sum(layer.flops for layer in found.layers)
@@ -154,42 +155,6 @@ def test_fully_conv_on_a_larger_image():
 # -------------------------------------------------------------------------------- input size
 
 GRAY = Config(models.LeNet(), DataConfig("fashion_mnist"))
-
-
-@pytest.mark.parametrize(
-    ("text", "shape"),
-    [
-        (None, (28, 28, 1)),
-        ("64", (64, 64, 1)),
-        ("64x48", (64, 48, 1)),
-        ("64x48x3", (64, 48, 3)),
-        ("28x28x4", (28, 28, 4)),
-    ],
-)
-def test_the_input_size(text, shape):
-    assert summary.input_shape(GRAY, text) == shape
-
-
-def test_the_input_size_follows_the_data(tfds_dir):
-    resized = Config(models.LeNet(), DataConfig("cifar10", image_size=(64, 48)))
-    assert summary.input_shape(resized, None) == (64, 48, 3)
-    assert summary.input_shape(resized, "20") == (20, 20, 3)
-    own = Config(models.LeNet(), DataConfig("tiny_squares"))
-    assert summary.input_shape(own, None, str(tfds_dir)) == (28, 28, 1)
-    unknown = Config(models.LeNet(), DataConfig("xyzzy"))
-    assert summary.input_shape(unknown, "8x9x3") == (8, 9, 3)
-    with pytest.raises(DataError, match=r"^data.name=xyzzy: "):
-        summary.input_shape(unknown, "8x9")
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["0", "-3", "x", "64x", "x64", "64X64", "64,64", "1x2x3x4", "28.0", "028", "100000", "²"],
-)
-def test_what_is_no_input_size(text):
-    with pytest.raises(ConfigError) as caught:
-        summary.input_shape(GRAY, text)
-    assert str(caught.value) == f"--input_size={text}: write SIZE, HxW or HxWxC, as in 64x64x3"
 
 
 @pytest.mark.parametrize(

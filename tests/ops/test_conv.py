@@ -17,6 +17,8 @@ from cnn_jax.ops import conv
 from cnn_jax.ops.formulations import FORMULATIONS, applies
 from cnn_jax.ops.rule import Formulations, formulations_for
 
+pytestmark = pytest.mark.oldest
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 fast = functools.partial(conv.conv_general_dilated, dimension_numbers=NHWC)
 plain = functools.partial(lax.conv_general_dilated, dimension_numbers=NHWC)

@@ -9,6 +9,8 @@ import pytest
 from cnn_jax.models.layers import Dense
 from cnn_jax.ops import dense
 
+pytestmark = pytest.mark.oldest
+
 LARGE = (2048, 128)  # 2**18 weights: the fewest that are covered
 NUMBERS = (((1,), (0,)), ((), ()))
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from cnn_jax.ops.pool import max_pool
 
+pytestmark = pytest.mark.oldest
+
 
 def plain(x, window, strides=None, padding="VALID"):
     return nn.max_pool(x, tuple(window), tuple(strides or window), padding)

@@ -243,3 +243,21 @@ def test_too_many_settings_are_cut_to_the_best(monkeypatch):
     sweep_plot.curves([*lines.items()], "test")
     assert drawn == ["Loss and accuracy by epoch, means over the seeds, of b, c."]
     assert sweep_plot.curves([("a", [[]])], "test") is None
+
+
+LONG = "/home/somebody/of/many/folders/that/go/on/and/on/for/eighty/letters/and/more"
+
+
+@pytest.mark.parametrize(
+    ("problem", "shown"),
+    [
+        (f"workdir={LONG}: cannot be made: No space", "workdir=…/more: cannot be made: No space"),
+        (f"{LONG}/config.json: damaged (x)", "…/config.json: damaged (x)"),
+        (f"data.name=a/b: not in data_dir={LONG}", "data.name=a/b: not in data_dir=…/more"),
+        ("loss=nan at step 3: not finite", "loss=nan at step 3: not finite"),
+        ("x" * 130, "x" * 119 + "…"),
+        ("runs/a/b: gone", "runs/a/b: gone"),
+    ],
+)
+def test_a_reason_in_the_table_is_not_a_path_alone(problem, shown):
+    assert sweep._short(problem) == shown

@@ -14,9 +14,12 @@ import pytest
 
 from cnn_jax.common import files as output
 from cnn_jax.common.errors import CheckpointError, ConfigError
-from cnn_jax.train import checkpoint, parallel
+from cnn_jax.train import checkpoint, checkpoint_writer, parallel
 from cnn_jax.train.checkpoint import Checkpoints, DamagedCheckpoint
+from cnn_jax.train.checkpoint_writer import CheckpointWriter
 from cnn_jax.train.step import TrainState, empty_sums
+
+pytestmark = pytest.mark.oldest
 
 
 def make_state(step=1, seed=0):
@@ -41,7 +44,7 @@ def make_state(step=1, seed=0):
 
 
 def save(workdir, *steps, keep=9, **notes):
-    checkpoints = Checkpoints(workdir, keep=keep)
+    checkpoints = CheckpointWriter(workdir, keep=keep)
     checkpoints.start_writing(max(checkpoints.steps(), default=None))
     for step in steps:
         checkpoints.save(parallel.to_host(make_state(step)), {"epoch_seconds": 0.5, **notes})
@@ -103,7 +106,7 @@ def test_evaluation_reads_the_variables_alone(saved):
 
 def test_a_state_changed_after_save_returns_does_not_change_the_checkpoint(tmp_path):
     """The train step reuses the state's buffers while the checkpoint is being written."""
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointWriter(tmp_path)
     checkpoints.start_writing(None)
     state = make_state(1)
     checkpoints.save(parallel.to_host(state), {})
@@ -308,7 +311,7 @@ def test_start_writing_clears_what_a_dead_run_left(workdir):
     damaged = content(folder / "3")
     (folder / "5").write_text("not a folder")
     (folder / "damaged-3").write_text("from an earlier time")
-    checkpoints = Checkpoints(workdir, keep=9)
+    checkpoints = CheckpointWriter(workdir, keep=9)
     checkpoints.start_writing(checkpoints.newest().step)
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "damaged-3", "damaged-5"]
     assert content(folder / "damaged-3") == damaged
@@ -325,7 +328,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
 
 
 def test_a_save_that_cannot_be_written_is_an_error_and_harms_nothing(workdir):
-    checkpoints = Checkpoints(workdir, keep=9)
+    checkpoints = CheckpointWriter(workdir, keep=9)
     checkpoints.start_writing(3)
     (workdir / "checkpoints/4").write_text("in the way")
     checkpoints.save(parallel.to_host(make_state(4)), {})
@@ -335,7 +338,7 @@ def test_a_save_that_cannot_be_written_is_an_error_and_harms_nothing(workdir):
 
 
 def test_a_workdir_deleted_during_the_run_is_not_made_anew(workdir):
-    checkpoints = Checkpoints(workdir)
+    checkpoints = CheckpointWriter(workdir)
     checkpoints.start_writing(3)
     shutil.rmtree(workdir)
     checkpoints.save(parallel.to_host(make_state(4)), {})
@@ -349,12 +352,12 @@ def test_a_checkpoint_that_does_not_read_back_is_told_removed_and_saved_again(
     workdir, monkeypatch, caplog, fault
 ):
     """The older ones are kept until a newer one is proven, though only one is to be kept."""
-    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints = CheckpointWriter(workdir, keep=1)
     checkpoints.start_writing(3)
     with monkeypatch.context() as patch:
         if fault == "the manifest":
             other = ocp.args.JsonSave({"step": 4})
-            patch.setattr(checkpoint.ocp.args, "JsonSave", lambda _: other)
+            patch.setattr(checkpoint_writer.ocp.args, "JsonSave", lambda _: other)
         else:
             intact = checkpoint._read
 
@@ -381,8 +384,8 @@ def test_a_checkpoint_that_does_not_read_back_is_told_removed_and_saved_again(
 def test_a_failed_save_is_tried_again_after_a_pause_that_grows(workdir, monkeypatch):
     clock = iter(range(0, 1000))
     now = [next(clock)]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    checkpoints = Checkpoints(workdir)
+    monkeypatch.setattr(checkpoint_writer.time, "monotonic", lambda: now[0])
+    checkpoints = CheckpointWriter(workdir)
     checkpoints.start_writing(3)
     pauses = []
     for step in range(4, 12):
@@ -398,7 +401,7 @@ def test_a_failed_save_is_tried_again_after_a_pause_that_grows(workdir, monkeypa
 
 
 def test_what_lies_in_the_way_of_later_steps_does_not_push_out_the_newest(workdir):
-    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints = CheckpointWriter(workdir, keep=1)
     checkpoints.start_writing(3)
     (workdir / "checkpoints/9").mkdir()
     checkpoints.save(parallel.to_host(make_state(4)), {})

@@ -6,49 +6,30 @@ import signal
 import time
 import types
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from cnn_jax.analysis import evaluate
 from cnn_jax.analysis import restore as restored
 from cnn_jax.common import cache
 from cnn_jax.common.errors import CheckpointError, ConfigError, NotFiniteError, Preempted
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config, DataConfig
 from cnn_jax.data.splits import Splits
-from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten, MaxPool
-from cnn_jax.train import loop
+from cnn_jax.train import dry_run, evaluation, loop, saving
 from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.checkpoint_writer import CheckpointWriter
+from cnn_jax.train.reporting import Reporter
+from cnn_jax.train.saving import Saver
+from tests.networks import Linear, Small
 from tests.tiny import make_examples
+
+pytestmark = pytest.mark.oldest
 
 STEPS = 5  # of an epoch: 160 examples, 32 at a time
 TIMES = ("epoch_seconds", "images_per_second")
-
-
-class Small(nn.Module):
-    """All that a state can consist of: BatchNorm statistics, dropout, several parameters."""
-
-    num_classes: int = 10
-
-    @nn.compact
-    def __call__(self, image, train=False):
-        x = MaxPool((4, 4))(image)
-        x = Conv(4, (3, 3), use_bias=False)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        x = Dropout(0.25)(x, train)
-        return Dense(self.num_classes)(Flatten()(x))
-
-
-class Linear(nn.Module):
-    """The least that can be trained; compiled at once."""
-
-    @nn.compact
-    def __call__(self, image, train=False):
-        return Dense(10)(Flatten()(image))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,17 +75,17 @@ def assert_same_run(workdir, other):
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """A signal right after that step; the run notes it in another thread, so wait for that."""
-    intact = loop._Run._asked_to_stop
+    intact = Saver.asked_to_stop
 
-    def asked_to_stop(run, done):
-        if int(run.state.step) == step and not run.signals.exit_code:
+    def asked_to_stop(saver, done):
+        if done == step and not saver.signals.exit_code:
             signal.raise_signal(number)
             give_up = time.monotonic() + 60
-            while not run.signals.exit_code and time.monotonic() < give_up:
+            while not saver.signals.exit_code and time.monotonic() < give_up:
                 pass
-        return intact(run, done)
+        return intact(saver, done)
 
-    monkeypatch.setattr(loop._Run, "_asked_to_stop", asked_to_stop)
+    monkeypatch.setattr(Saver, "asked_to_stop", asked_to_stop)
 
 
 @pytest.fixture(scope="module")
@@ -173,16 +154,16 @@ def test_saved_on_two_devices_restored_on_one(splits, undisturbed, tmp_path, mon
 def test_a_run_killed_after_a_save_within_an_epoch_goes_on_from_it(splits, tmp_path, monkeypatch):
     """The workdir as it was on disk in the middle of an epoch, which is what SIGKILL leaves."""
     config = simple(checkpoint_every_steps=2)
-    intact = loop._Run._asked_to_stop
+    intact = Saver.asked_to_stop
 
-    def copy_the_workdir(run, done):
-        if int(run.state.step) == STEPS + 4:
-            run.checkpoints.wait()
-            shutil.copytree(run.workdir, tmp_path / "killed")
-        return intact(run, done)
+    def copy_the_workdir(saver, done):
+        if done == STEPS + 4:
+            saver.checkpoints.wait()
+            shutil.copytree(saver.folder, tmp_path / "killed")
+        return intact(saver, done)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_asked_to_stop", copy_the_workdir)
+        patch.setattr(Saver, "asked_to_stop", copy_the_workdir)
         loop.train(config, tmp_path / "whole", splits=splits)
     assert Checkpoints(tmp_path / "killed").newest().step == STEPS + 3
     assert len(lines_of(tmp_path / "killed")) == 1
@@ -231,14 +212,14 @@ def test_a_finished_run_has_nothing_left_to_do(splits, tmp_path, capsys):
 
 
 def test_a_second_signal_changes_nothing(splits, tmp_path, monkeypatch):
-    intact = Checkpoints.save
+    intact = CheckpointWriter.save
 
     def save(checkpoints, state, notes):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.raise_signal(number)
         intact(checkpoints, state, notes)
 
-    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(CheckpointWriter, "save", save)
     stop_at(monkeypatch, 2, signal.SIGUSR1)
     with pytest.raises(Preempted) as caught:
         loop.train(simple(), tmp_path, splits=splits)
@@ -352,14 +333,14 @@ def test_a_state_that_is_not_finite_is_never_saved(splits, tmp_path, every):
 def saved_steps(config, workdir, splits, monkeypatch):
     """The steps that a run saved, in order."""
     steps = []
-    intact = Checkpoints.save
+    intact = CheckpointWriter.save
 
     def save(checkpoints, state, notes):
         steps.append(int(state.step))
         intact(checkpoints, state, notes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save)
+        patch.setattr(CheckpointWriter, "save", save)
         loop.train(config, workdir, splits=splits)
     return steps
 
@@ -386,7 +367,7 @@ def test_checkpoints_by_the_minute(splits, tmp_path, monkeypatch):
     clock = types.SimpleNamespace(
         monotonic=lambda: next(seconds), perf_counter=time.perf_counter, time=time.time
     )
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(saving, "time", clock)
     config = simple(checkpoint_every_minutes=1.0, checkpoint_every_epochs=9, epochs=1)
     steps = saved_steps(config, tmp_path, splits, monkeypatch)
     assert steps == [3, 5]
@@ -400,12 +381,12 @@ def test_keep_checkpoints(splits, tmp_path):
 def test_the_best_by_validation_is_kept_besides(tmp_path, monkeypatch):
     """Falling accuracies: the first epoch's stays."""
     accuracies = iter([0.5, 0.25, 0.75, 0.5, 0.25, 0.75, 0.125, 0.0])
-    intact = evaluate.evaluate_examples
+    intact = evaluation.evaluate_examples
 
     def scripted(*arguments, **options):
         return dataclasses.replace(intact(*arguments, **options), accuracy=next(accuracies))
 
-    monkeypatch.setattr(evaluate, "evaluate_examples", scripted)
+    monkeypatch.setattr(evaluation, "evaluate_examples", scripted)
     three = Splits(make_examples(160), make_examples(20, seed=2), make_examples(48, seed=1))
     data = DataConfig("tiny", validation_examples=20)
     loop.train(simple(epochs=4, keep_checkpoints=1, data=data), tmp_path, splits=three)
@@ -424,10 +405,7 @@ def test_eval_every_epochs(splits, tmp_path, every, expected):
 @pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5, 7, 9, 10]), (100, [5, 10])])
 def test_log_every_steps(splits, tmp_path, monkeypatch, every, expected):
     steps = []
-    intact = loop._Run._log
-    monkeypatch.setattr(
-        loop._Run, "_log", lambda run, step, loss: (steps.append(step), intact(run, step, loss))
-    )
+    monkeypatch.setattr(Reporter, "steps", lambda reporter, step, *_: steps.append(step))
     loop.train(simple(log_every_steps=every), tmp_path, splits=splits)
     assert steps == expected
 
@@ -495,10 +473,10 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_refused(splits, tmp_path):
 
 
 def test_a_dry_run_leaves_nothing(splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_splits", lambda *_: splits)
-    monkeypatch.setattr(loop.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(dry_run, "load_splits", lambda *_: splits)
+    monkeypatch.setattr(dry_run.tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    lines = loop.dry_run(simple(epochs=30))
+    lines = dry_run.dry_run(simple(epochs=30))
     assert [line["step"] for line in lines] == [2]
     assert list(tmp_path.iterdir()) == []
 
@@ -520,7 +498,7 @@ def test_a_failing_save_does_not_hide_the_error_before_it(splits, tmp_path, monk
     def fails(checkpoints):
         raise CheckpointError("the disk is full")
 
-    monkeypatch.setattr(Checkpoints, "wait", fails)
+    monkeypatch.setattr(CheckpointWriter, "wait", fails)
     config = simple(optimizer=optax.sgd, learning_rate=3e38)
     with pytest.raises(NotFiniteError):
         loop.train(config, tmp_path, splits=splits)

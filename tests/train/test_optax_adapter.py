@@ -14,6 +14,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.validate import validate
 from cnn_jax.train import checkpoint, optim, step
+from cnn_jax.train.checkpoint_writer import CheckpointWriter
 from cnn_jax.train.optax_adapter import eval_params
 from tests.quick import noisy_variables, quick_jit
 
@@ -164,7 +165,7 @@ def test_it_trains_and_goes_on_with_equal_bits(name, tmp_path):
     state, train = quick_jit(first_state, static_argnums=0)(optimizer), quick_jit(train)
     for number, batch in enumerate(batches(4)):
         if number == 2:
-            checkpoints = checkpoint.Checkpoints(tmp_path)
+            checkpoints = CheckpointWriter(tmp_path)
             checkpoints.start_writing(None)
             checkpoints.save(jax.device_get(state), {})
             checkpoints.close()
@@ -182,7 +183,7 @@ def test_it_trains_and_goes_on_with_equal_bits(name, tmp_path):
 
 def test_an_array_without_elements_is_saved(tmp_path):
     """`galore` holds arrays of no elements for what it does not project, which Orbax refuses."""
-    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints = CheckpointWriter(tmp_path)
     params = {"bias": np.zeros(2)}
     state = {
         "step": np.int32(1),

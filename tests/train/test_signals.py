@@ -1,6 +1,7 @@
 """Most of it in processes of their own, which import nothing but signals.py, because they end."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import threading
 
 import pytest
 
+from cnn_jax.cli.commands import COMMANDS
 from cnn_jax.train.signals import StopSignals
-from tests.tiny import REPOSITORY
+from tests.tiny import REPOSITORY, run_command
 
 STOPS = [
     (signal.SIGTERM, 143),
@@ -156,3 +158,65 @@ def test_other_threads_leave_signals_alone():
     thread.join()
     assert seen == [0]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# What a process does before its first line is run: sends itself SIGINT at a certain moment.
+AT_START = """
+import atexit, gc, os, signal, sys, threading
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+class AtImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["MOMENT"]:
+            interrupt()
+
+def in_the_garbage_collector(phase, info):  # where JAX, too, has a call that swallows exceptions
+    if "jax._src.lib" in sys.modules:
+        interrupt()
+
+def at_the_end():
+    interrupt()
+    threading.Event().wait(60)
+
+sys.meta_path.insert(0, AtImport())
+if os.environ["MOMENT"] == "the garbage collector":
+    gc.callbacks.append(in_the_garbage_collector)
+if os.environ["MOMENT"] == "the end":
+    atexit.register(at_the_end)
+"""
+MOMENTS = ("absl", "numpy.exceptions", "jax", "jax._src.lib", "cnn_jax.cli.commands")
+PRESSED = [
+    *[("list", moment) for moment in (*MOMENTS, "the garbage collector", "the end")],
+    ("summary --experiment=quickstart --input_size=28x28x1", "flax.linen"),
+    ("summary --experiment=quickstart --input_size=28x28x1", "the end"),
+    ("train --experiment=quickstart --workdir={}", "orbax.checkpoint"),
+    *[(name, "numpy.random") for name in COMMANDS],
+]
+
+
+@pytest.mark.parametrize(("command", "moment"), PRESSED)
+def test_ctrl_c_ends_every_command_at_every_moment(command, moment, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(AT_START)
+    done = run_command(
+        *command.format(tmp_path / "run").split(), PYTHONPATH=str(tmp_path), MOMENT=moment
+    )
+    assert done.returncode == 130, done.stderr
+    assert re.fullmatch(
+        r"(error: (interrupted|stopped by a signal before training.*)\n)?", done.stderr
+    )
+
+
+def test_ctrl_c_before_the_first_line_of_ours():
+    """launch.sh starts Python with SIGINT held back, until this process is ready for it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cnn_jax.main", "list"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]),
+    )
+    process.send_signal(signal.SIGINT)
+    ends(process, 130)

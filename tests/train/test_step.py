@@ -11,35 +11,17 @@ import pytest
 from cnn_jax import models
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.data.loader import alternate_flip, augment, normalise
-from cnn_jax.models.layers import Conv, Dense, Dropout, Flatten
+from cnn_jax.models.layers import Conv, Dense, Flatten
 from cnn_jax.train import optim, step
+from cnn_jax.train.preprocess import alternate_flip, augment, normalise
+from tests.networks import Linear, Small
 from tests.quick import noisy_state, quick_jit
 from tests.tiny import make_examples
 
+pytestmark = pytest.mark.oldest
+
 DATA = DataConfig("tiny")
 SHAPE = (6, 5, 2)
-
-
-class Linear(nn.Module):
-    """Softmax regression, of which everything can be calculated by hand."""
-
-    @nn.compact
-    def __call__(self, image, train=False):
-        return Dense(3)(Flatten()(image))
-
-
-class Small(nn.Module):
-    """A convolution with BatchNorm and dropout."""
-
-    rate: float = 0.0
-
-    @nn.compact
-    def __call__(self, image, train=False):
-        x = Conv(4, (3, 3), use_bias=False)(image)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
-        x = Dropout(self.rate)(x, train)
-        return Dense(3)(Flatten()(x))
 
 
 class Map(nn.Module):
@@ -113,7 +95,7 @@ def reference(kernel, bias, batch, rate, smoothing=0.0, decay=0.0, clip=None, me
     ],
 )
 def test_steps_of_softmax_regression(fields, options):
-    state, train = setup(make_config(Linear(), **fields))
+    state, train = setup(make_config(Linear(3), **fields))
     kernel = np.asarray(state.params["Dense_0"]["kernel"], np.float64)
     bias = np.asarray(state.params["Dense_0"]["bias"], np.float64)
     total = right = 0
@@ -162,7 +144,7 @@ def test_a_step_of_lenet_is_optax_on_the_gradient_of_the_mean_loss():
 
 
 def test_batch_statistics_are_updated_and_used_in_evaluation():
-    config = make_config(Small())
+    config = make_config(Small(3, 1, 0.0))
     state, train = setup(config)
     batch = make_batch()
     after, _ = train(state, batch)
@@ -186,7 +168,7 @@ def test_batch_statistics_are_updated_and_used_in_evaluation():
 
 
 def test_dropout_follows_seed_and_step_alone():
-    state, train = setup(make_config(Small(rate=0.5)))
+    state, train = setup(make_config(Small(3, 1, 0.5)))
     batch = make_batch()
     losses = [float(train(state.replace(step=jnp.int32(n)), batch)[1]) for n in (0, 1, 0)]
     assert losses[0] == losses[2]
@@ -197,8 +179,8 @@ def test_dropout_follows_seed_and_step_alone():
 
 
 def test_the_seed_draws_the_parameters_and_the_rest():
-    optimizer = optim.make_optimizer(make_config(Linear()), steps_per_epoch=10)
-    init = quick_jit(functools.partial(step.init_state, Linear(), optimizer, (3, 3, 1)))
+    optimizer = optim.make_optimizer(make_config(Linear(3)), steps_per_epoch=10)
+    init = quick_jit(functools.partial(step.init_state, Linear(3), optimizer, (3, 3, 1)))
     states = [init(seed) for seed in (0, 0, 1)]
     kernels = [np.asarray(s.params["Dense_0"]["kernel"]) for s in states]
     np.testing.assert_array_equal(kernels[0], kernels[1])
@@ -210,8 +192,8 @@ def test_the_seed_draws_the_parameters_and_the_rest():
 
 
 def test_augmentation_is_for_training_and_follows_the_index():
-    plain = make_config(Linear())
-    flipping = make_config(Linear(), data=dataclasses.replace(DATA, flip=True, crop_padding=2))
+    plain = make_config(Linear(3))
+    flipping = make_config(Linear(3), data=dataclasses.replace(DATA, flip=True, crop_padding=2))
     state, train = setup(flipping)
     batch = make_batch()
     loss = float(train(state, batch)[1])
@@ -311,7 +293,7 @@ def test_alternating_flips_show_both_sides_in_any_two_epochs():
 
 
 def test_alternating_flips_follow_the_epoch_not_the_step():
-    config = make_config(Linear(), data=dataclasses.replace(DATA, alternating_flip=True))
+    config = make_config(Linear(3), data=dataclasses.replace(DATA, alternating_flip=True))
     state, train = setup(config)
     batch = make_batch()
     losses = []
@@ -331,12 +313,12 @@ def shifted(image, rows, columns):
 @pytest.mark.parametrize("augmentation", ["none", "mirror", "mirror_shift"])
 def test_test_time_augmentation_averages_the_logits_of_the_views(augmentation):
     data = dataclasses.replace(DATA, test_time_augmentation=augmentation)
-    config = make_config(Linear(), data=data)
+    config = make_config(Linear(3), data=data)
     state, _ = setup(config)
     variables = {"params": state.params, "batch_stats": {}}
     image = make_batch()["image"]
     plain = functools.partial(
-        step.predict_step, variables, model=Linear(), data=DATA, compute_dtype="float32"
+        step.predict_step, variables, model=Linear(3), data=DATA, compute_dtype="float32"
     )
     views = [(1.0, image)]
     if augmentation == "mirror_shift":
@@ -344,7 +326,7 @@ def test_test_time_augmentation_averages_the_logits_of_the_views(augmentation):
     if augmentation != "none":
         views = [(w / 2, v) for w, x in views for v in (x, x[:, :, ::-1])]
     expected = sum(weight * plain(view) for weight, view in views)
-    found = step.predict_step(variables, image, model=Linear(), data=data, compute_dtype="float32")
+    found = step.predict_step(variables, image, model=Linear(3), data=data, compute_dtype="float32")
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -368,8 +350,8 @@ def test_normalisation():
 
 
 def test_bfloat16_keeps_float32_parameters_and_moves_the_loss_slightly():
-    exact, train = setup(make_config(Small()))
-    coarse, train_16 = setup(make_config(Small(), compute_dtype="bfloat16"))
+    exact, train = setup(make_config(Small(3, 1, 0.0)))
+    coarse, train_16 = setup(make_config(Small(3, 1, 0.0), compute_dtype="bfloat16"))
     close(exact.params, coarse.params, rtol=0, atol=0)
     batch = make_batch()
     for _ in range(3):
@@ -411,7 +393,7 @@ def test_the_compute_type_is_that_of_the_activations(compute_dtype):
 
 
 def test_the_first_step_with_a_bad_loss_is_kept():
-    state, train = setup(make_config(Linear()))
+    state, train = setup(make_config(Linear(3)))
     batch = make_batch()
     state, _ = train(state, batch)
     good = state.params
@@ -430,11 +412,11 @@ def test_the_first_step_with_a_bad_loss_is_kept():
 
 
 def test_evaluation_counts_what_the_mask_lets_through():
-    state, _ = setup(make_config(Linear()))
+    state, _ = setup(make_config(Linear(3)))
     batch = make_batch(count=12)
     mask = np.array([1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1], np.float32)
     variables = {"params": state.params, "batch_stats": {}}
-    config = make_config(Linear())
+    config = make_config(Linear(3))
     sums = evaluate(config, variables, batch | {"mask": mask})
     kernel, bias = (np.asarray(state.params["Dense_0"][k], np.float64) for k in ("kernel", "bias"))
     confusion, losses = np.zeros((3, 3), int), 0.0

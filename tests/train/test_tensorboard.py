@@ -5,12 +5,13 @@ import struct
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX import record_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models import MLP
 from cnn_jax.train import loop
-from cnn_jax.train.tensorboard import Curves
+from cnn_jax.train.tensorboard import TensorBoard
 from tests.quick import unoptimised
 
 
@@ -46,12 +47,13 @@ def only_file(workdir):
     return path
 
 
-def test_curves_and_pictures_are_there_as_soon_as_they_are_drawn(tmp_path):
-    curves = Curves(tmp_path)
+def test_curves_and_pictures_are_there_once_flushed(tmp_path):
+    board = TensorBoard(tmp_path)
     assert not (tmp_path / "tensorboard").exists()  # nothing to show yet
     picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
-    curves.scalars({"train_loss": 0.5, "test_loss": 0.25}, 7)
-    curves.images({"kernels": picture}, 8)
+    board.scalars({"train_loss": 0.5, "test_loss": 0.25}, 7)
+    board.images({"kernels": picture}, 8)
+    board.flush()
     head, session, *rest = events(only_file(tmp_path))
     assert head.file_version == "brain.Event:2"
     assert (session.session_log.status, session.step) == (SessionLog.START, 7)
@@ -60,35 +62,30 @@ def test_curves_and_pictures_are_there_as_soon_as_they_are_drawn(tmp_path):
     assert (rest[2].step, rest[2].summary.value[0].tag) == (8, "kernels")
     encoded = rest[2].summary.value[0].image.encoded_image_string
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), picture)
-    curves.close()
-    curves.close()
+    board.close()
+    board.close()
 
 
 @pytest.mark.parametrize("fails", ["mkdir", "open", "write"])
 def test_a_full_disk_costs_one_warning_and_the_curves(tmp_path, monkeypatch, caplog, fails):
-    curves = Curves(tmp_path)
-    full = OSError(errno.ENOSPC, "No space left on device")
+    board = TensorBoard(tmp_path)
     if fails == "write":
-        curves.scalars({"loss": 1.0}, 1)
-        file = curves._file
+        board.scalars({"loss": 1.0}, 1)
 
-        class Full:
-            close = file.close
+        def write(records, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-            def write(self, data):
-                raise full
-
-        curves._file = Full()
+        monkeypatch.setattr(record_writer.RecordWriter, "write", write)
     elif fails == "open":
         (tmp_path / "tensorboard").write_text("in the way")
     else:
-        curves = Curves(tmp_path / "gone")
+        board = TensorBoard(tmp_path / "gone")
     for step in range(2, 30):
-        curves.scalars({"loss": 1.0}, step)
-        curves.images({"kernels": np.zeros((2, 2, 3), np.uint8)}, step)
-    curves.close()
+        board.scalars({"loss": 1.0}, step)
+        board.images({"kernels": np.zeros((2, 2, 3), np.uint8)}, step)
+    board.close()
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"warning: {curves._folder}: cannot be written: ")
+    assert record.getMessage().startswith(f"warning: {board._folder}: cannot be written: ")
     assert record.getMessage().endswith("; no more curves")
 
 

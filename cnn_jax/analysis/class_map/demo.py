@@ -21,7 +21,7 @@ from cnn_jax.data import sources
 from cnn_jax.models import summary
 from cnn_jax.models.convolutional import gives_class_map
 from cnn_jax.models.receptive_field import Field
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.workdir import write_json
 
 LARGEST = 2048  # pixels; the first layer's map of it takes half a gigabyte
 
@@ -90,10 +90,7 @@ def demonstrate(
     mapped = run if gives_class_map(run.model, run.image_shape) else as_convolutions(run)
     single = summary.summarise(mapped.model, run.image_shape)
     _check_side(run, single.field, side)
-    examples = sources.load_examples(run.data, "test", data_dir)
-    evaluate.check_fits(run, examples, run.data.name)
-    mean = np.clip(np.round(255 * np.array(run.data.mean)), 0, 255)  # padding's value, as a pixel
-    canvas = compose(examples, side, mean.astype(np.uint8))
+    canvas = _canvas(run, side, data_dir)
     whole = summary.summarise(mapped.model, canvas.image.shape)
     field = whole.field
 
@@ -123,15 +120,23 @@ def demonstrate(
         "flops_ratio": raced["cut_out"] * single.flops / whole.flops,
     }
     # matplotlib takes its time to import
-    from cnn_jax.analysis.class_map import picture as class_map_picture
+    from cnn_jax.analysis.class_map.picture import Boxes, draw
 
-    boxes = class_map_picture.Boxes(canvas.places, frames.size, nearest, found)
+    boxes = Boxes(canvas.places, frames.size, nearest, found)
     class_map = np.asarray(jax.nn.softmax(logits))
-    picture = class_map_picture.draw(canvas.image, class_map, field, run.class_names, boxes)
+    picture = draw(canvas.image, class_map, field, run.class_names, boxes)
     with files.writing(folder):
         picture.save(folder / "class_map.png")
-        workdirs.write_json(folder / "class_map.json", report)
+        write_json(folder / "class_map.json", report)
     return report
+
+
+def _canvas(run: RestoredRun, side: int, data_dir: str | None) -> Canvas:
+    """A canvas of test images on the value of padding, as a pixel."""
+    examples = sources.load_examples(run.data, "test", data_dir)
+    examples = evaluate.fitting(run, examples, run.data.name)
+    mean = np.clip(np.round(255 * np.array(run.data.mean)), 0, 255)
+    return compose(examples, side, mean.astype(np.uint8))
 
 
 def _check_side(run: RestoredRun, field: Field | None, side: int) -> None:

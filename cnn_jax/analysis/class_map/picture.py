@@ -7,11 +7,11 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
+from cnn_jax.analysis import plotting
 from cnn_jax.models.receptive_field import Field
 
 PANEL = 3.6  # inches, the longer side of each
@@ -20,7 +20,7 @@ STYLE = {
     "font.size": 9,
     "text.parse_math": False,  # a class may be called $\frac
     "axes.titlesize": 10,
-    "axes.edgecolor": "#8a949e",
+    "axes.edgecolor": plotting.LIGHT.muted,
     "axes.facecolor": "#e4e8ec",
     "legend.frameon": False,
 }
@@ -94,9 +94,7 @@ def draw(
         if chosen is not None:
             _rectangle(panels[0], field.origin(*chosen), field.size, SEEN, linewidth=2)
             _rectangle(panels[1], _cell(field, *chosen), field.stride, SEEN, linewidth=1.5)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        return Image.fromarray(plotting.pixels(figure))
 
 
 def _choose(
@@ -126,18 +124,20 @@ def _image(
     pixels = image[..., :3] if image.shape[2] > 1 else image[..., 0]
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(f"image, {image.shape[0]} x {image.shape[1]} pixels")
-    notes = []
+    captions = []
     if boxes is not None:
         for place, found in zip(boxes.places, boxes.found, strict=True):
             line = {"colour": FOUND} if found else {"colour": MISSED, "linestyle": ":"}
             _rectangle(axes, place, boxes.size, **line)
-        notes.append(f"green: {boxes.found.sum()} of {len(boxes.found)} images found; dotted: not")
+        captions.append(
+            f"green: {boxes.found.sum()} of {len(boxes.found)} images found; dotted: not"
+        )
     if chosen is not None:
         size, step = (" x ".join(map(str, pair)) for pair in (field.size, field.stride))
-        notes.append(
+        captions.append(
             f"red: the {size} pixels that one score sees,\none score for each {step} pixels"
         )
-    axes.set_xlabel("\n".join(notes))
+    axes.set_xlabel("\n".join(captions))
 
 
 def _winners(
@@ -160,7 +160,7 @@ def _winners(
     if len(names) > MOST_NAMES:
         counts = np.bincount(winner.ravel(), minlength=len(names))
         named = [i for i in np.argsort(-counts, kind="stable")[:MOST_NAMES] if counts[i]]
-    patches = [Patch(color=colours[i], label=_clip(names[i])) for i in named]
+    patches = [Patch(color=colours[i], label=plotting.clip(names[i], 24)) for i in named]
     columns = 5 if figure.get_figwidth() > 7 else 3
     figure.legend(handles=patches, loc="outside lower center", ncols=min(columns, len(patches)))
 
@@ -186,8 +186,3 @@ def _rectangle(
 ) -> None:
     corner = (place[1] - 0.5, place[0] - 0.5)
     axes.add_patch(Rectangle(corner, size[1], size[0], fill=False, edgecolor=colour, **options))
-
-
-def _clip(name: str) -> str:
-    name = f" {name}" if name.startswith("_") else name  # which matplotlib would leave out
-    return name if len(name) <= 24 else name[:23] + "…"

@@ -22,8 +22,9 @@ import jax
 import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.data.loader import normalise
 from cnn_jax.models.receptive_field import Field
+from cnn_jax.train import parallel
+from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
 
 # More windows than this are sampled: networks without strides have a score for each pixel.
@@ -36,7 +37,7 @@ Windows = Callable[[np.ndarray, np.ndarray, tuple[int, int]], np.ndarray]
 def on_whole_images(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
     """The network as a compiled function: uint8 [N, H, W, C] -> its logits as float32."""
 
-    @jax.jit
+    @parallel.jit
     def logits(variables: Any, image: jax.Array) -> jax.Array:
         return forward(run.model, variables, normalise(image, run.data))
 
@@ -55,7 +56,7 @@ def on_windows(run: RestoredRun, padding: bool = True) -> Windows:
       windows(image, origins, size): uint8 [H, W, C], int [N, 2] -> logits [N, classes].
     """
 
-    @jax.jit
+    @parallel.jit
     def logits(variables: Any, image: jax.Array) -> jax.Array:
         image = normalise(image, run.data)
         if padding:

@@ -5,12 +5,13 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from cnn_jax.analysis import plotting
 from cnn_jax.analysis.explain.explanation import Explanation, Grid
+from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.models.receptive_field import Field
 
@@ -18,11 +19,10 @@ CELL = 0.42  # inches
 CHARACTER = 0.17  # cells, of the arithmetic's font
 MOST_LINES, MOST_CHARACTERS = 28, 120
 MOST_PIXELS = 4000  # of a side
-INK, MUTED, RULE = "#1c2126", "#8a949e", "#c3cad1"
+INK, MUTED, RULE = plotting.LIGHT.ink, plotting.LIGHT.muted, plotting.LIGHT.rule
 MARKED, PADDING = "#cfe6f7", "#f1f3f5"
 STYLE = {"font.size": 9, "text.parse_math": False, "text.color": INK}
-# Told apart with any colour vision (Okabe and Ito).
-LINES = ("#0072b2", "#d55e00", "#009e73", "#b3609a", "#8a6d00", "#56b4e9", "#5b5bd6", "#1c2126")
+LINES = plotting.LIGHT.series
 
 
 def save(explanation: Explanation, path: Path) -> None:
@@ -33,10 +33,8 @@ def save(explanation: Explanation, path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise ConfigError(f"--output={path}: must end in .png")
-    try:
+    with files.written(f"--output={path}", ConfigError):
         draw(explanation).save(path)
-    except OSError as error:
-        raise ConfigError(f"--output={path}: cannot be written: {error.strerror}") from None
 
 
 def draw(explanation: Explanation) -> Image.Image:
@@ -63,9 +61,7 @@ def draw(explanation: Explanation) -> Image.Image:
         size = CELL * (right + 1.4), CELL * (bottom + 1.6)
         figure.set_size_inches(*size)
         figure.set_dpi(min(150, MOST_PIXELS / max(size)))
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        return Image.fromarray(plotting.pixels(figure))
 
 
 def _shorten(sum_: str, most: int) -> str:

@@ -10,9 +10,10 @@ import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import images
-from cnn_jax.data.loader import normalise
 from cnn_jax.models.convolutional import replaces
 from cnn_jax.models.summary import Summary
+from cnn_jax.train import parallel
+from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
 
 MAPS = 8
@@ -82,7 +83,7 @@ def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
         return arrays
 
     try:
-        calls = jax.device_get(jax.jit(followed)(run.variables, image))
+        calls = jax.device_get(parallel.jit(followed)(run.variables, image))
     except jax.errors.UnexpectedTracerError:
         return []
     stages, place = [], 0

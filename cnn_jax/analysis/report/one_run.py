@@ -11,6 +11,7 @@ from cnn_jax.analysis.plotting import Chart
 from cnn_jax.analysis.report import charts, features, formatting, run_data
 from cnn_jax.analysis.report.run_data import Facts
 from cnn_jax.common import images
+from cnn_jax.models.kernels import first_kernel
 
 MISTAKES = 12
 CONFUSIONS = 5
@@ -47,7 +48,7 @@ def content(run: Facts) -> tuple[dict[str, Any], list[Chart]]:
         _example(run, place, f"mistake-{k:02d}")
         for k, place in enumerate(run.predictions.mistakes(MISTAKES), 1)
     ]
-    kernel = images.first_kernel(run.run.model, run.run.image_shape, run.run.variables["params"])
+    kernel = first_kernel(run.run.model, run.run.image_shape, run.run.variables["params"])
     journeys, stages = _journeys(run)
     kernels = kernel and plotting.picture(
         "kernels",

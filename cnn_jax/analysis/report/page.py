@@ -10,8 +10,8 @@ import jinja2
 from PIL import Image
 
 from cnn_jax.analysis.report import formatting, one_run, run_data, several_runs
-from cnn_jax.common import files as outputs
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.common.files import check_folder, writing
+from cnn_jax.train.workdir import write_text
 
 PICTURES = "pictures"
 
@@ -48,18 +48,18 @@ def report(
         target = folders[0] / "report"
     else:
         target = folders[0].absolute().parent / "comparison"
-    outputs.check_folder(target)
+    check_folder(target)
     runs = [run_data.gather(folder, which, own, data_dir, verify) for folder in folders]
     if len(runs) == 1:
         template, (values, charts) = "run.html.j2", one_run.content(runs[0])
     else:
         template, (values, charts) = "comparison.html.j2", several_runs.content(runs)
     page = _render(template, values)
-    with outputs.writing(target):
+    with writing(target):
         (target / PICTURES).mkdir(exist_ok=True)
         for chart in charts:
             (target / PICTURES / f"{chart.name}.png").write_bytes(chart.light)
-        workdirs.write_text(target / "index.html", page)
+        write_text(target / "index.html", page)
     return target / "index.html"
 
 

@@ -1,9 +1,9 @@
 """What there is to say about a run: read from its workdir, and evaluated on its test split."""
 
 import dataclasses
+import functools
 import logging
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,17 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from cnn_jax import models
+from cnn_jax import PROGRAM, models
 from cnn_jax.analysis import evaluate
 from cnn_jax.analysis.restore import RestoredRun, load_run
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import experiment
 from cnn_jax.config.overrides import override
-from cnn_jax.config.serialize import to_json
+from cnn_jax.config.serialize import differences, to_json
 from cnn_jax.data import sources
 from cnn_jax.models import summary
-from cnn_jax.train import parallel, step
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train import evaluation, parallel, step
+from cnn_jax.train.workdir import metrics, read_config
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Facts:
     lines: list[dict]
     summary: summary.Summary
     test: sources.Examples
-    result: evaluate.Result
+    result: evaluation.Metrics
     predictions: Predictions
     command: str
     note: str
@@ -108,16 +108,16 @@ def gather(
       ConfigError: the model is not known without `own`.
       DataError: the dataset is missing, damaged, or does not fit the model.
     """
-    saved = workdirs.read_config(workdir)
+    saved = read_config(workdir)
     model = _own_model(saved, own)
     run = load_run(workdir, which, model, verify)
     layers = summary.summarise(run.model, run.image_shape)
     test = sources.load_examples(run.data, "test", data_dir)
-    evaluate.check_fits(run, test, run.data.name)
+    test = evaluate.fitting(run, test, run.data.name)
     log.info("evaluating %s on %s test examples", workdir, f"{len(test):,}")
     result, predictions = _evaluate(run, test)
     command, note = command_of(workdir, saved, own)
-    lines = workdirs.metrics(workdir)
+    lines = metrics(workdir)
     return Facts(run, lines, layers, test, result, predictions, command, note)
 
 
@@ -129,8 +129,8 @@ def _own_model(saved: dict, own: str | None) -> nn.Module | None:
     return experiment.load(own).model if own and not known else None
 
 
-def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluate.Result, Predictions]:
-    """`evaluate.evaluate_examples`, which also keeps what was said to each example."""
+def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluation.Metrics, Predictions]:
+    """The metrics of the test split, and what the network says to each of its examples."""
     mesh = parallel.make_mesh()
     options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
 
@@ -142,19 +142,12 @@ def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluate.Result
         return sums, single | {"label": batch["label"]}
 
     compiled = parallel.jit_step(both, mesh, donate=False)
-    kept = []
-
-    def evaluated(variables: Any, batch: dict) -> dict:
-        sums, single = compiled(variables, batch)
-        kept.append(single)
-        return sums
-
     variables = parallel.replicate(run.variables, mesh)
-    result = evaluate.evaluate_examples(evaluated, variables, test, run.batch_size, mesh)
-    kept = [parallel.to_host(single) for single in kept]
+    outputs = evaluation.each_batch(compiled, variables, test, run.batch_size, mesh)
+    sums, single = zip(*outputs, strict=True)
     # The last batch was filled up.
-    joined = {name: np.concatenate([k[name] for k in kept])[: len(test)] for name in kept[0]}
-    return result, Predictions(**joined)
+    joined = {name: np.concatenate([s[name] for s in single])[: len(test)] for name in single[0]}
+    return evaluation.metrics_of(sums, len(test)), Predictions(**joined)
 
 
 def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str, str]:
@@ -164,7 +157,7 @@ def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str,
         trained = {"converted_from": None, "config": config | {"model": config["model"]["model"]}}
         command, note = command_of(Path(origin["workdir"]), saved | trained, own)
         convert = ["convert", f"--workdir={origin['workdir']}", f"--output={workdir}"]
-        return f"{command}\n{shlex.join(['./launch.sh', *convert])}", note
+        return f"{command}\n{shlex.join([PROGRAM, *convert])}", note
     name = saved["experiment"]
     if own and Path(own).stem == name:  # config.json holds no path of a file of the user's own
         name = own
@@ -178,32 +171,28 @@ def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str,
             "config.json has every field."
         )
     hidden = []
-    for field, value in _changes(to_json(default), saved["config"]):
+    for field in _changed(to_json(default), saved["config"]):
+        value = functools.reduce(lambda part, key: part.get(key), field.split("."), saved["config"])
         try:
             changed = to_json(override(default, [f"{field}={_text(value)}"]))
         except ConfigError:  # a function or a module, which only the experiment's file can choose
             hidden.append(field)
             continue
         flags.append(["--set", f"{field}={_text(value)}"])
-        if field in dict(_changes(changed, saved["config"])):
+        if field in _changed(changed, saved["config"]):
             hidden.append(field)
     note = f"The experiment's file now gives another {', '.join(hidden)}." if hidden else ""
     return _shell(flags), note
 
 
-def _changes(default: dict, saved: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(field, saved value) where two JSON forms differ."""
-    for key in sorted(default.keys() | saved.keys()):
-        before, after = default.get(key), saved.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from _changes(before, after, f"{prefix}{key}.")
-        elif before != after:
-            yield f"{prefix}{key}", after
+def _changed(default: dict, saved: dict) -> list[str]:
+    """The fields in which two JSON forms differ."""
+    return [line.partition(":")[0] for line in differences(default, saved)]
 
 
 def _shell(flags: list[list[str]]) -> str:
     """A command to paste, a flag a line: a phone's width holds no more."""
-    return " \\\n  ".join(["./launch.sh train", *map(shlex.join, flags)])
+    return " \\\n  ".join([f"{PROGRAM} train", *map(shlex.join, flags)])
 
 
 def _text(value: Any) -> str:

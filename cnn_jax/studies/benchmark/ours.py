@@ -29,7 +29,7 @@ def main(network: str, batch_size: int) -> None:
     optimizer = optim.make_optimizer(config, steps_per_epoch=1000)
     pure = functools.partial(train_step, model=model, optimizer=optimizer, config=config)
     step = parallel.jit_step(pure, mesh)
-    forward = jax.jit(model.apply)
+    forward = parallel.jit(model.apply)
     initial = init_state(model, optimizer, shape, 0)
     variables = initial.variables
     state = parallel.replicate(initial, mesh)
@@ -54,7 +54,7 @@ def main(network: str, batch_size: int) -> None:
         logits.block_until_ready()
 
     matrix = jnp.ones((PEAK_SIZE, PEAK_SIZE))
-    multiply = jax.jit(lambda a: a @ a)
+    multiply = parallel.jit(lambda a: a @ a)
 
     def peak(steps: int) -> None:
         for _ in range(steps):

@@ -11,14 +11,13 @@ import statistics
 import rich.console
 
 from cnn_jax.common.errors import ConfigError
+from cnn_jax.config.experiment import RESULTS
 from cnn_jax.studies.benchmark import table
-from cnn_jax.studies.benchmark.contenders import REPOSITORY, Contender, contenders, install_peers
+from cnn_jax.studies.benchmark.contenders import Contender, contenders, install_peers
 from cnn_jax.studies.benchmark.figures import OURS, Measured, fastest_peer, peak_share, ratio
 from cnn_jax.studies.benchmark.networks import NETWORKS
 
 log = logging.getLogger(__name__)
-
-RESULTS = REPOSITORY / "experiments" / "RESULTS.md"
 
 
 def measure(
@@ -70,8 +69,9 @@ def benchmark(
         console.print(_line(name, results[name], batch_size), soft_wrap=True)
     if write:
         text = table.render(results, batch_size, rounds, seconds)
-        table.put_into(RESULTS, text, batch_size)
-        console.print(f"written to {RESULTS}")
+        path = RESULTS / "RESULTS.md"
+        table.put_into(path, text, batch_size)
+        console.print(f"written to {path}")
 
 
 def _line(network: str, measured: dict[str, Measured], batch_size: int) -> str:

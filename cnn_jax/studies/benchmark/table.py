@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from cnn_jax.common import cpu
-from cnn_jax.studies import markdown as files
+from cnn_jax.studies import markdown
 from cnn_jax.studies.benchmark import figures
 from cnn_jax.studies.benchmark.figures import OURS, Measured
 
@@ -51,13 +51,13 @@ def render(
         flops = f"{figures.training_flops(network) / 1e6:,.1f}"
         seconds_to_compile = f"{ours.compile_seconds['train']:.1f}"
         rows.append([network, flops, f"{gflops:,.0f}", f"{share:.0%}", seconds_to_compile, memory])
-    return "\n".join([*lines, files.markdown_table(head, rows)])
+    return "\n".join([*lines, markdown.markdown_table(head, rows)])
 
 
 def put_into(path: Path, text: str, batch_size: int) -> None:
     """Replaces this processor's section of the file for this batch, or adds it at the end."""
     mark = f"benchmark {cpu.description()} batch {batch_size}"
-    files.put_section(path, mark, text)
+    markdown.put_section(path, mark, text)
 
 
 def _rates(results: dict, names: list[str], mode: str) -> list[str]:
@@ -73,4 +73,4 @@ def _rates(results: dict, names: list[str], mode: str) -> list[str]:
             peer = figures.fastest_peer(measured, mode)
             cells.append(f"**{figures.ratio(measured, peer, mode):.2f}** ({peer})")
         rows.append(cells)
-    return [files.markdown_table(head, rows), ""]
+    return [markdown.markdown_table(head, rows), ""]

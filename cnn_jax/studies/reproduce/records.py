@@ -12,11 +12,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.common.errors import CheckpointError
+from cnn_jax import CHECKOUT
+from cnn_jax.common.errors import WorkdirError
+from cnn_jax.common.files import written
 from cnn_jax.config import Config
 from cnn_jax.config.experiment import FOLDER, short_name
 from cnn_jax.models import summary
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.workdir import PACKAGES, metrics, read_config, write_json
 
 FILES = ("config.json", "metrics.jsonl", "evaluation.json", "run.json")
 # What the tables need of run.json, and of each line of metrics.jsonl.
@@ -53,16 +55,16 @@ def read(path: Path) -> Record | None:
     """The record in the folder `path`; None: there is none.
 
     Raises:
-      CheckpointError: it is damaged.
+      WorkdirError: it is damaged.
     """
     if not (path / "run.json").exists():  # which is written last
         return None
     try:
         config, evaluation, run = (
-            json.loads((path / name).read_text())
+            json.loads((path / name).read_text(encoding="utf-8"))
             for name in ("config.json", "evaluation.json", "run.json")
         )
-        record = Record(config["config"]["seed"], config, workdirs.metrics(path), evaluation, run)
+        record = Record(config["config"]["seed"], config, metrics(path), evaluation, run)
         needed = [evaluation["accuracy"], *(run[name] for name in NEEDED)]
         needed += [line[name] for line in record.metrics for name in NEEDED_OF_EPOCH]
         if None in needed or not record.metrics:
@@ -70,7 +72,7 @@ def read(path: Path) -> Record | None:
         return record
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path}: damaged record ({reason}); delete or restore it") from None
+        raise WorkdirError(f"{path}: damaged record ({reason}); delete or restore it") from None
 
 
 def commit() -> dict[str, Any]:
@@ -78,6 +80,8 @@ def commit() -> dict[str, Any]:
 
     Both are None where there is no git, or this is no checkout.
     """
+    if not CHECKOUT:  # another repository may lie around an installed package
+        return {"commit": None, "dirty": None}
     try:
         head = _git("rev-parse", "HEAD")
         results = (":!experiments/records", ":!experiments/RESULTS.md")
@@ -103,13 +107,13 @@ def write(path: Path, workdir: Path, config: Config, command: str, origin: dict)
         wall_seconds of its processes, with start, compilation and evaluation.
 
     Raises:
-      CheckpointError: the evaluation is not that of the last epoch, or the disk does not take it.
+      WorkdirError: the evaluation is not that of the last epoch, or the disk does not take it.
     """
-    saved = workdirs.read_config(workdir)
-    lines = workdirs.metrics(workdir)
-    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    saved = read_config(workdir)
+    lines = metrics(workdir)
+    evaluation = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
     if not lines or evaluation["checkpoint"] != lines[-1]["step"]:
-        raise CheckpointError(
+        raise WorkdirError(
             f"{workdir / 'evaluation.json'}: checkpoint={evaluation['checkpoint']} is not that of "
             "the last epoch"
         )
@@ -123,18 +127,16 @@ def write(path: Path, workdir: Path, config: Config, command: str, origin: dict)
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": origin["processor"] if on_cpu else f"{device['count']} x {device['kind']}",
-        "versions": {name: saved["versions"][name] for name in ("python", *workdirs.PACKAGES)},
+        "versions": {name: saved["versions"][name] for name in ("python", *PACKAGES)},
         "parameters": counted.parameters,
         "training_flops": counted.training_flops * images,
         "training_images": images,
         "training_seconds": sum(line["epoch_seconds"] for line in lines),
         "wall_seconds": origin["wall_seconds"],
     }
-    try:
+    with written(path, WorkdirError):
         path.mkdir(parents=True, exist_ok=True)
         (path / "run.json").unlink(missing_ok=True)  # until the others are in their place
         for name in FILES[:3]:
             shutil.copyfile(workdir / name, path / name)
-        workdirs.write_json(path / "run.json", run)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+        write_json(path / "run.json", run)

@@ -11,12 +11,12 @@ import jax
 from cnn_jax.common import cpu
 from cnn_jax.common.errors import CnnJaxError, Preempted
 from cnn_jax.config import Config
-from cnn_jax.config import experiment as experiments
+from cnn_jax.config.experiment import load
 from cnn_jax.config.serialize import is_of
 from cnn_jax.studies.reproduce import records, table
 from cnn_jax.studies.reproduce.plan import ROWS, Row
 from cnn_jax.studies.subprocesses import CommandFailed, Processes
-from cnn_jax.train import workdir as workdirs
+from cnn_jax.train.workdir import metrics, prepare, write_json
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ def reproduce(
       The exit code of the first run that failed, or 0.
 
     Raises:
-      CheckpointError: a folder cannot be written.
+      WorkdirError: a folder cannot be written.
       Preempted: a signal asked to end; the same call goes on.
     """
-    workdirs.prepare(workdir)
-    workdirs.prepare(output)
+    prepare(workdir)
+    prepare(output)
     # This process only counts; an accelerator's memory is for the runs.
     jax.config.update("jax_platforms", "cpu")
     table.rebuild(output, shown)  # what is in its way is better told now than hours later
@@ -59,7 +59,7 @@ def reproduce(
         for place, (experiment, seed) in enumerate(runs, 1):
             name = f"{experiment}, seed {seed} ({place} of {len(runs)})"
             try:
-                config = experiments.load(experiment, [f"seed={seed}"])
+                config = load(experiment, [f"seed={seed}"])
                 path = records.folder(output / "records", experiment, seed)
                 record = records.read(path)
                 if record and is_of(record.config["config"], config):
@@ -93,7 +93,8 @@ def _run(
     folders = [f"--workdir={workdir}", *([f"--data_dir={data_dir}"] if data_dir else [])]
     with _Origin(workdir, config) as origin:
         processes.run(*command, *folders, *(["--download"] if download else []))
-        processes.run("evaluate", f"--experiment={experiment}", *folders, quiet=True)
+        evaluate = ["evaluate", f"--experiment={experiment}", f"--output={workdir}"]
+        processes.run(*evaluate, *folders, quiet=True)
     records.write(path, workdir, config, f"./launch.sh {' '.join(command)}", origin.saved)
 
 
@@ -112,10 +113,10 @@ class _Origin:
         self._began = time.perf_counter()
         now = records.commit() | {"processor": cpu.description(), "wall_seconds": 0.0}
         try:
-            self.saved = now | json.loads(self._path.read_text())
+            self.saved = now | json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError):
             self.saved = now
-        lines = workdirs.metrics(workdir)
+        lines = metrics(workdir)
         ended = lines and lines[-1].get("epoch") == config.epochs
         if not ended and self.saved["commit"] != now["commit"]:
             self.saved["dirty"] = True
@@ -126,4 +127,4 @@ class _Origin:
     def __exit__(self, *_: object) -> None:
         if self._path.parent.is_dir():  # there is a run
             self.saved["wall_seconds"] += time.perf_counter() - self._began
-            workdirs.write_json(self._path, self.saved)
+            write_json(self._path, self.saved)

@@ -13,7 +13,7 @@ import jinja2
 import scipy.stats
 
 from cnn_jax.common.errors import ConfigError
-from cnn_jax.config import experiment as experiments
+from cnn_jax.config.experiment import load
 from cnn_jax.config.serialize import is_of
 from cnn_jax.studies import markdown
 from cnn_jax.studies.reproduce import plan, records
@@ -113,7 +113,7 @@ def rebuild(output: Path, rows: Sequence[plan.Row] = plan.ROWS) -> None:
       rows: of the tables; those that are not in the plan are shown with the embedded dataset.
 
     Raises:
-      CheckpointError: a record is damaged, or the file cannot be written.
+      WorkdirError: a record is damaged, or the file cannot be written.
     """
     markdown.put_section(output / "RESULTS.md", MARK, render(output / "records", rows), first=True)
 
@@ -168,7 +168,7 @@ def read_all(folder: Path, experiment: str) -> list[Record]:
     """The records of an experiment, by seed, that are of its configuration as it is now.
 
     Raises:
-      CheckpointError: one is damaged.
+      WorkdirError: one is damaged.
     """
     found = []
     for path in records.folder(folder, experiment, 0).parent.glob("seed_*"):
@@ -179,7 +179,7 @@ def read_all(folder: Path, experiment: str) -> list[Record]:
     for record in found:
         where = f"{experiment}, seed {record.seed}"
         try:
-            config = experiments.load(experiment, [f"seed={record.seed}"])
+            config = load(experiment, [f"seed={record.seed}"])
         except ConfigError as error:
             log.warning("warning: the record of %s is left out: %s", where, error)
             continue

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from cnn_jax.analysis.class_map import picture as class_map_picture
+from cnn_jax.analysis import plotting
 from cnn_jax.analysis.class_map.picture import FOUND, MISSED, SEEN, Boxes, draw
 from cnn_jax.models.receptive_field import Field
 
@@ -17,12 +17,12 @@ def drawn(monkeypatch):
     """draw(...) -> the picture, and the figure that it was made of."""
     figures = []
 
-    class Kept(class_map_picture.FigureCanvasAgg):
+    class Kept(plotting.FigureCanvasAgg):
         def __init__(self, figure):
             figures.append(figure)
             super().__init__(figure)
 
-    monkeypatch.setattr(class_map_picture, "FigureCanvasAgg", Kept)
+    monkeypatch.setattr(plotting, "FigureCanvasAgg", Kept)
     return lambda *args: (draw(*args), figures[-1])
 
 
@@ -123,9 +123,9 @@ def test_any_number_of_classes(drawn, classes):
     picture, figure = drawn(np.zeros((20, 20, 1), np.uint8), class_map, None, names)
     labels = [patch.get_label() for patch in legend(figure)]
     assert labels == (
-        [*map(class_map_picture._clip, names)]
+        [plotting.clip(name, 24) for name in names]
         if classes <= 20
-        else [class_map_picture._clip(names[i]) for i in (0, classes - 1)]
+        else [plotting.clip(names[i], 24) for i in (0, classes - 1)]
     )
     assert max(map(len, labels)) <= 24
     assert picture.width < 4000

@@ -1,5 +1,6 @@
 """The comparison of several runs."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -52,3 +53,55 @@ def test_runs_of_one_experiment_are_told_apart_by_folder(
     rows = Page(file).rows("most accurate")
     assert sorted(row[0].split()[0] for row in rows) == ["a", "b"]
     assert [row[4] for row in rows if row[0].startswith("b")] == ["\u2013 0 epochs"]
+
+
+def other_data(run: Path, to: Path, **fields: object) -> Path:
+    """A copy of a run as if it had been made with other data."""
+    shutil.copytree(run, to)
+    saved = json.loads((to / "config.json").read_text())
+    saved["config"]["data"] |= fields
+    (to / "config.json").write_text(json.dumps(saved))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, []),
+        ({"crop_padding": 2}, []),
+        (
+            {"name": "others"},
+            [
+                "evaluated on: tiny_squares/test (lenet); others/test (b)",
+                "trained on: tiny_squares/train (lenet); others/train (b)",
+            ],
+        ),
+        (
+            {"test_split": "train"},
+            ["evaluated on: tiny_squares/test (lenet); tiny_squares/train (b)"],
+        ),
+        (
+            {"train_split": "train[:80]"},
+            ["trained on: tiny_squares/train (lenet); tiny_squares/train[:80] (b)"],
+        ),
+        ({"validation_examples": 0}, ["images held out for validation: 30 (lenet); 0 (b)"]),
+    ],
+    ids=str,
+)
+def test_runs_on_different_data_are_not_compared_without_a_word(
+    lenet: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fields: dict,
+    said: list[str],
+):
+    monkeypatch.setattr(run_data.sources, "load_examples", lambda *_: make_examples(48, seed=1))
+    other = other_data(lenet, tmp_path / "b", **fields)
+    text = Page(page.report([lenet, other], output=tmp_path / "out")).text()
+    lines = [f"the runs differ in their data: {line}" for line in said]
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        f"warning: {line}" for line in lines
+    ]
+    assert text.count("Not like with like") == len(lines)
+    assert all(f"Not like with like: {line}." in text for line in lines)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from cnn_jax.common.errors import CheckpointError, ConfigError, Preempted
+from cnn_jax.common.errors import ConfigError, Preempted, WorkdirError
 from cnn_jax.config import experiment as experiments
 from cnn_jax.config.overrides import override
 from cnn_jax.config.serialize import is_of, to_json
@@ -221,7 +221,7 @@ def test_a_damaged_record_is_named(tmp_path):
     put_record(tmp_path, "cifar10/lenet")
     path = records.folder(tmp_path, "cifar10/lenet", 0)
     (path / "metrics.jsonl").write_text("")
-    with pytest.raises(CheckpointError, match=re.escape(f"{path}: damaged record")):
+    with pytest.raises(WorkdirError, match=re.escape(f"{path}: damaged record")):
         table.render(tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_a_record_without_what_the_tables_need_is_damaged(tmp_path, name):
     saved = json.loads((path / "run.json").read_text())
     del saved[name]
     (path / "run.json").write_text(json.dumps(saved))
-    with pytest.raises(CheckpointError, match=rf"damaged record \(KeyError: '{name}'\)"):
+    with pytest.raises(WorkdirError, match=rf"damaged record \(KeyError: '{name}'\)"):
         table.render(tmp_path)
 
 
@@ -364,7 +364,7 @@ def test_a_run_is_of_the_commit_and_the_processor_it_began_with(
 
     def reproduce(commit, processor):
         monkeypatch.setattr(records, "commit", lambda: {"commit": commit, "dirty": False})
-        monkeypatch.setattr(run.processor, "description", lambda: processor)
+        monkeypatch.setattr(run.cpu, "description", lambda: processor)
         assert run.reproduce(rows, tmp_path / "runs", tmp_path, str(tfds_dir), rows) == 0
         return [records.read(path).run[name] for name in ("commit", "dirty", "device")]
 

@@ -1,0 +1,111 @@
+"""What the environment asks of Python, JAX and XLA, checked before they stumble over it."""
+
+import difflib
+import mmap
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jaxlib
+
+from cnn_jax.common.errors import ConfigError
+
+# Dies as every process does in which XLA reads wrong flags.
+_READ_XLA_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
+
+
+def take_any_text() -> None:
+    """Lets standard output and error take every character, and be closed.
+
+    A stream in ASCII or Latin-1 shows a class name in another script as \\u escapes.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us, as in `./launch.sh list >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def import_jax() -> None:
+    """Imports JAX, which reads its environment variables as it is imported.
+
+    Raises:
+      ConfigError: one of them has a value that JAX does not take.
+    """
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        raise ConfigError(f"an environment variable of JAX: {error}") from error
+
+
+def check_devices() -> None:
+    """Starts JAX on the platform of JAX_PLATFORMS, or on the best there is.
+
+    Raises:
+      ConfigError: JAX cannot start on the platform that JAX_PLATFORMS names.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.jax_platforms
+        if not asked:
+            raise
+        reason = " ".join(str(error).split()).removesuffix(
+            " (set JAX_PLATFORMS='' to automatically choose an available backend)"
+        )
+        raise ConfigError(
+            f"JAX_PLATFORMS={asked}: JAX cannot start there "
+            f"({reason or 'what it needs for that is not installed'}); write JAX_PLATFORMS=cpu, or "
+            "leave it out to have the best platform chosen"
+        ) from error
+
+
+def check_xla_flags() -> None:
+    """Refuses what XLA would end the process for, with a page of text, when JAX starts.
+
+    XLA offers no way to ask. A process of its own tries, which takes a third of a second; there is
+    none where nobody has set XLA_FLAGS.
+
+    Raises:
+      ConfigError: the flag that XLA does not know, and the nearest that it knows; or the value.
+    """
+    given = os.environ.get("XLA_FLAGS", "").split()
+    if not given:
+        return
+    if not given[0].startswith("-"):  # XLA takes it for the name of a file
+        raise ConfigError(f"XLA_FLAGS={given[0]}: must be flags, which start with --")
+    tried = subprocess.run(
+        [sys.executable, "-P", "-c", _READ_XLA_FLAGS],
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if tried.returncode == 0:
+        return
+    if found := re.search(r"Unknown flags? in XLA_FLAGS: (.*)", tried.stderr):
+        raise ConfigError(f"XLA_FLAGS: unknown to this XLA: {found[1]}{_nearest(found[1])}")
+    if found := re.search(r"Couldn't interpret value (.*) for flag (\w+)", tried.stderr):
+        raise ConfigError(f"XLA_FLAGS: --{found[2]}={found[1]}: XLA takes no such value")
+    if "parse_flags_from_env" in tried.stderr:
+        raise ConfigError(f"XLA_FLAGS={' '.join(given)}: must be flags that this XLA knows")
+
+
+def _nearest(flags: str) -> str:
+    """The known flags that are most like these, as the end of a message; empty if none is.
+
+    XLA prints a part of its list. All of it is among the texts in its libraries.
+    """
+    known = set()
+    for library in Path(jaxlib.__file__).parent.glob("*.so"):
+        with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
+            known |= {name.decode() for name in re.findall(rb"xla_[a-z0-9_]+(?=\0)", text)}
+    names = [flag.lstrip("-").partition("=")[0] for flag in flags.split()]
+    near = [difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in names]
+    shown = ", ".join(f"--{name}" for names in near for name in names)
+    return f"; nearest: {shown}" if shown else ""

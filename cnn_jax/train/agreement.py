@@ -1,0 +1,99 @@
+"""What the processes of one run must have in common before its first step.
+
+Each of them computes its part of every sum. One that trains with another learning rate, other code or
+other data would not be noticed: the run would end well, with wrong numbers.
+"""
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import cnn_jax
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config import Config
+from cnn_jax.config.serialize import differences, to_json
+from cnn_jax.data.splits import Splits
+from cnn_jax.train import parallel, workdir
+
+# Examples of a split whose pixels are compared. Reading all of a dataset larger than memory takes long.
+EXAMPLES = 256
+
+
+def check_program(config: Config) -> None:
+    """Compares what makes the program: the configuration, the code, the versions.
+
+    Raises:
+      ConfigError: a process differs from process 0; names it and what differs.
+    """
+    if jax.process_count() == 1:
+        return
+    factory = getattr(config.optimizer, "func", config.optimizer)
+    _compare(
+        {
+            "config": to_json(config),
+            "code": {
+                "cnn_jax": _sum_of_code(Path(cnn_jax.__file__).parent),
+                "model": _sum_of_source(type(config.model)),
+                "optimizer": _sum_of_source(factory),
+            },
+            "versions": workdir.machine()["versions"],
+        }
+    )
+
+
+def check_data(splits: Splits) -> None:
+    """Compares what is trained on and evaluated: sizes, classes, labels, pixels of some examples.
+
+    Raises:
+      ConfigError: as `check_program`.
+    """
+    if jax.process_count() == 1:
+        return
+    found = {}
+    for name, examples in vars(splits).items():
+        if examples is not None:
+            places = np.linspace(0, len(examples) - 1, EXAMPLES).astype(int)
+            batch = examples[places]
+            found[name] = {
+                "examples": len(examples),
+                "image_shape": list(examples.image_shape),
+                "class_names": list(examples.class_names),
+                "pixels": hashlib.sha256(batch["image"].tobytes()).hexdigest()[:12],
+                "labels": hashlib.sha256(batch["label"].tobytes()).hexdigest()[:12],
+            }
+    _compare({"data": found})
+
+
+def _compare(mine: dict[str, Any]) -> None:
+    first, *others = parallel.gather(mine)
+    lines = [
+        f"process {process} differs from process 0 in {line}"
+        for process, other in enumerate(others, 1)
+        for line in differences(first, other)[:5]
+    ]
+    if lines:
+        raise ConfigError(
+            f"{'; '.join(lines)}; all processes of a run need the same flags, code, versions and data"
+        )
+
+
+def _sum_of_code(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _sum_of_source(what: Callable | type) -> str:
+    """Of the file that defines it: an experiment's, or a library's."""
+    module = sys.modules.get(getattr(what, "__module__", ""))
+    try:
+        return hashlib.sha256(Path(inspect.getfile(module or what)).read_bytes()).hexdigest()[:12]
+    except (TypeError, OSError):  # no file, as of a function typed into an interpreter
+        return "unknown"

@@ -1,0 +1,238 @@
+"""Writes checkpoints in the background. The only file that says orbax.
+
+A save is done when the checkpoint has been read back: opened as a restore would open it, its sums
+compared with those of the arrays in memory. Only then are older ones deleted. One that cannot be
+written or read back is told at once and removed; the run goes on from memory and saves again.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import flax.traverse_util
+import numpy as np
+import orbax.checkpoint as ocp
+
+from cnn_jax.common.errors import CheckpointError
+from cnn_jax.common.files import library_path
+from cnn_jax.train import parallel
+from cnn_jax.train.checkpoint import (
+    Arrays,
+    Checkpoints,
+    DamagedCheckpoint,
+    describe,
+    is_variable,
+    names,
+    reason_of,
+    sum_of_manifest,
+)
+from cnn_jax.train.step import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointWriter(Checkpoints):
+    """The checkpoints of a workdir that a run adds to."""
+
+    def __init__(self, workdir: Path, keep: int = 1):
+        """Args:
+        workdir: of the run; checkpoints/ need not exist.
+        keep: how many of the latest `save` leaves, besides the best.
+        """
+        super().__init__(workdir)
+        self._keep = keep
+        self._writer: ocp.AsyncCheckpointer | None = None
+        self._proving: Future[None] | None = None  # of the save under way
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._failure: CheckpointError | None = None  # of the last save
+        self._failures, self._failed_at = 0, 0.0  # since the last success
+
+    def start_writing(self, resume_at: int | None) -> None:
+        """Clears away what a dead run left: half-written saves, and damaged later checkpoints.
+
+        Damaged ones are kept as damaged-STEP, out of the way of the steps to be saved again.
+
+        Raises:
+          CheckpointError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clear_unfinished()
+            for step in self.steps():
+                if step > (-1 if resume_at is None else resume_at):
+                    target = self.folder / f"damaged-{step}"
+                    _remove(target)
+                    os.rename(self.folder / str(step), target)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be written: {error.strerror}") from error
+
+    def save(self, state: TrainState, notes: dict) -> None:
+        """Starts to save `state`; returns before its arrays are written.
+
+        A failure is logged at once; `wait` raises it, `failing` and `retry_is_due` tell of it.
+
+        Args:
+          state: of NumPy arrays, equal on all processes.
+          notes: plain JSON, handed back by `read`.
+        """
+        self._join()
+        # Copied: on a CPU they may be views of buffers that the next step takes over.
+        arrays = {name: np.array(value) for name, value in names(state).items()}
+        manifest = {
+            "step": int(arrays["step"]),
+            "notes": notes,
+            "arrays": {name: describe(array) for name, array in arrays.items()},
+        }
+        manifest["sha256"] = sum_of_manifest(manifest)
+        try:
+            self._start(arrays, manifest)
+        except Exception as error:
+            self._fail(manifest, error)
+        else:
+            self._proving = self._background.submit(self._prove, manifest)
+
+    def _start(self, arrays: Arrays, manifest: dict) -> None:
+        """Hands the arrays to Orbax, which writes them in threads of its own."""
+        full = {name: a for name, a in arrays.items() if a.size}  # Orbax refuses the others
+        variables = {name: a for name, a in full.items() if is_variable(name)}
+        training = {name: a for name, a in full.items() if name not in variables}
+        if not self.folder.is_dir():  # Orbax would make it anew
+            raise FileNotFoundError(f"{self.folder} is gone")
+        if self._writer is None:
+            self._writer = _make_writer()
+        self._writer.save(
+            library_path(self.folder) / str(manifest["step"]),
+            args=ocp.args.Composite(
+                variables=ocp.args.StandardSave(_nest(variables)),
+                training=ocp.args.StandardSave(_nest(training)),
+                manifest=ocp.args.JsonSave(manifest),
+            ),
+        )
+
+    def _prove(self, manifest: dict) -> None:
+        """Waits until the save is written, reads it back, then deletes what is no longer kept."""
+        try:
+            self._writer.wait_until_finished()
+            if parallel.is_main_process():
+                self._read_back(manifest)
+                self._prune(manifest["step"])
+        except Exception as error:
+            self._fail(manifest, error)
+        else:
+            self._failure, self._failures = None, 0
+
+    def _read_back(self, manifest: dict) -> None:
+        """Removes a checkpoint that is not what was to be saved, which no restore shall find.
+
+        Raises:
+          DamagedCheckpoint: what is wrong with it.
+        """
+        folder = self.folder / str(manifest["step"])
+        try:
+            if self.manifest(manifest["step"]) != manifest:
+                raise ValueError("its manifest is not the one that was saved")
+            self.read(manifest["step"])
+        except Exception as error:
+            _remove(folder)
+            raise DamagedCheckpoint(reason_of(error).removeprefix(f"{folder}: ")) from error
+
+    def _fail(self, manifest: dict, error: Exception) -> None:
+        path = self.folder / str(manifest["step"])
+        what = (
+            "does not read back" if isinstance(error, DamagedCheckpoint) else "could not be written"
+        )
+        self._failure = CheckpointError(f"{path}: {what}: {reason_of(error)}")
+        self._failure.__cause__ = error
+        self._failures, self._failed_at = self._failures + 1, time.monotonic()
+        log.warning("warning: %s", self._failure)
+        self._discard_writer()
+        if parallel.is_main_process():
+            with contextlib.suppress(OSError):
+                self._clear_unfinished()
+
+    def failing(self) -> bool:
+        """Whether the last save failed on any process; each must call it at the same place."""
+        return bool(parallel.largest(int(self._failure is not None)))
+
+    def retry_is_due(self) -> bool:
+        """Whether the last save failed, and long enough ago to try another; as `failing`.
+
+        The pause grows from two seconds to a minute, so that a full disk does not stop the training.
+        """
+        pause = min(60.0, 2.0**self._failures)
+        due = self._failure is not None and time.monotonic() - self._failed_at >= pause
+        return bool(parallel.largest(int(due)))
+
+    def wait(self) -> None:
+        """Waits until the last save is done.
+
+        Raises:
+          CheckpointError: it could not be written, or not be read back; on every process.
+        """
+        self._join()
+        if self.failing():
+            raise self._failure or CheckpointError(
+                f"{self.folder}: another process could not write the checkpoint"
+            )
+
+    def close(self) -> None:
+        """Waits until the last save is done and ends the background threads.
+
+        Raises:
+          CheckpointError: as `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._discard_writer()
+            self._background.shutdown()
+
+    def _join(self) -> None:
+        if self._proving is not None:
+            self._proving.result()
+            self._proving = None
+
+    def _discard_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(Exception):  # the same failure again
+                writer.close()
+
+    def _clear_unfinished(self) -> None:
+        for path in self.folder.iterdir():
+            if ".orbax-checkpoint-tmp" in path.name or path.name.startswith(".deleting-"):
+                _remove(path)
+
+    def _prune(self, newest: int) -> None:
+        steps = [step for step in self.steps() if step <= newest]
+        for step in set(steps) - {*steps[-self._keep :], self.best()}:
+            # Renamed first: a half-deleted folder must not look like a checkpoint.
+            doomed = self.folder / f".deleting-{step}"
+            os.rename(self.folder / str(step), doomed)
+            _remove(doomed)
+
+
+def _make_writer() -> ocp.AsyncCheckpointer:
+    # Where a folder cannot be made, threads would wait ten minutes for one that is made in another.
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(async_options=options)
+    )
+    return ocp.AsyncCheckpointer(handler, async_options=options)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a folder or file, if it is there and can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _nest(arrays: Arrays) -> dict:
+    return flax.traverse_util.unflatten_dict(arrays, sep="/")

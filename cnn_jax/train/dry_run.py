@@ -1,0 +1,39 @@
+"""A run in small, to see whether it would work."""
+
+import dataclasses
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config import Config
+from cnn_jax.data.splits import Splits, load_splits
+from cnn_jax.train import parallel
+from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.loop import train
+
+log = logging.getLogger(__name__)
+
+
+def dry_run(config: Config, data_dir: str | None = None, download: bool = False) -> list[dict]:
+    """Does everything once on two batches, in a workdir that is thrown away.
+
+    Raises:
+      ConfigError: this is one of several processes, which would share no such workdir.
+      As `train`.
+    """
+    if parallel.is_one_of_several():
+        raise ConfigError("--dry_run: takes one process; leave out --coordinator")
+    splits = load_splits(config, data_dir, download)
+    few = {
+        name: examples and examples.take(np.arange(min(len(examples), 2 * config.batch_size)))
+        for name, examples in vars(splits).items()
+    }
+    config = dataclasses.replace(config, epochs=1, warmup_epochs=0.0)
+    with tempfile.TemporaryDirectory() as scratch:
+        lines = train(config, Path(scratch), splits=Splits(**few))
+        run = Checkpoints(Path(scratch)).newest()
+        log.info("dry run: two batches trained, evaluated, saved and restored (step %d)", run.step)
+    return lines

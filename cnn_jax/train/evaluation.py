@@ -1,0 +1,95 @@
+"""Exact evaluation: every example of a split counts once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from cnn_jax.config import DataConfig
+from cnn_jax.data import loader
+from cnn_jax.data.sources import Examples
+from cnn_jax.train import parallel
+from cnn_jax.train.step import eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """An evaluation over every example of a split.
+
+    Attributes:
+      examples: how many.
+      loss: mean softmax cross-entropy.
+      accuracy: the share that was classified rightly.
+      confusion: int64 [classes, classes], rows by label, columns by prediction.
+    """
+
+    examples: int
+    loss: float
+    accuracy: float
+    confusion: np.ndarray
+
+    def class_accuracy(self) -> list[float | None]:
+        """The share of each class that was classified rightly; None for a class without examples."""
+        totals = self.confusion.sum(1)
+        pairs = zip(self.confusion.diagonal(), totals, strict=True)
+        return [float(right / total) if total else None for right, total in pairs]
+
+
+def make_eval_step(model: nn.Module, data: DataConfig, compute_dtype: str, mesh: Any) -> Callable:
+    """The compiled `step.eval_step` over a mesh: eval_step(variables, batch)."""
+    pure = functools.partial(eval_step, model=model, data=data, compute_dtype=compute_dtype)
+    return parallel.jit_step(pure, mesh, donate=False)
+
+
+def evaluate_examples(
+    eval_step: Callable,
+    variables: Any,
+    examples: Examples,
+    batch_size: int,
+    mesh: Any,
+    before_each: Callable[[], None] | None = None,
+) -> Metrics:
+    """Evaluates every example once; the arguments are those of `each_batch`."""
+    sums = each_batch(eval_step, variables, examples, batch_size, mesh, before_each)
+    return metrics_of(sums, len(examples))
+
+
+def each_batch(
+    eval_step: Callable,
+    variables: Any,
+    examples: Examples,
+    batch_size: int,
+    mesh: Any,
+    before_each: Callable[[], None] | None = None,
+) -> list[Any]:
+    """What `eval_step` returns for each batch of the examples, on the host.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      variables: "params" and the model's other collections, on the mesh.
+      examples: a split.
+      batch_size: raised to a multiple of the devices; decides the last digits of the loss.
+      mesh: the devices.
+      before_each: called before each batch; what it raises ends the evaluation.
+    """
+    # A batch larger than the split would be padding only.
+    batch_size = -(-min(batch_size, len(examples)) // mesh.size) * mesh.size
+    outputs: list[Any] = []
+    for batch in loader.evaluation_batches(examples, batch_size):
+        if before_each is not None:
+            before_each()
+        outputs.append(eval_step(variables, parallel.shard(batch, mesh)))
+        if len(outputs) > parallel.QUEUE:
+            jax.block_until_ready(outputs[-parallel.QUEUE])
+    return [parallel.to_host(output) for output in outputs]
+
+
+def metrics_of(sums: Sequence[dict[str, np.ndarray]], examples: int) -> Metrics:
+    """The metrics of a split of so many `examples` from the "loss" and "confusion" of its batches."""
+    confusion = np.sum([s["confusion"] for s in sums], axis=0, dtype=np.int64)
+    loss = float(np.sum([s["loss"] for s in sums], dtype=np.float64))
+    return Metrics(examples, loss / examples, int(confusion.trace()) / examples, confusion)

@@ -1,0 +1,74 @@
+"""What a run shows while it trains: the bar, the lines of metrics.jsonl, TensorBoard."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cnn_jax.common import images
+from cnn_jax.config import Config
+from cnn_jax.models.kernels import first_kernel
+from cnn_jax.train import parallel, workdir
+from cnn_jax.train.progress import Progress
+from cnn_jax.train.tensorboard import TensorBoard
+
+log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Tells of a run: on the screen everywhere, in its workdir from the main process alone."""
+
+    def __init__(self, config: Config, folder: Path, steps_per_epoch: int):
+        self._model, self._folder, self._steps = config.model, folder, steps_per_epoch
+        self.progress = Progress(config.epochs, steps_per_epoch, config.batch_size)
+        self._tensorboard = TensorBoard(folder)
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+    def compiled(self, seconds: float, devices: int) -> None:
+        """Says for which devices the step was compiled."""
+        kind = jax.devices()[0].device_kind
+        self.progress.message(f"compiled in {seconds:.1f} s for {devices} x {kind}")
+
+    def steps(self, step: int, sums: dict[str, np.ndarray], loss: jax.Array) -> None:
+        """The epoch's means so far, and the loss of the run's training step `step`."""
+        mean, accuracy = sums["loss"] / sums["count"], sums["correct"] / sums["count"]
+        done = (step - 1) % self._steps + 1
+        self.progress.update(done, float(mean), float(accuracy))
+        if parallel.is_main_process():
+            self._tensorboard.scalars({"step_loss": float(loss)}, step)
+
+    def evaluated(self, confusion: np.ndarray, params: Any, image_shape: tuple, step: int) -> None:
+        """Draws the test split's confusion matrix and the first layer's kernels for TensorBoard.
+
+        Args:
+          confusion: int64 [classes, classes].
+          params: of the model.
+          image_shape: (H, W, C).
+          step: of the run.
+        """
+        if not parallel.is_main_process():
+            return
+        try:
+            pictures = {"confusion": images.draw_confusion(confusion)}
+            if kernel := first_kernel(self._model, image_shape, params):
+                pictures["kernels"] = images.draw_kernels(kernel[1])
+            self._tensorboard.images(pictures, step)
+        except Exception as error:  # a picture is not worth a run
+            log.warning("warning: no pictures for TensorBoard: %s: %s", type(error).__name__, error)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Writes an epoch's line of metrics.jsonl, and shows it.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        if parallel.is_main_process():
+            workdir.append_metrics(self._folder, line)
+            curves = {name: value for name, value in line.items() if name not in ("step", "epoch")}
+            self._tensorboard.scalars(curves, line["step"])
+            self._tensorboard.flush()
+        self.progress.end_epoch(line)

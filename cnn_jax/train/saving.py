@@ -1,0 +1,214 @@
+"""When a run saves its state, and what it leaves when it ends early."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cnn_jax.common.errors import CheckpointError, NotFiniteError, Preempted
+from cnn_jax.config import Config
+from cnn_jax.data.loader import epoch_order
+from cnn_jax.train import parallel, workdir
+from cnn_jax.train.checkpoint import Restored, names
+from cnn_jax.train.checkpoint_writer import CheckpointWriter
+from cnn_jax.train.signals import StopSignals
+from cnn_jax.train.step import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Decides when to save and when to end; refuses a state that is not finite.
+
+    Several processes decide alike: each calls these methods at the same steps.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        train_examples: int,
+        signals: StopSignals,
+        check_lock: Callable[[], None],
+    ):
+        """Args:
+        config: of the run.
+        folder: its workdir.
+        train_examples: of its training split.
+        signals: that ask it to stop.
+        check_lock: raises CheckpointError once the workdir was deleted or moved.
+        """
+        self.config, self.folder, self.signals = config, folder, signals
+        self.checkpoints = CheckpointWriter(folder, keep=config.keep_checkpoints)
+        self.saved_step: int | None = None
+        self._train_examples = train_examples
+        self._steps_per_epoch = train_examples // config.batch_size
+        self.check_lock = check_lock
+        self._saved_at = time.monotonic()
+
+    def start(self, restored: Restored | None) -> None:
+        """Clears the workdir of what lies behind the step from which the run goes on.
+
+        Raises:
+          CheckpointError: the processes see different workdirs, or it cannot be written.
+        """
+        step = restored.step if restored else None
+        if not parallel.agree(-1 if step is None else step):
+            raise CheckpointError(
+                f"workdir={self.folder}: the processes found different checkpoints in it; all must see "
+                "one and the same folder"
+            )
+        self.saved_step = step
+        if parallel.is_main_process():  # all have read by now: things may change
+            self.checkpoints.start_writing(step)
+            workdir.keep_metrics_until(self.folder, step or 0)
+            if restored:
+                workdir.warn_of_other_bits(self.folder)
+
+    # -------------------------------------------------------------------------------- due?
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after training step `step` of the run."""
+        config = self.config
+        if config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0:
+            return True
+        if not self._processes_meet(step):
+            return False
+        if self.checkpoints.retry_is_due():
+            return True
+        if config.checkpoint_every_minutes is None:
+            return False
+        seconds = time.monotonic() - self._saved_at
+        return bool(parallel.largest(int(seconds >= 60 * config.checkpoint_every_minutes)))
+
+    def asked_to_stop(self, step: int) -> int:
+        """The exit code that a signal to any process asks for after `step`; 0 for none."""
+        return parallel.largest(self.signals.exit_code) if self._processes_meet(step) else 0
+
+    def _processes_meet(self, step: int) -> bool:
+        """Several processes must decide alike, which costs them an exchange: not every step."""
+        done = (step - 1) % self._steps_per_epoch + 1
+        last = done == self._steps_per_epoch
+        return jax.process_count() == 1 or last or done % self.config.log_every_steps == 0
+
+    # ------------------------------------------------------------------------------- saving
+
+    def save(self, state: TrainState, epoch_seconds: float) -> None:
+        """Starts to save `state`, unless it is saved or being saved.
+
+        Args:
+          state: on the devices.
+          epoch_seconds: of the epoch's steps so far.
+
+        Raises:
+          NotFiniteError: it is not worth going back to. The loss shows that one step later.
+          CheckpointError: the workdir was deleted or moved.
+        """
+        host = parallel.to_host(state)
+        step = int(host.step)
+        if step == self.saved_step and not self.checkpoints.failing():
+            return
+        self.check_finite(host.sums)
+        for name, array in names(host).items():
+            if not name.startswith("sums/") and not _is_sound(name, array):
+                self.not_finite(step - 1, f"{name} is not finite after step {step - 1}")
+        self.check_lock()
+        self.checkpoints.save(host, {"epoch_seconds": epoch_seconds})
+        self.saved_step, self._saved_at = step, time.monotonic()
+
+    def save_and_wait(self, state: TrainState, epoch_seconds: float) -> None:
+        """Saves `state` and waits until it is read back; there is no later time to save again.
+
+        Raises:
+          CheckpointError: three tries failed.
+          NotFiniteError: as `save`.
+        """
+        for remaining in (2, 1, 0):
+            self.save(state, epoch_seconds)
+            try:
+                self.checkpoints.wait()
+                break
+            except CheckpointError:
+                if not remaining:
+                    raise
+
+    def stop(self, state: TrainState, epoch_seconds: float, exit_code: int) -> None:
+        """Ends the run as a signal asked, with `state` saved.
+
+        Raises:
+          Preempted: always, if nothing else.
+        """
+        self.save_and_wait(state, epoch_seconds)
+        total = self.config.epochs * self._steps_per_epoch
+        raise Preempted(
+            f"stopped by a signal after step {self.saved_step} of {total}, and saved; run the same "
+            "command again to go on",
+            exit_code,
+        )
+
+    def close(self, error: BaseException | None) -> None:
+        """Waits for the checkpoint under way; its failure does not hide the earlier `error`."""
+        try:
+            self.checkpoints.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            if failure is not error:
+                log.warning("warning: %s", failure)
+
+    # --------------------------------------------------------------------------- not finite
+
+    def check_finite(self, sums: Any) -> None:
+        """Raises NotFiniteError if a step of this epoch had a loss that was infinite or NaN."""
+        if (step := int(sums["bad_step"])) >= 0:
+            self.not_finite(step, f"loss={float(sums['bad_loss'])} at step {step}")
+
+    def not_finite(self, step: int, what: str) -> None:
+        """Ends the run, leaving the batch in question and the last good checkpoint.
+
+        Args:
+          step: the one that made it so, counted from 0: checkpoint `step` is the state before it.
+          what: was found.
+
+        Raises:
+          NotFiniteError: always.
+        """
+        epoch, place = divmod(step, self._steps_per_epoch)
+        order = epoch_order(self.config.seed, epoch, self._train_examples)
+        batch = order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
+        dump = self.folder / "not_finite.json"
+        if parallel.is_main_process():
+            found = {"step": step, "epoch": epoch + 1, "what": what, "indices": batch.tolist()}
+            with _only_warns(OSError):
+                workdir.write_json(dump, found)
+        with _only_warns(CheckpointError):
+            self.checkpoints.wait()
+        good = self.checkpoints.steps()
+        kept = (
+            f"the checkpoint of step {good[-1]} is kept" if good else "there is no checkpoint yet"
+        )
+        raise NotFiniteError(
+            f"{what} (epoch {epoch + 1}): not finite; {kept}, the batch's indices are in {dump}; try "
+            f"a smaller learning_rate (now {self.config.learning_rate})"
+        )
+
+
+def _is_sound(name: str, array: np.ndarray) -> bool:
+    # A single number of an optimizer may start as infinite: reduce_on_plateau's best value does.
+    if name.startswith("opt_state/") and not array.shape:
+        return not np.isnan(array).any()
+    return bool(np.isfinite(array).all())
+
+
+@contextlib.contextmanager
+def _only_warns(kind: type[Exception]) -> Iterator[None]:
+    """What fails here must not hide the error that is about to be raised."""
+    try:
+        yield
+    except kind as error:
+        log.warning("warning: %s", error)

@@ -1,0 +1,112 @@
+"""What may stand alone on the command line, and what completes it."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from cnn_jax.cli import commands, completion
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.config import experiment
+
+
+def parsed(line: str):
+    name, *arguments = line.split()
+    return commands.find(name).parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train quickstart", {"experiment": "quickstart", "workdir": None}),
+        ("train quickstart --dry_run", {"experiment": "quickstart", "dry_run": True}),
+        (
+            "train --dry_run quickstart --set=epochs=1",
+            {"experiment": "quickstart", "dry_run": True},
+        ),
+        ("train --experiment=quickstart", {"experiment": "quickstart"}),
+        ("evaluate runs/x --split validation", {"workdir": "runs/x", "split": "validation"}),
+        ("predict runs/x a.png b *.jpg", {"workdir": "runs/x", "images": ["a.png", "b", "*.jpg"]}),
+        ("predict a.png --workdir=runs/x", {"workdir": "runs/x", "images": ["a.png"]}),
+        ("predict runs/x a.png --images=b", {"workdir": "runs/x", "images": ["b", "a.png"]}),
+        ("report runs/a runs/b", {"workdir": ["runs/a", "runs/b"]}),
+        ("report --workdir=runs/a runs/b", {"workdir": ["runs/a", "runs/b"]}),
+        ("summary fashion_mnist/lenet", {"experiment": "fashion_mnist/lenet"}),
+        ("verify runs/x", {"workdir": "runs/x"}),
+        ("export runs/x", {"workdir": "runs/x"}),
+        ("convert runs/x --output=y", {"workdir": "runs/x", "output": "y"}),
+        ("class_map runs/x", {"workdir": "runs/x"}),
+        ("sweep quickstart --seeds 2", {"experiment": "quickstart", "seeds": 2}),
+        ("explain conv --size=3", {"topic": "conv", "size": 3}),
+        ("completion zsh", {"shell": "zsh"}),
+    ],
+)
+def test_words_stand_for_flags(line, expected):
+    values = parsed(line)
+    assert {name: values[name].value for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train quickstart more", "more: unexpected; train takes EXPERIMENT and flags"),
+        ("list quickstart", "quickstart: unexpected; list takes no words and flags"),
+        ("train", "--experiment: train needs it"),
+        ("predict runs/x", "--images: predict needs it"),
+        (
+            "train quickstart --experiment=x",
+            "quickstart: unexpected; train takes EXPERIMENT and flags, which are written --name=value; "
+            "--experiment=x is given",
+        ),
+        ("sweep quickstart --seeds=0", "--seeds=0: must be a whole number, at least 1"),
+        ("explain conv --size=x", "--size=x: must be a whole number, at least 1"),
+        ("benchmark --seconds=x", "--seconds=x: must be a number"),
+        ("tarin quickstart", "tarin: no such command; nearest: train"),
+        ("train quickstart --wrokdir=x", "--wrokdir: train has no such flag; nearest: --workdir"),
+        ("train quickstart --epochs=3", "--epochs: is a field of the configuration; write --set"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(line, says):
+    with pytest.raises(ConfigError, match=f"^{re.escape(says)}"):
+        parsed(line)
+
+
+def test_help_names_the_words():
+    usage = commands.find("predict").usage()
+    assert "predict WORKDIR IMAGES ...: " in usage
+    assert "train EXPERIMENT: " in commands.find("train").usage()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("cnn_jax tra", {"train"}),
+        ("cnn_jax e", {"evaluate", "explain", "export"}),
+        ("cnn_jax train fashion_mnist/le", {"fashion_mnist/lenet"}),
+        ("./launch.sh train --dr", {"--dry_run"}),
+        ("./launch.sh train --work", {"--workdir="}),
+        ("cnn_jax report pyproj", {"pyproject.toml"}),
+    ],
+)
+def test_a_shell_completes_commands_flags_experiments_and_files(tmp_path, shell, line, expected):
+    """By bash: zsh runs the same function through its bashcompinit."""
+    text = completion.script(shell, "cnn_jax", commands.COMMANDS, experiment.names())
+    text = text.replace("autoload -U +X bashcompinit && bashcompinit\n", "")
+    (tmp_path / "pyproject.toml").touch()
+    *before, word = line.split()
+    ask = f"COMP_WORDS=({line}); COMP_CWORD={len(before)}; _cnn_jax; echo ${{COMPREPLY[*]}}"
+    done = subprocess.run(
+        [shutil.which("bash"), "-c", f"{text}\n{ask}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(done.stdout.split()) == expected, word
+
+
+def test_another_shell_is_refused():
+    with pytest.raises(ConfigError, match=r"^fish: must be bash or zsh"):
+        completion.script("fish", "cnn_jax", commands.COMMANDS, [])
