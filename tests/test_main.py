@@ -115,7 +115,11 @@ MISTAKES = [  # command line, exit code, what is said
     ("summary", 2, "--experiment: summary needs it"),
     ("verify", 2, "--workdir: verify needs it"),
     ("convert --workdir=x", 2, "--output: convert needs it"),
-    ("summary --workdir=x --set epochs=3", 2, "--set epochs=3: a run in a workdir is what it is"),
+    (
+        "summary --workdir=x --set epochs=3",
+        2,
+        "--set epochs=3: a run that was trained cannot be changed",
+    ),
     ("train --experiment", 2, "Missing value for flag --experiment"),
     ("train --experiment=", 2, "--experiment=: is empty"),
     ("train --experiment ''", 2, "--experiment=: is empty"),

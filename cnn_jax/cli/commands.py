@@ -194,7 +194,9 @@ def summary(values: flags.FlagValues) -> None:
     shape = None
     if values.workdir:
         if values.set:
-            raise ConfigError(f"--set {values.set[0]}: a run in a workdir is what it is")
+            raise ConfigError(
+                f"--set {values.set[0]}: a run that was trained cannot be changed; leave out --set or --workdir"
+            )
         run = load_run(_path(values.workdir), model=config and config.model)
         config, shape = Config(run.model, run.data), run.image_shape
     if shape is None or values.input_size:

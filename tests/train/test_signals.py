@@ -210,13 +210,9 @@ def test_ctrl_c_ends_every_command_at_every_moment(command, moment, tmp_path):
 
 def test_ctrl_c_before_the_first_line_of_ours():
     """launch.sh starts Python with SIGINT held back, until this process is ready for it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cnn_jax.main", "list"],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]),
-    )
-    process.send_signal(signal.SIGINT)
+    process = run("""
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+os.kill(os.getpid(), signal.SIGINT)
+os.execv(sys.executable, [sys.executable, "-m", "cnn_jax.main", "list"])
+""")
     ends(process, 130)

@@ -301,8 +301,8 @@ def test_writing_replaces_a_file_as_a_whole(tmp_path, monkeypatch):
     path = tmp_path / "evaluation.json"
     workdirs.write_json(path, {"old": 1})
 
-    def full(self, text):
-        with open(self, "w") as file:
+    def full(self, text, encoding):
+        with open(self, "w", encoding=encoding) as file:
             file.write(text[:5])
         raise OSError(28, "No space left on device")
 
