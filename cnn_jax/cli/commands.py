@@ -195,7 +195,7 @@ def summary(values: flags.FlagValues) -> None:
     if values.workdir:
         if values.set:
             raise ConfigError(
-                f"--set {values.set[0]}: a run that was trained cannot be changed; leave out --set or --workdir"
+                f"--set {values.set[0]}: a run that was trained cannot be changed; leave it out"
             )
         run = load_run(_path(values.workdir), model=config and config.model)
         config, shape = Config(run.model, run.data), run.image_shape
