@@ -81,8 +81,8 @@ def _on_unraisable(stray: "sys.UnraisableHookArgs") -> None:
 def _end(code: int) -> None:
     """Ends this process, which may be one of several of a run.
 
-    Where it fails alone, the others are waiting for it. JAX's farewell would in turn wait for them,
-    for minutes; silence tells them sooner.
+    If it fails alone, the others wait for it. JAX's shutdown would wait for the others, for minutes.
+    Without a shutdown they notice the missing heartbeat sooner.
     """
     parallel = sys.modules.get("cnn_jax.train.parallel")  # without it there are no others
     alone = code not in (0, *signals.EXIT_CODES.values())

@@ -1,4 +1,4 @@
-"""A trained model as its workdir holds it, for all that reads one: evaluate, predict, report, ..."""
+"""Restores a trained model from its workdir, for evaluate, predict, report and the others."""
 
 import dataclasses
 from pathlib import Path

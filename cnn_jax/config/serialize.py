@@ -44,13 +44,13 @@ def model_from_json(saved: dict, own: nn.Module | None = None) -> nn.Module:
     """The `model` part of a config.json, for the classes of `cnn_jax.models`.
 
     Args:
-      saved: it.
-      own: the model of the experiment file, where it is another one; also inside `Convolutional`. Its
-        fields become the saved ones.
+      saved: that part.
+      own: the model of an experiment file, for a class that is not in `cnn_jax.models`; it may be
+        inside `Convolutional`. Its fields take the saved values.
 
     Raises:
-      ConfigError: another class, which only its experiment file can give; or that file's is not the
-        saved one, or differs in what JSON cannot hold.
+      ConfigError: the class is not in `cnn_jax.models` and `own` is None; or `own` is of another class,
+        or differs in a field that JSON cannot hold.
     """
     name = saved.get("class")
     if own is not None and (name != "Convolutional" or isinstance(own, models.Convolutional)):

@@ -6,8 +6,8 @@ checkpoints/STEP/ holds, as Orbax items:
   manifest   shape, dtype and SHA-256 of every array above, what the run noted, and its own SHA-256
 
 Orbax restores a flipped byte without a word and may read a missing file as zeros. The manifest
-holds the sums of the arrays as they were in memory, and becomes visible with them in one rename:
-what is restored is what was saved, or it is refused.
+holds the sums of the arrays in memory, and one rename makes both visible. So a restore gives the saved
+arrays, or refuses.
 
 Orbax writes; the arrays are read with TensorStore, on which it stands. Orbax's own restore of a
 damaged file leaves tracebacks of its threads on the screen, and makes several processes wait for
@@ -71,7 +71,7 @@ class Checkpoints:
         self.folder = self.workdir / "checkpoints"
 
     def steps(self) -> list[int]:
-        """Steps for which there is something, ascending; what it is is not looked at."""
+        """The steps that have a file or folder, ascending; it may be damaged."""
         if not self.folder.is_dir():
             return []
         return sorted(int(p.name) for p in self.folder.iterdir() if STEP.fullmatch(p.name))

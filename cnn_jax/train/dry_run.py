@@ -1,4 +1,4 @@
-"""A run in small, to see whether it would work."""
+"""A short run that tests whether an experiment works."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""Any Optax transformation as one that a train step can jit and a checkpoint can hold.
+"""Makes any Optax transformation one that a train step can jit and a checkpoint can hold.
 
 Three things keep some of Optax's own from that, and are met here: typed random keys in a state
 (`optax.noisy_sgd`), the pairs of parameters that `optax.lookahead` takes and returns, and optimizers

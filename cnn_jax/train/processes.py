@@ -1,4 +1,4 @@
-"""Several processes of one run: how one joins the others, and what is said where one is gone."""
+"""Several processes of one run: how a process joins, and the error line when one is lost."""
 
 import contextlib
 import ctypes

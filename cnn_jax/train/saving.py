@@ -106,7 +106,7 @@ class Saver:
           epoch_seconds: of the epoch's steps so far.
 
         Raises:
-          NotFiniteError: it is not worth going back to. The loss shows that one step later.
+          NotFiniteError: `state` is not finite. Its loss would show that one step later.
           CheckpointError: the workdir was deleted or moved.
         """
         host = parallel.to_host(state)

@@ -29,7 +29,7 @@ Sums = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run is, at one step; a checkpoint of it lets the run go on bit for bit.
+    """The complete state of a run at one step; a run restored from it continues bit for bit.
 
     Attributes:
       step: int32 [], training steps done.

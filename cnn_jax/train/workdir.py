@@ -97,8 +97,8 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
 def write_config(workdir: Path, config: Config, experiment: str, metadata: dict) -> None:
     """Writes config.json: what was asked for, the data, versions, device.
 
-    Each call of `train` that goes on with a run writes it anew, so it tells of the last one. What
-    may differ from the call before is only what `check_same_run` lets pass.
+    Each call of `train` that continues a run writes it again, so it describes the last call. It differs
+    from the call before only in the fields that `check_same_run` allows.
 
     Raises:
       CheckpointError: it cannot be written.

@@ -196,7 +196,7 @@ def _race(
 
 
 def _in_turn(rounds: int, *contenders: Callable[[], Any]) -> list[float]:
-    """The median seconds of each, in turn so that a busy machine is unfair to all alike."""
+    """The median seconds of each; they are measured in turn, so that other load affects all of them."""
     seconds: list[list[float]] = [[] for _ in contenders]
     for _ in range(rounds):
         for times, contender in zip(seconds, contenders, strict=True):

@@ -1,4 +1,4 @@
-"""What there is to say about a run: read from its workdir, and evaluated on its test split."""
+"""The data of a run for its report: read from its workdir, and evaluated on its test split."""
 
 import dataclasses
 import functools
