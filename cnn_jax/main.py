@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # before the imports below; `console` takes over
+if __name__ == "__main__":  # for the imports below, until `run` sets its own handler
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 
 import logging
@@ -24,10 +24,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs `argv[0]` with the flags after it; returns the process's exit code."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    # What fails in Orbax's threads is raised here too, and told in one line.
+    # Errors in Orbax's threads are raised here too, and printed in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
     debug = any(re.fullmatch(r"--?debug(=(true|t|1))?", text, re.IGNORECASE) for text in argv)
-    code = 128 + signal.SIGPIPE  # if the reader of our output leaves before the end
+    code = 128 + signal.SIGPIPE  # if the reader of our output closes it early
     try:
         environment.import_jax()
         from cnn_jax.cli import commands
@@ -69,10 +69,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _on_unraisable(stray: "sys.UnraisableHookArgs") -> None:
-    """Drops what the callbacks of a failed save say; `main` tells why it failed.
+    """Drops the tracebacks of callbacks after a failed save; `main` prints why it failed.
 
-    Orbax gives up at the first failure. The other writes under way then find its event loop closed,
-    each with a traceback.
+    Orbax stops at the first failure. Each unfinished write then finds the event loop closed and
+    prints a traceback.
     """
     if str(stray.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(stray)
@@ -84,7 +84,7 @@ def _end(code: int) -> None:
     If it fails alone, the others wait for it. JAX's shutdown would wait for the others, for minutes.
     Without a shutdown they notice the missing heartbeat sooner.
     """
-    parallel = sys.modules.get("cnn_jax.train.parallel")  # without it there are no others
+    parallel = sys.modules.get("cnn_jax.train.parallel")  # not imported: there are no others
     alone = code not in (0, *signals.EXIT_CODES.values())
     if alone and parallel and parallel.is_one_of_several():
         sys.stdout.flush()
@@ -93,7 +93,7 @@ def _end(code: int) -> None:
 
 
 def run() -> None:
-    """What `cnn_jax`, `python -m cnn_jax` and ./launch.sh start: `main` as a process."""
+    """The entry point of `cnn_jax`, `python -m cnn_jax` and ./launch.sh."""
     sys.unraisablehook = _on_unraisable
     signals.end_at_once()
     environment.take_any_text()

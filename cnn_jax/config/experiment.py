@@ -1,4 +1,4 @@
-"""Finds and loads experiment files: experiments/NAME.py, or a file of the user's own."""
+"""Finds and loads experiment files: experiments/NAME.py, or the user's own file."""
 
 import ast
 import contextlib
@@ -17,7 +17,7 @@ from cnn_jax.config.schema import Config
 from cnn_jax.config.validate import validate
 
 FOLDER = EXPERIMENTS
-# Where RESULTS.md and the records are written: an installed package is no place for them.
+# Where RESULTS.md and the records are written. They do not belong in an installed package.
 RESULTS = FOLDER if CHECKOUT else Path("runs", "results")
 
 
@@ -34,7 +34,7 @@ def title(name: str) -> str:
 
 
 def short_name(experiment: str) -> str:
-    """What its runs are called: a name under experiments/ as it is, of a file its name."""
+    """The name of its runs: the experiment's name, or a file's name without folder and .py."""
     return Path(experiment).stem if experiment.endswith(".py") else experiment
 
 
@@ -45,7 +45,7 @@ def find(experiment: str) -> Path:
       experiment: a name below experiments/ ("fashion_mnist/lenet"), or a path that ends in .py.
 
     Raises:
-      ConfigError: there is none; names the nearest.
+      ConfigError: there is none; lists the nearest names.
     """
     if experiment.endswith(".py"):
         path = user_path(experiment).absolute()
@@ -73,7 +73,7 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
     path = find(experiment)
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up annotations that are text
+    sys.modules[spec.name] = module  # dataclasses look up annotations as text here
     try:
         with _neighbours_importable(path):
             spec.loader.exec_module(module)
@@ -89,7 +89,7 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
 
 @contextlib.contextmanager
 def _neighbours_importable(path: Path) -> Iterator[None]:
-    """Lets the file import what lies beside it; last, as there may be a jax.py among that."""
+    """Lets the file import the files beside it; searched last, as one may be named jax.py."""
     before = list(sys.path)
     sys.path.append(str(path.parent))
     try:

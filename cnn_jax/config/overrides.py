@@ -1,4 +1,4 @@
-"""`--set field=value`: a configuration with other values, typed by its fields."""
+"""`--set field=value`: changes values of a configuration; the field's type decides how to parse."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ from cnn_jax.config.types import fields_of, parse
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
-    """`config` with each "field=value" or "part.field=value" applied, typed by the field.
+    """`config` with each "field=value" or "part.field=value" applied, parsed by the field's type.
 
     Raises:
       ConfigError: an unknown field (with the nearest names) or a value of the wrong type.

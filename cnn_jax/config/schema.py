@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, each field with its type, default, range and meaning.
 
-An experiment file returns a `Config`; `--set field=value` changes it. Modules and Optax factories
-stand in it as themselves. `fields` on the command line prints what stands here.
+An experiment file returns a `Config`; `--set field=value` changes it. It holds modules and Optax
+factories as Python objects. The command `fields` prints the descriptions below.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What a field may be.
+    """The allowed values of a field.
 
     Attributes:
-      allowed: in words, behind "must be".
-      holds: whether a value of the field's type, which is not None, is allowed.
+      allowed: in words that follow "must be".
+      holds: tells whether a value is allowed; the value has the field's type and is not None.
     """
 
     allowed: str
@@ -110,8 +110,8 @@ class Config:
         AT_LEAST_1,
         "examples a step of evaluation, raised to a multiple of the devices; every example counts",
     ] = 500
-    # Its name and keywords are recorded, and compared when a run goes on; the code of a function of the
-    # user's own is not.
+    # Its name and keywords are recorded, and compared when a run resumes. The code of a user's own
+    # function is not.
     optimizer: Annotated[
         Callable[..., optax.GradientTransformation],
         "an Optax factory that takes learning_rate, as optax.adam or "
@@ -184,7 +184,7 @@ class Config:
     ] = 100
 
 
-# What a run may change when it goes on: none of these touches the mathematics.
+# The fields that may change when a run resumes. None of them changes the mathematics.
 CHANGEABLE_ON_RESUME = frozenset(
     {
         "devices",

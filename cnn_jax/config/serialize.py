@@ -32,16 +32,16 @@ def to_json(value: Any) -> Any:
 
 
 def data_from_json(saved: dict) -> DataConfig:
-    """The `data` part of a config.json.
+    """The DataConfig that the `data` part of a config.json describes.
 
     Raises:
-      ConfigError: it is not one.
+      ConfigError: the part is invalid.
     """
     return _from_json(DataConfig, saved, "data")
 
 
 def model_from_json(saved: dict, own: nn.Module | None = None) -> nn.Module:
-    """The `model` part of a config.json, for the classes of `cnn_jax.models`.
+    """The model that the `model` part of a config.json describes.
 
     Args:
       saved: that part.
@@ -101,7 +101,7 @@ def _from_json(kind: type, saved: dict, path: str, own: nn.Module | None = None)
 
 
 def with_defaults(saved: dict, value: Any) -> dict:
-    """`saved`, the JSON form of a `value` of earlier code, with later fields at their defaults."""
+    """`saved`, a JSON form from earlier code, with defaults for fields added to `value` since."""
     filled = dict(saved)
     defaults = {f.name: f.default for f in dataclasses.fields(value)} if is_record(value) else {}
     for name in fields_of(value):
@@ -113,7 +113,7 @@ def with_defaults(saved: dict, value: Any) -> dict:
 
 
 def changes(saved: dict, config: Config, free: Collection[str] = ()) -> list[str]:
-    """`differences` of the `config` part of a config.json from `config`, but for the fields in `free`.
+    """`differences` of a config.json's `config` part from `config`, without the fields in `free`.
 
     Fields that were added after it was written count as saved with their defaults.
     """
@@ -123,7 +123,7 @@ def changes(saved: dict, config: Config, free: Collection[str] = ()) -> list[str
 
 
 def is_of(saved: dict, config: Config) -> bool:
-    """Whether `saved`, of a config.json, is `config`, but for fields that change no number."""
+    """Whether `saved`, from a config.json, equals `config` except for CHANGEABLE_ON_RESUME."""
     return not changes(saved, config, CHANGEABLE_ON_RESUME)
 
 

@@ -1,4 +1,4 @@
-"""What the fields inside a configuration are, by their type hints: listed, parsed, checked."""
+"""Lists, parses and checks the fields of a configuration by their type hints."""
 
 import collections.abc
 import contextlib
@@ -35,8 +35,8 @@ class Description:
     Attributes:
       name: as in `--set name=value`, without the part before a dot.
       hint: its type.
-      default: dataclasses.MISSING where an experiment file must give it.
-      range: what it may be; None: anything of its type.
+      default: dataclasses.MISSING if an experiment file must give it.
+      range: its allowed values; None: all values of its type.
       help: what it is for, with its unit.
     """
 
@@ -48,7 +48,7 @@ class Description:
 
     @property
     def allowed(self) -> str:
-        """Its range in words, behind "must be"."""
+        """Its range in words that follow "must be"."""
         words = self.range.allowed if self.range else _described(self.hint)
         return f"{words}, or none" if _takes_none(self.hint) else words
 
@@ -73,7 +73,7 @@ def is_record(value: Any) -> bool:
 
 
 def parse(text: str, hint: Any, old: Any) -> Any:
-    """`text` as a value of type `hint`; a ValueError says what is wrong with it."""
+    """`text` as a value of type `hint`; raises ValueError with the reason if it is not one."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         if text.lower() == "none" and type(None) in arguments:
@@ -112,7 +112,7 @@ def parse(text: str, hint: Any, old: Any) -> Any:
 
 
 def check_types(value: Any, prefix: str) -> None:
-    """Refuses an experiment file's epochs="10" here, in one line, instead of deep in the run."""
+    """Raises ConfigError for a value of the wrong type, as an experiment file's epochs="10"."""
     for name, hint in fields_of(value).items():
         item = getattr(value, name)
         if not _matches(item, hint):
@@ -136,7 +136,7 @@ def _matches(item: Any, hint: Any) -> bool:
         return isinstance(item, (int, float)) and not isinstance(item, bool)
     if hint is int:
         return isinstance(item, int) and not isinstance(item, bool)
-    # What a module of the user's own says of its fields otherwise is between the two of them.
+    # Other type hints, in a user's own module, are not checked.
     return hint not in (bool, str, types.NoneType, nn.Module, DataConfig) or isinstance(item, hint)
 
 

@@ -1,4 +1,4 @@
-"""Every check of a configuration: by itself, and against the images it meets."""
+"""All checks of a configuration: by itself, and against the images of its dataset."""
 
 import functools
 import inspect
@@ -17,14 +17,14 @@ from cnn_jax.models.shapes import takes_no, too_small
 
 
 def validate(config: Config, trained: bool = False) -> Config:
-    """`config`, after checking every field's range, and that each has an effect beside the others.
+    """Checks every field's range, and that the fields fit together; returns `config`.
 
     Args:
-      config: of a run.
-      trained: whether it has been trained so: what was only unwise can be read all the same.
+      config: a run's configuration.
+      trained: True for a run that was trained already: values that are only unwise are accepted.
 
     Raises:
-      ConfigError: the first field that is out of range: its name, its value, what is allowed.
+      ConfigError: a field is out of range; gives its name, its value and what is allowed.
     """
 
     def check(good: bool, field: str, allowed: str) -> None:
@@ -58,7 +58,7 @@ def validate(config: Config, trained: bool = False) -> Config:
 
 
 def _check_together(config: Config, check: Callable[[bool, str, str], None]) -> None:
-    """Checks what a field may be beside the others."""
+    """Checks the fields that depend on each other."""
     data, warmup, epochs = config.data, config.warmup_epochs, config.epochs
     check(warmup <= epochs, "warmup_epochs", f"at most epochs={epochs}")
     check(
@@ -78,7 +78,7 @@ def _check_together(config: Config, check: Callable[[bool, str, str], None]) -> 
 
 
 def _check_axis_names(value: object, prefix: str) -> None:
-    """Refuses a module's axis of jax.pmap: training is one jit over all devices and has none."""
+    """Refuses a module with a jax.pmap axis: training is one jit over all devices, without axes."""
     for name in fields_of(value):
         inside = value.keywords[name] if isinstance(value, functools.partial) else vars(value)[name]
         if name.endswith("axis_name") and inside is not None:
@@ -93,13 +93,13 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: in
     """The number of logits of `model` for such images.
 
     Raises:
-      ConfigError: the model cannot take them, or has fewer logits than there are classes.
+      ConfigError: the model does not fit them, or has fewer logits than there are classes.
     """
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
         call = functools.partial(model.init_with_output, train=False)
         logits, variables = jax.eval_shape(call, jax.random.key(0), image)
-    except Exception as error:  # the layers refuse what does not fit in many ways
+    except Exception as error:  # the layers raise errors of many types
         raise takes_no(image_shape, model, error) from error
     if any(0 in leaf.shape for leaf in jax.tree.leaves((logits, variables))):
         raise too_small(image_shape, model)
@@ -112,10 +112,10 @@ def check_model(model: nn.Module, image_shape: tuple[int, int, int], classes: in
 
 
 def check_init_examples(config: Config, image_shape: tuple[int, int, int]) -> None:
-    """Refuses examples for an initialisation that does not look at them.
+    """Checks that the model's initialisation depends on the images.
 
     Raises:
-      ConfigError: the fields `init_examples` and `model`.
+      ConfigError: it does not; names the fields `init_examples` and `model`.
     """
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     program = jax.make_jaxpr(config.model.init)(jax.random.key(0), image).jaxpr
@@ -131,7 +131,7 @@ def check_images(data: DataConfig, image_shape: tuple[int, int, int]) -> None:
     """Checks that images of this shape can be normalised and cropped as `data` says.
 
     Raises:
-      ConfigError: a field that does not fit them: its name, its value, what is allowed.
+      ConfigError: a field does not fit them; gives its name, its value and what is allowed.
     """
     height, width, channels = image_shape
     for field in ("mean", "std"):

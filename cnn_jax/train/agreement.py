@@ -1,7 +1,7 @@
-"""What the processes of one run must have in common before its first step.
+"""Checks, before the first step, that all processes of a run have the same program and data.
 
-Each of them computes its part of every sum. One that trains with another learning rate, other code or
-other data would not be noticed: the run would end well, with wrong numbers.
+Each process computes a part of every sum. If one used another learning rate, code or data, no
+error would occur, but the results would be wrong.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from cnn_jax.config.serialize import differences, to_json
 from cnn_jax.data.splits import Splits
 from cnn_jax.train import parallel, workdir
 
-# Examples of a split whose pixels are compared. Reading all of a dataset larger than memory takes long.
+# The number of examples compared in a split. Reading a whole large dataset is slow.
 EXAMPLES = 256
 
 
 def check_program(config: Config) -> None:
-    """Compares what makes the program: the configuration, the code, the versions.
+    """Compares the configuration, the code and the versions of all processes.
 
     Raises:
-      ConfigError: a process differs from process 0; names it and what differs.
+      ConfigError: a process differs from process 0; names it and the differences.
     """
     if jax.process_count() == 1:
         return
@@ -48,7 +48,7 @@ def check_program(config: Config) -> None:
 
 
 def check_data(splits: Splits) -> None:
-    """Compares what is trained on and evaluated: sizes, classes, labels, pixels of some examples.
+    """Compares the splits of all processes: sizes, classes, pixels and labels of some examples.
 
     Raises:
       ConfigError: as `check_program`.
@@ -91,9 +91,9 @@ def _sum_of_code(folder: Path) -> str:
 
 
 def _sum_of_source(what: Callable | type) -> str:
-    """Of the file that defines it: an experiment's, or a library's."""
+    """The hash of the source file that defines `what`, in an experiment or a library."""
     module = sys.modules.get(getattr(what, "__module__", ""))
     try:
         return hashlib.sha256(Path(inspect.getfile(module or what)).read_bytes()).hexdigest()[:12]
-    except (TypeError, OSError):  # no file, as of a function typed into an interpreter
+    except (TypeError, OSError):  # no file: defined in an interpreter
         return "unknown"

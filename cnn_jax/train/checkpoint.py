@@ -1,20 +1,20 @@
-"""Checkpoints that prove themselves: how they lie in a workdir, and how they are read.
+"""The format of checkpoints in a workdir, and how they are read and verified.
 
-checkpoints/STEP/ holds, as Orbax items:
-  variables  the model's params and its other collections, as batch_stats; eval_params where they differ
+checkpoints/STEP/ holds these Orbax items:
+  variables  the model's params, other collections (batch_stats), and eval_params if they differ
   training   the rest of the TrainState: step, opt_state, rng, sums
-  manifest   shape, dtype and SHA-256 of every array above, what the run noted, and its own SHA-256
+  manifest   shape, dtype and SHA-256 of every array above, the run's notes, and its own SHA-256
 
 Orbax restores a flipped byte without a word and may read a missing file as zeros. The manifest
 holds the sums of the arrays in memory, and one rename makes both visible. So a restore gives the saved
 arrays, or refuses.
 
-Orbax writes; the arrays are read with TensorStore, on which it stands. Orbax's own restore of a
-damaged file leaves tracebacks of its threads on the screen, and makes several processes wait for
+Orbax writes the arrays. This file reads them with TensorStore, which Orbax uses too. Orbax's own
+restore of a damaged file prints tracebacks from its threads, and makes several processes wait for
 each other.
 
-Beside the steps there may be damaged-STEP, set aside by a run that went on from an earlier one, and
-what a killed run left of a save or of a deletion, which the next run clears away.
+The folder may also hold damaged-STEP, set aside by a run that resumed from an earlier step, and
+unfinished saves or deletions of a killed run. The next run deletes the unfinished ones.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class DamagedCheckpoint(CheckpointError):
-    """One checkpoint is incomplete or holds other bytes than were saved."""
+    """A checkpoint is incomplete, or differs from what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Restored:
     Attributes:
       step: its training step.
       arrays: name ("params/Conv_0/kernel") to NumPy array.
-      notes: what the run noted with it.
+      notes: the JSON that the run saved with it.
     """
 
     step: int
@@ -63,7 +63,7 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of a workdir, read with proof; `checkpoint_writer` writes them."""
+    """Reads and verifies the checkpoints of a workdir; `checkpoint_writer` writes them."""
 
     def __init__(self, workdir: Path):
         """`workdir`/checkpoints need not exist."""
@@ -80,12 +80,12 @@ class Checkpoints:
         """The arrays and notes of one checkpoint.
 
         Args:
-          step: which.
-          training: False leaves out what evaluation does not need.
+          step: its training step.
+          training: False omits the arrays that only training needs.
           verify: compares every array with its SHA-256 sum.
 
         Raises:
-          DamagedCheckpoint: it is not what was saved; names what is wrong first.
+          DamagedCheckpoint: it differs from what was saved; names the first problem.
         """
         folder = self.folder / str(step)
         try:
@@ -115,10 +115,10 @@ class Checkpoints:
         return manifest
 
     def newest(self, training: bool = True, verify: bool = True) -> Restored | None:
-        """The newest valid checkpoint; damaged ones are named and skipped. None: there are none.
+        """The newest valid checkpoint, None if there are none; warns of damaged ones, skips them.
 
         Raises:
-          CheckpointError: there are checkpoints, and all are damaged.
+          CheckpointError: all checkpoints are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -164,7 +164,7 @@ class Checkpoints:
         return self.read(int(which), training, verify)
 
     def best(self) -> int | None:
-        """The step with the highest validation accuracy by metrics.jsonl; the first of equals."""
+        """The step with the highest validation accuracy in metrics.jsonl; the first in a tie."""
         steps = set(self.steps())
         scores = {
             line["step"]: line["validation_accuracy"]
@@ -175,7 +175,7 @@ class Checkpoints:
 
 
 def verify(workdir: Path) -> int:
-    """Checks every checkpoint of a workdir, prints what each is worth; 0, or 4 if one is damaged."""
+    """Checks all checkpoints of a workdir, prints the results; 0, or 4 if one is damaged."""
     if not workdir.is_dir():
         raise CheckpointError(f"workdir={workdir}: no such folder")
     checkpoints = Checkpoints(workdir)
@@ -200,7 +200,7 @@ def verify(workdir: Path) -> int:
 def names(state: Any) -> dict[str, Any]:
     """The leaves of a TrainState by name, as in "opt_state/0/mu/Conv_0/kernel".
 
-    Those of its model_state begin with their collection, as in "batch_stats/BatchNorm_0/mean".
+    Names in model_state begin with their collection, as in "batch_stats/BatchNorm_0/mean".
     """
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -216,7 +216,7 @@ def fill(template: Any, restored: Restored) -> Any:
       restored: the checkpoint.
 
     Raises:
-      CheckpointError: names, shapes or types differ; lists how. Nothing is cast or left out.
+      CheckpointError: names, shapes or types differ; lists them. Nothing is cast or omitted.
     """
     wanted = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in names(template).items()}
     tops = {name.split("/")[0] for name in wanted}
@@ -245,7 +245,7 @@ def _shown(kind: tuple | None) -> str:
 
 def _read(folder: Path, names: Iterable[str]) -> Arrays:
     """Arrays of an Orbax item by name: zarr arrays in one OCDBT database."""
-    context = tensorstore.Context()  # a cache of its own: the files may have changed since
+    context = tensorstore.Context()  # a new cache: the files may have changed
     database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
 
     def opened(name: str) -> tensorstore.Future:
@@ -262,7 +262,7 @@ def is_variable(name: str) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of Orbax or TensorStore says, which can be pages, as part of one line."""
+    """The message of an Orbax or TensorStore error, shortened to fit in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if number := re.search(r"\[os_error_code='(\d+)'\]", str(error)):

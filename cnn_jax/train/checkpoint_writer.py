@@ -1,8 +1,8 @@
-"""Writes checkpoints in the background. The only file that says orbax.
+"""Writes checkpoints in the background. Only this file imports Orbax.
 
-A save is done when the checkpoint has been read back: opened as a restore would open it, its sums
-compared with those of the arrays in memory. Only then are older ones deleted. One that cannot be
-written or read back is told at once and removed; the run goes on from memory and saves again.
+A save is complete when the checkpoint was read back as in a restore, and its checksums match those
+of the arrays in memory. Only then are older checkpoints deleted. A checkpoint that cannot be
+written or read back is reported at once and removed; the run continues and saves again.
 """
 
 import contextlib
@@ -36,25 +36,25 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointWriter(Checkpoints):
-    """The checkpoints of a workdir that a run adds to."""
+    """Reads and writes the checkpoints of a run's workdir."""
 
     def __init__(self, workdir: Path, keep: int = 1):
         """Args:
-        workdir: of the run; checkpoints/ need not exist.
-        keep: how many of the latest `save` leaves, besides the best.
+        workdir: the run's folder; checkpoints/ need not exist.
+        keep: how many of the latest checkpoints to keep, besides the best.
         """
         super().__init__(workdir)
         self._keep = keep
         self._writer: ocp.AsyncCheckpointer | None = None
-        self._proving: Future[None] | None = None  # of the save under way
+        self._proving: Future[None] | None = None  # of the current save
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._failure: CheckpointError | None = None  # of the last save
         self._failures, self._failed_at = 0, 0.0  # since the last success
 
     def start_writing(self, resume_at: int | None) -> None:
-        """Clears away what a dead run left: half-written saves, and damaged later checkpoints.
+        """Deletes unfinished saves of an earlier run, and sets its damaged checkpoints aside.
 
-        Damaged ones are kept as damaged-STEP, out of the way of the steps to be saved again.
+        Those are renamed to damaged-STEP, because the run will save their steps again.
 
         Raises:
           CheckpointError: the folder cannot be written.
@@ -73,14 +73,14 @@ class CheckpointWriter(Checkpoints):
     def save(self, state: TrainState, notes: dict) -> None:
         """Starts to save `state`; returns before its arrays are written.
 
-        A failure is logged at once; `wait` raises it, `failing` and `retry_is_due` tell of it.
+        A failure is logged at once; `wait` raises it, `failing` and `retry_is_due` report it.
 
         Args:
           state: of NumPy arrays, equal on all processes.
-          notes: plain JSON, handed back by `read`.
+          notes: plain JSON, returned by `read`.
         """
         self._join()
-        # Copied: on a CPU they may be views of buffers that the next step takes over.
+        # Copied: on a CPU they may be views of buffers that the next step reuses.
         arrays = {name: np.array(value) for name, value in names(state).items()}
         manifest = {
             "step": int(arrays["step"]),
@@ -96,11 +96,11 @@ class CheckpointWriter(Checkpoints):
             self._proving = self._background.submit(self._prove, manifest)
 
     def _start(self, arrays: Arrays, manifest: dict) -> None:
-        """Hands the arrays to Orbax, which writes them in threads of its own."""
-        full = {name: a for name, a in arrays.items() if a.size}  # Orbax refuses the others
+        """Passes the arrays to Orbax, which writes them in its own threads."""
+        full = {name: a for name, a in arrays.items() if a.size}  # Orbax refuses empty ones
         variables = {name: a for name, a in full.items() if is_variable(name)}
         training = {name: a for name, a in full.items() if name not in variables}
-        if not self.folder.is_dir():  # Orbax would make it anew
+        if not self.folder.is_dir():  # Orbax would create it again
             raise FileNotFoundError(f"{self.folder} is gone")
         if self._writer is None:
             self._writer = _make_writer()
@@ -114,7 +114,7 @@ class CheckpointWriter(Checkpoints):
         )
 
     def _prove(self, manifest: dict) -> None:
-        """Waits until the save is written, reads it back, then deletes what is no longer kept."""
+        """Waits until the save is written, reads it back, then deletes old checkpoints."""
         try:
             self._writer.wait_until_finished()
             if parallel.is_main_process():
@@ -126,10 +126,10 @@ class CheckpointWriter(Checkpoints):
             self._failure, self._failures = None, 0
 
     def _read_back(self, manifest: dict) -> None:
-        """Removes a checkpoint that is not what was to be saved, which no restore shall find.
+        """Verifies the checkpoint just written; removes it if it differs from `manifest`.
 
         Raises:
-          DamagedCheckpoint: what is wrong with it.
+          DamagedCheckpoint: it differs; names the problem.
         """
         folder = self.folder / str(manifest["step"])
         try:
@@ -155,11 +155,11 @@ class CheckpointWriter(Checkpoints):
                 self._clear_unfinished()
 
     def failing(self) -> bool:
-        """Whether the last save failed on any process; each must call it at the same place."""
+        """Whether the last save failed on any process; all must call it at the same point."""
         return bool(parallel.largest(int(self._failure is not None)))
 
     def retry_is_due(self) -> bool:
-        """Whether the last save failed, and long enough ago to try another; as `failing`.
+        """Whether to retry a failed save now; all processes must call it at the same point.
 
         The pause grows from two seconds to a minute, so that a full disk does not stop the training.
         """
@@ -171,7 +171,7 @@ class CheckpointWriter(Checkpoints):
         """Waits until the last save is done.
 
         Raises:
-          CheckpointError: it could not be written, or not be read back; on every process.
+          CheckpointError: it could not be written or read back; raised on every process.
         """
         self._join()
         if self.failing():
@@ -199,7 +199,7 @@ class CheckpointWriter(Checkpoints):
     def _discard_writer(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
-            with contextlib.suppress(Exception):  # the same failure again
+            with contextlib.suppress(Exception):  # it repeats the same failure
                 writer.close()
 
     def _clear_unfinished(self) -> None:
@@ -217,7 +217,7 @@ class CheckpointWriter(Checkpoints):
 
 
 def _make_writer() -> ocp.AsyncCheckpointer:
-    # Where a folder cannot be made, threads would wait ten minutes for one that is made in another.
+    # If a folder cannot be created, Orbax's threads would otherwise wait for it for ten minutes.
     options = ocp.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(async_options=options)
@@ -226,7 +226,7 @@ def _make_writer() -> ocp.AsyncCheckpointer:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a folder or file, if it is there and can be."""
+    """Deletes a folder or file if it exists; ignores errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 def dry_run(config: Config, data_dir: str | None = None, download: bool = False) -> list[dict]:
-    """Does everything once on two batches, in a workdir that is thrown away.
+    """Trains, evaluates, saves and restores two batches in a temporary workdir.
 
     Raises:
-      ConfigError: this is one of several processes, which would share no such workdir.
-      As `train`.
+      ConfigError: this is one of several processes, which cannot share that workdir.
+      The errors of `train`.
     """
     if parallel.is_one_of_several():
         raise ConfigError("--dry_run: takes one process; leave out --coordinator")

@@ -18,12 +18,12 @@ from cnn_jax.train.step import eval_step
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """An evaluation over every example of a split.
+    """The results of an evaluation over every example of a split.
 
     Attributes:
-      examples: how many.
+      examples: their number.
       loss: mean softmax cross-entropy.
-      accuracy: the share that was classified rightly.
+      accuracy: the share of correct predictions.
       confusion: int64 [classes, classes], rows by label, columns by prediction.
     """
 
@@ -33,7 +33,7 @@ class Metrics:
     confusion: np.ndarray
 
     def class_accuracy(self) -> list[float | None]:
-        """The share of each class that was classified rightly; None for a class without examples."""
+        """The share of correct predictions by class; None for a class without examples."""
         totals = self.confusion.sum(1)
         pairs = zip(self.confusion.diagonal(), totals, strict=True)
         return [float(right / total) if total else None for right, total in pairs]
@@ -72,11 +72,11 @@ def each_batch(
       eval_step: from `make_eval_step`.
       variables: "params" and the model's other collections, on the mesh.
       examples: a split.
-      batch_size: raised to a multiple of the devices; decides the last digits of the loss.
+      batch_size: rounded up to a multiple of the devices; affects the last digits of the loss.
       mesh: the devices.
-      before_each: called before each batch; what it raises ends the evaluation.
+      before_each: called before each batch; an exception from it ends the evaluation.
     """
-    # A batch larger than the split would be padding only.
+    # The rest of a batch larger than the split would be padding.
     batch_size = -(-min(batch_size, len(examples)) // mesh.size) * mesh.size
     outputs: list[Any] = []
     for batch in loader.evaluation_batches(examples, batch_size):
@@ -89,7 +89,7 @@ def each_batch(
 
 
 def metrics_of(sums: Sequence[dict[str, np.ndarray]], examples: int) -> Metrics:
-    """The metrics of a split of so many `examples` from the "loss" and "confusion" of its batches."""
+    """The metrics of a split with this number of examples, from the `eval_step` of its batches."""
     confusion = np.sum([s["confusion"] for s in sums], axis=0, dtype=np.int64)
     loss = float(np.sum([s["loss"] for s in sums], dtype=np.float64))
     return Metrics(examples, loss / examples, int(confusion.trace()) / examples, confusion)

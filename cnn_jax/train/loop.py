@@ -1,13 +1,12 @@
-"""The training loop. Its order, which a resumed run repeats exactly:
+"""The training loop. A resumed run repeats this order exactly:
 
   load data -> initialise -> restore the newest valid checkpoint
-  each epoch: its order of examples is drawn from (seed, epoch); for each batch
+  each epoch: shuffle the examples by (seed, epoch); for each batch
     step -> (log) -> loss finite? -> (checkpoint) -> asked to stop? then save and end
   (checkpoint) -> evaluate, (asked to stop? then end) -> write the line of metrics.jsonl
 
-All that a line says follows from the state after the epoch's last step. A run that is restored at
-that step, and does not find its line, evaluates and writes it before it goes on: however it ended,
-no line is lost or repeated.
+A line depends only on the state after the epoch's last step. If a run is restored at that step and
+its line is missing, the run first evaluates and writes the line. So no line is lost or repeated.
 """
 
 import functools
@@ -42,14 +41,14 @@ def train(
     verify: bool = True,
     splits: Splits | None = None,
 ) -> list[dict]:
-    """Trains to the last epoch, going on where an earlier call on `workdir` stopped.
+    """Trains to the last epoch; resumes where an earlier call on `workdir` stopped.
 
     Args:
       config: the run.
-      workdir: its folder; made if missing.
+      workdir: its folder; created if missing.
       experiment: the name to record.
-      data_dir: where the dataset lies.
-      download: fetches the dataset if it is not prepared.
+      data_dir: the folder of the dataset.
+      download: downloads the dataset if it is not prepared.
       verify: compares a restored checkpoint with its checksums.
       splits: the examples, if they are loaded already.
 
@@ -57,9 +56,9 @@ def train(
       The lines of metrics.jsonl.
 
     Raises:
-      ConfigError, DataError, CheckpointError: as their names say.
+      ConfigError, DataError, CheckpointError: the configuration, data or a checkpoint is unusable.
       NotFiniteError: the loss, the parameters or an evaluation became infinite or NaN.
-      Preempted: a signal asked the run to end; it saved, and the same call goes on.
+      Preempted: a signal asked the run to end; its state is saved, the same call resumes it.
     """
     validate(config)
     mesh = parallel.make_mesh(config.devices)
@@ -69,7 +68,7 @@ def train(
     if parallel.is_main_process():
         prepare(workdir)
     with StopSignals() as signals, locked(workdir) as check_lock:
-        check_same_run(workdir, config, metadata={})  # before time goes into the data
+        check_same_run(workdir, config, metadata={})  # before the data is loaded, which takes time
         splits = splits or load_splits(config, data_dir, download)
         agreement.check_data(splits)
         metadata = check_splits(config, splits)
@@ -116,7 +115,7 @@ class _Run:
     # ------------------------------------------------------------------------------ before
 
     def restore(self, verify: bool) -> checkpoint.Restored | None:
-        """Fills `state` from the newest valid checkpoint, which is returned, or initialises it."""
+        """Restores `state` from the newest valid checkpoint and returns that, or initialises it."""
         config, shape = self.config, self.splits.train.image_shape
         make = functools.partial(init_state, config.model, self.optimizer, shape, config.seed)
         restored = self.saver.checkpoints.newest(verify=verify)
@@ -194,7 +193,7 @@ class _Run:
         self._end_epoch(epoch)
 
     def _end_epoch(self, epoch: int) -> None:
-        """All that follows an epoch's last step; depends on nothing but `state`."""
+        """Does all that follows an epoch's last step; depends only on `state`."""
         config, saver, step = self.config, self.saver, int(self.state.step)
         last = epoch + 1 == config.epochs
         stop = saver.asked_to_stop(step)
@@ -243,6 +242,6 @@ class _Run:
         return line
 
     def _stop_evaluating(self) -> None:
-        """Ends the run between two batches of an evaluation, which may take longer than the grace."""
+        """Ends the run after a signal: an evaluation may take longer than `grace_seconds`."""
         if jax.process_count() == 1 and (stop := self.signals.exit_code):
             self.saver.stop(self.state, self.epoch_seconds, stop)

@@ -1,8 +1,7 @@
 """Makes any Optax transformation one that a train step can jit and a checkpoint can hold.
 
-Three things keep some of Optax's own from that, and are met here: typed random keys in a state
-(`optax.noisy_sgd`), the pairs of parameters that `optax.lookahead` takes and returns, and optimizers
-whose result is not the parameters at which the gradients are taken.
+Three cases need this: typed random keys in a state (`optax.noisy_sgd`), the pairs of parameters of
+`optax.lookahead`, and optimizers that take gradients at other parameters than their result.
 """
 
 import inspect
@@ -26,7 +25,7 @@ class KeyData:
 
 
 class SlowParams(NamedTuple):
-    """The state of an optimizer that holds `optax.lookahead`, with the slow parameters."""
+    """The state of an optimizer that contains `optax.lookahead`, and the slow parameters."""
 
     inner: optax.OptState
     slow: optax.Params
@@ -35,14 +34,14 @@ class SlowParams(NamedTuple):
 def adapt(
     factory: Callable[..., optax.GradientTransformation], **arguments: Any
 ) -> optax.GradientTransformation:
-    """What `factory(**arguments)` returns, with a state of plain arrays that keep shape and type.
+    """The result of `factory(**arguments)`, with a state of plain arrays of fixed shape and type.
 
     Returns:
-      One whose `init` and `update` raise ConfigError, while they are traced, where the transformation
-      cannot be used so: it fails, or its state changes in shape or type.
+      A transformation. Its `init` and `update` raise ConfigError during tracing if the original one
+      fails, or if its state changes in shape or type.
 
     Raises:
-      ConfigError: the factory fails, or returns something else.
+      ConfigError: the factory fails, or does not return a transformation.
     """
     function = getattr(factory, "func", factory)
     name = getattr(function, "__qualname__", type(function).__name__)
@@ -87,16 +86,16 @@ def adapt(
 
 
 def eval_params(state: optax.OptState, params: optax.Params) -> Any:
-    """The parameters to evaluate, where the optimizer's paper means others than the trained ones.
+    """The parameters to evaluate, if the optimizer's paper uses others than the trained ones.
 
-    Those of `optax.contrib.schedule_free` are its average x, those of `optax.lookahead` the slow ones,
-    and those of `optax.contrib.sam` the ones that it moves away from in between.
+    For `optax.contrib.schedule_free` they are its average x, for `optax.lookahead` the slow ones,
+    and for `optax.contrib.sam` the ones before its perturbation.
 
     Returns:
-      As `params`; {} for any other optimizer.
+      A tree like `params`; {} for any other optimizer.
 
     Raises:
-      ConfigError: there are two such optimizers, or one that is given a part of the parameters.
+      ConfigError: there are two such optimizers, or one has only a part of the parameters.
     """
     found = [node for node in _nodes(state) if isinstance(node, tuple(_EVALUATED))]
     if not found:
@@ -118,7 +117,7 @@ def _of_schedule_free(state: Any, params: optax.Params) -> optax.Params:
 
 
 def _of_sam(state: Any, params: optax.Params) -> optax.Params:
-    if state.cache is None:  # opaque_mode: it comes back within a step
+    if state.cache is None:  # opaque_mode: a step removes its perturbation
         return params
     back = state.steps_since_sync == 0
     return jax.tree.map(lambda new, old: jnp.where(back, new, old), params, state.cache)
@@ -162,7 +161,7 @@ def _tried(name: str, call: Callable, *arguments: Any, **options: Any) -> Any:
         return call(*arguments, **options)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a transformation refuses, and in as many ways
+    except Exception as error:  # transformations raise errors of many types
         reason = " ".join(str(error).splitlines()[:1])[:200]
         raise ConfigError(
             f"optimizer: {name} fails ({type(error).__name__}: {reason}); it is given learning_rate as "

@@ -42,7 +42,7 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
     """The Optax chain of `config`: clipping, weight decay of kernels, the optimizer, its schedule.
 
     Raises:
-      ConfigError: the factory fails, or returns something else.
+      ConfigError: the factory fails, or does not return a transformation.
     """
     arguments = {"learning_rate": make_schedule(config, steps_per_epoch)}
     chain = []
@@ -50,8 +50,8 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
         chain.append(optax.clip_by_global_norm(config.clip_norm))
     takes = inspect.signature(config.optimizer).parameters
     masks = {"mask", "weight_decay_mask"} & takes.keys()
-    if "weight_decay" in takes and masks:  # given always: its own default may be other than 0
-        free = masks - getattr(config.optimizer, "keywords", {}).keys()  # a mask of the user's wins
+    if "weight_decay" in takes and masks:  # always given: its default may not be 0
+        free = masks - getattr(config.optimizer, "keywords", {}).keys()  # the user's mask stays
         arguments |= {"weight_decay": config.weight_decay, **dict.fromkeys(free, kernels)}
     elif config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, kernels))
@@ -59,11 +59,11 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
 
 
 def kernels(params: dict) -> dict:
-    """True for the arrays that weight decay concerns.
+    """True for the arrays to which weight decay applies.
 
-    A name that ends in "bias" or "scale" says what the array is, as flax.linen's layers name them:
-    attention's biases have two dimensions, and stacked layers one more. A "kernel" is one whatever its
-    dimensions; arrays of other names are taken for kernels from two dimensions on.
+    The end of the name decides, as flax.linen names them: "kernel" is decayed, "bias" and "scale"
+    are not. Dimensions alone do not tell: attention's biases have two, stacked layers have one more.
+    An array with another name is decayed if it has at least two dimensions.
     """
 
     def decays(path: tuple, array: jax.Array) -> bool:
@@ -88,24 +88,24 @@ def muon_and_sgd(
     momentum: float = 0.85,
     whitening_share: float = 3 / 8,
 ) -> optax.GradientTransformation:
-    """The CIFAR-10 speedrun's optimizer: Muon for filters, Nesterov's momentum for all else.
+    """The CIFAR-10 speedrun's optimizer: Muon for filters, Nesterov momentum for the rest.
 
-    Source: airbench94_muon of KellerJordan/cifar10-airbench, whose losses are sums over a batch; here
-    they are means, so its rates for biases and head are multiplied by its batch.
+    Source: airbench94_muon of KellerJordan/cifar10-airbench. Its losses are sums over a batch. Here
+    they are means, so its rates for biases and head are multiplied by the batch size.
 
     Args:
-      learning_rate: of the filters, a schedule; the other rates follow its course.
-      bias_learning_rate: the first one.
-      head_learning_rate: the first one, of kernels with two dimensions.
-      decay: the share of a bias or a weight of the head that a step takes away at the first rate,
-        before momentum. The filters keep their norm anyway.
+      learning_rate: the schedule of the filters; the other rates are proportional to it.
+      bias_learning_rate: the rate of the biases at the first step.
+      head_learning_rate: the rate of kernels with two dimensions at the first step.
+      decay: the share of a bias or head weight that a step subtracts at the first rate, before
+        momentum. The filters have a fixed norm.
       muon_momentum: of the filters.
       momentum: of biases and head.
-      whitening_share: of a run whose rate falls linearly to 0, during which the bias of a layer named
-        "whitening" is trained; its kernel never is.
+      whitening_share: the share of the run that trains the bias of a layer named "whitening",
+        if the rate falls linearly to 0. The kernel of that layer is not trained.
 
     Raises:
-      ConfigError: the schedule begins at 0, which the other rates would be divided by.
+      ConfigError: the schedule begins at 0; the other rates are divided by its first value.
     """
     first = float(learning_rate(0))
     if not first:
@@ -149,7 +149,7 @@ def muon_and_sgd(
 
 
 def airbench(batch_size: int) -> functools.partial:
-    """`muon_and_sgd` with airbench94_muon's rates for such batches, to be a Config's optimizer."""
+    """`muon_and_sgd` with airbench94_muon's rates for this batch size, as a Config's optimizer."""
     return functools.partial(
         muon_and_sgd,
         bias_learning_rate=0.053 * batch_size,
@@ -159,7 +159,7 @@ def airbench(batch_size: int) -> functools.partial:
 
 
 def renormalise() -> optax.GradientTransformation:
-    """Brings each kernel [..., features] to the norm sqrt(features) before the update is added."""
+    """Scales each kernel [..., features] to the norm sqrt(features) before the update is added."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def one(update: jax.Array, kernel: jax.Array) -> jax.Array:

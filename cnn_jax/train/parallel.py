@@ -1,6 +1,6 @@
-"""Devices: one jit over a mesh of them, an adapter for jax.pmap, and what several processes exchange.
+"""Devices: jit over a mesh, an adapter for jax.pmap, and exchanges between processes.
 
-The only file that says mesh, sharding or pmap. One device is a mesh of one.
+Only this file creates meshes and shardings or calls pmap. One device is a mesh of size 1.
 """
 
 import functools
@@ -19,8 +19,8 @@ from cnn_jax.common.errors import ConfigError
 
 AXIS = "data"
 
-# Steps that may be waiting for the device. More would not make it busier, would hold their batches in
-# memory, and a signal could not be answered before they are done.
+# The number of steps that may wait for the device. More would not make it faster, would keep their
+# batches in memory, and would delay the response to a signal.
 QUEUE = 3
 
 
@@ -38,7 +38,7 @@ def make_mesh(devices: int | None = None) -> Mesh:
     """A mesh over the first `devices` devices, None for all of them.
 
     Raises:
-      ConfigError: there are fewer, or several processes would not all take part.
+      ConfigError: there are fewer, or a run of several processes would not use all of them.
     """
     visible = jax.devices()
     gpu.tell_unused()
@@ -47,15 +47,15 @@ def make_mesh(devices: int | None = None) -> Mesh:
         raise ConfigError(f"devices={count}: only {len(visible)} visible ({jax.default_backend()})")
     if jax.process_count() > 1 and count != len(visible):
         raise ConfigError(f"devices={count}: a run of several processes uses all {len(visible)}")
-    # Not jax.make_mesh: it refuses devices of several slices, which two machines with GPUs count as.
+    # Not jax.make_mesh: it refuses several slices, and two machines with GPUs count as two slices.
     return Mesh(np.array(visible[:count]), (AXIS,))
 
 
 def check_divides(mesh: Mesh, batch_size: int) -> None:
-    """Refuses a batch that cannot be split evenly, before anything is compiled.
+    """Checks, before anything is compiled, that a batch can be split evenly over the devices.
 
     Raises:
-      ConfigError: its size and the number of devices.
+      ConfigError: it cannot; names its size and the number of devices.
     """
     if batch_size % mesh.size:
         raise ConfigError(f"batch_size={batch_size}: must be divisible by the {mesh.size} devices")
@@ -66,7 +66,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of `tree` on every device of the mesh. Equal on all processes beforehand."""
+    """A copy of `tree` on every device of the mesh; `tree` must be equal on all processes."""
     if jax.process_count() > 1:
         tree = jax.tree.map(np.asarray, tree)
     return _copy_to(mesh)(tree)
@@ -74,12 +74,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 @functools.cache
 def _copy_to(mesh: Mesh) -> Callable:
-    # jax.device_put may hand out the source's own buffer, and a step that takes it over destroys it.
+    # jax.device_put may return the source's buffer, and a step that reuses it would destroy it.
     return jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=replicated(mesh))
 
 
 def make_replicated(make: Callable, mesh: Mesh, *arguments: Any) -> Any:
-    """What `make(*arguments)` returns, computed in one program, on every device of the mesh."""
+    """Computes `make(*arguments)` in one program; the result is on every device of the mesh."""
     return jit(make, out_shardings=replicated(mesh))(*arguments)
 
 
@@ -95,19 +95,19 @@ def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def to_host(tree: Any) -> Any:
-    """Replicated arrays as NumPy arrays; waits for them."""
+    """Replicated arrays as NumPy arrays; waits until they are computed."""
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
 
 
 def largest(value: int) -> int:
-    """The largest `value` of all processes; each must call it at the same place."""
+    """The largest `value` of all processes; each must call it at the same point."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of each process, plain JSON, in their order; each must call it at the same place."""
+    """The JSON `value` of each process, in process order; each must call it at the same point."""
     text = json.dumps(value).encode()
     padded = np.zeros(largest(len(text)), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
@@ -116,21 +116,21 @@ def gather(value: Any) -> list[Any]:
 
 
 def agree(value: int) -> bool:
-    """Whether all processes have the same `value`; each must call it at the same place."""
+    """Whether all processes have the same `value`; each must call it at the same point."""
     return largest(value) == -largest(-value)
 
 
-# What YNN, the library of fused kernels that XLA:CPU calls by default, does in float32. The first two
-# columns are tests' (tests/train/test_parallel.py), on an Intel Xeon; networks are convolutions:
+# XLA:CPU calls YNN, a library of fused kernels, by default. Its float32 results on an Intel Xeon;
+# tests/train/test_parallel.py checks the first two columns:
 #   jaxlib    sums of squares (jax-ml/jax#39103)   arctan of 50 and more (#39352)   plain convolutions
 #   0.10.1    right                                right                            up to 8 times slower
 #   0.10.2    wrong                                wrong                            (excluded)
 #   0.11.2    right                                right                            slower
 #   0.12.0.1  right                                right                            slower
-# So every program that computes a network leaves it off, and programs of others keep it.
+# So every program that computes a network disables it. Other programs keep it.
 #
-# XLA:CPU forgets barriers before it fuses loops. `ops.formulations` puts them between those that are
-# faster apart: the second option keeps them there, for 2 to 15 % more images a second.
+# XLA:CPU removes barriers before it fuses loops. `ops.formulations` puts barriers between loops
+# that are faster unfused. The second option keeps them, for 2 to 15 % more images a second.
 _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_disable_hlo_passes": "cse_barrier_expander",
@@ -138,7 +138,7 @@ _CPU_OPTIONS = {
 
 
 def jit(function: Callable, **options: Any) -> Callable:
-    """`jax.jit` with the compiler's options for this platform, for what computes a network."""
+    """`jax.jit` for programs that compute a network, with this platform's compiler options."""
     on_cpu = jax.default_backend() == "cpu"
     return jax.jit(function, compiler_options=_CPU_OPTIONS if on_cpu else None, **options)
 
@@ -146,8 +146,8 @@ def jit(function: Callable, **options: Any) -> Callable:
 def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
     """`step(state, batch)` compiled over the mesh; the state's buffers are reused for the result.
 
-    One step a call: in a scan over eight, XLA:CPU computes convolutions in scalar loops. It trained
-    LeNet at a fifth of the speed, though the MLP at 1.4 times.
+    One call is one step. In a scan over eight steps, XLA:CPU computes convolutions in scalar loops:
+    LeNet trained at a fifth of the speed, though the MLP at 1.4 times the speed.
     """
     return jit(
         step,
@@ -158,12 +158,12 @@ def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
 
 
 def compile_step(step: Callable, mesh: Mesh, state: Any, batch: dict[str, np.ndarray]) -> Callable:
-    """`jit_step(step, mesh)` compiled ahead for a state and a batch like these.
+    """`jit_step(step, mesh)` compiled ahead of time for a state and a batch like these.
 
-    With JAX_DISABLE_JIT each operation runs by itself, to be looked at.
+    With JAX_DISABLE_JIT nothing is compiled, so that each operation can be inspected.
 
     Raises:
-      ConfigError: the model sums over an axis of its own, which training does not name.
+      ConfigError: the model uses a named axis, which training does not have.
     """
     jitted = jit_step(step, mesh)
     if jax.config.jax_disable_jit:
@@ -179,14 +179,14 @@ def compile_step(step: Callable, mesh: Mesh, state: Any, batch: dict[str, np.nda
 
 
 def pmap_step(step: Callable, devices: int | None = None) -> Callable:
-    """The same `step(state, batch, axis_name=...)` under jax.pmap: same numbers, same state.
+    """`step(state, batch, axis_name=...)` under jax.pmap, with the same numbers and state.
 
-    For code built around pmap; the trainer itself uses `jit_step`. The state goes in and comes out
-    unreplicated, so its checkpoints are interchangeable. A module with BatchNorm or Dropout needs
-    axis_name="data".
+    For code built around pmap; the trainer itself uses `jit_step`. The state is not replicated
+    before or after a step, so checkpoints are interchangeable. A module with BatchNorm or Dropout
+    needs axis_name="data".
 
     Returns:
-      step(state, batch) that takes the whole batch [N, ...] and splits it over the devices.
+      A step(state, batch) that takes the whole batch [N, ...] and splits it over the devices.
     """
     chosen = jax.local_devices()[:devices]
     mapped = jax.pmap(

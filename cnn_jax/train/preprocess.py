@@ -22,7 +22,7 @@ def normalise(image: jax.Array, data: DataConfig) -> jax.Array:
 
 
 def first_images(config: Config, examples: Examples) -> list[jax.Array]:
-    """What the initialisation of the model sees, if it sees any: float32 [init_examples, H, W, C].
+    """The images for the model's initialisation: [] or one float32 [init_examples, H, W, C].
 
     Raises:
       ConfigError: the model's first parameters do not depend on images.
@@ -35,12 +35,12 @@ def first_images(config: Config, examples: Examples) -> list[jax.Array]:
 
 
 def augment(key: jax.Array, image: jax.Array, index: jax.Array, data: DataConfig) -> jax.Array:
-    """Mirrors and crops each image at random as `data` asks; the shape stays [N, H, W, C].
+    """Mirrors and crops each image at random as `data` says; the shape stays [N, H, W, C].
 
     Args:
-      key: the step's key; an example's own is derived from it and its index.
+      key: the step's key; each example's key is derived from it and the example's index.
       image: [N, H, W, C] of any type.
-      index: int32 [N], the examples' places in the dataset.
+      index: int32 [N], the examples' positions in the dataset.
       data: `flip` and `crop_padding`.
     """
     if not data.flip and not data.crop_padding:
@@ -52,15 +52,15 @@ def augment(key: jax.Array, image: jax.Array, index: jax.Array, data: DataConfig
 def alternate_flip(
     key: jax.Array, image: jax.Array, index: jax.Array, epoch: jax.Array
 ) -> jax.Array:
-    """Mirrors half of the images in even epochs, at random, and the other half in odd ones.
+    """Mirrors a random half of the images in even epochs, and the other half in odd epochs.
 
-    Flips drawn anew each epoch show a quarter of the images the same way three times in a row; these
-    show each image both ways in any two epochs (arXiv 2404.00498).
+    Independent flips show a quarter of the images the same way in three epochs in a row.
+    Alternating flips show each image both ways in any two epochs in a row (arXiv 2404.00498).
 
     Args:
       key: the run's key, the same in every epoch.
       image: [N, H, W, C] of any type.
-      index: int32 [N], the examples' places in the dataset.
+      index: int32 [N], the examples' positions in the dataset.
       epoch: int32 [N], counted from 0.
     """
     first = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i)))(index)
@@ -72,7 +72,7 @@ def test_views(image: jax.Array, augmentation: str) -> tuple[jax.Array, tuple[fl
     """The views of images [N, H, W, C] that `test_time_augmentation` asks for, and their weights.
 
     Returns:
-      [V, N, H, W, C], of which the first are the images themselves, and V weights whose sum is 1.
+      [V, N, H, W, C], where the first view is the unchanged images, and V weights whose sum is 1.
     """
     views, weights = [image], (1.0,)
     if augmentation == "mirror_shift":

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import jax
-from jax._src import distributed  # its store of keys, which jax.distributed does not show
+from jax._src import distributed  # its key-value store is not public in jax.distributed
 
 from cnn_jax.common.errors import CnnJaxError, ConfigError
 from cnn_jax.train import parallel
@@ -26,12 +26,12 @@ def start_processes(coordinator: str, processes: int, process: int, heartbeat_se
 
     Args:
       coordinator: host:port of process 0.
-      processes: how many there are.
-      process: which one this is, from 0.
-      heartbeat_seconds: silence after which one is taken for dead, and the others end.
+      processes: their number.
+      process: the number of this one, from 0.
+      heartbeat_seconds: a process that is silent for so long counts as dead; the others end.
 
     Raises:
-      ConfigError: the three do not go together.
+      ConfigError: coordinator, processes or process is invalid.
     """
     if processes < 1:
         raise ConfigError(f"--processes={processes}: must be at least 1")
@@ -43,18 +43,18 @@ def start_processes(coordinator: str, processes: int, process: int, heartbeat_se
     jax.distributed.initialize(
         coordinator, processes, process, heartbeat_timeout_seconds=heartbeat_seconds
     )
-    # The first exchange connects them, for which Gloo gives 30 seconds: now, while they are together.
-    # Later, one may still be decoding images.
+    # The first exchange connects the processes. Gloo allows 30 seconds for that, which is too short
+    # later, when one process may still decode images.
     parallel.largest(0)
     _add_last_line_to_aborts()
 
 
 def _add_last_line_to_aborts() -> None:
-    """Has a line printed where JAX aborts this process.
+    """Prints a last line when JAX aborts this process.
 
-    It does so from a thread in C++, after a page about its reason, where another process is silent or
-    the coordinator cannot be reached. Python's own handlers run between two bytecodes of the main
-    thread, which is too late.
+    JAX aborts it in a C++ thread, after a long message, if another process is silent or the
+    coordinator cannot be reached. Python's handlers would be too late: they run between two
+    bytecodes of the main thread.
     """
     lost = "another is gone, which the lines above name"
     if jax.process_count() == 2:
@@ -66,13 +66,13 @@ def _add_last_line_to_aborts() -> None:
         os.write(2, line)
         os._exit(CnnJaxError.exit_code)
 
-    _HANDLERS.append(print_line)  # C keeps no reference
+    _HANDLERS.append(print_line)  # C holds no reference
     ctypes.CDLL(None).signal(signal.SIGABRT, print_line)
 
 
 @contextlib.contextmanager
 def naming_the_lost() -> Iterator[None]:
-    """Says which process is gone, and what to do, where an exchange with the others fails.
+    """If an exchange with the other processes fails, names the lost one and says what to do.
 
     Raises:
       CnnJaxError: names the process.
@@ -91,13 +91,13 @@ def naming_the_lost() -> Iterator[None]:
 
 
 def _missing() -> list[int]:
-    """The processes that do not answer a roll call, which all others hold at the same time."""
+    """The processes that do not answer a roll call; all others must call this at the same time."""
     me, everyone = jax.process_index(), set(range(jax.process_count()))
     if len(everyone) == 2:
         return sorted(everyone - {me})
     client, pause = distributed.global_state.client, threading.Event()
     missing = {0}
-    with contextlib.suppress(Exception):  # no answer from process 0, which keeps the list
+    with contextlib.suppress(Exception):  # process 0, which keeps the list, may be lost
         client.key_value_set(f"cnn_jax/roll_call/{me}", "here")
         for _ in range(50):
             here = client.key_value_dir_get("cnn_jax/roll_call")

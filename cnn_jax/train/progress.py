@@ -1,4 +1,4 @@
-"""What a training run shows: a live bar on a terminal, a plain line an epoch in a log."""
+"""The progress of a training run: a live bar on a terminal, one plain line per epoch in a log."""
 
 import sys
 import time
@@ -41,7 +41,7 @@ class Progress:
         self._bar.stop()
 
     def start_epoch(self, epoch: int, step: int) -> None:
-        """Epoch `epoch`, from 0, goes on after `step` of its steps."""
+        """Starts the bar of epoch `epoch`, counted from 0, after `step` of its steps."""
         if not self._live:
             return
         if self._task is not None:
@@ -52,7 +52,7 @@ class Progress:
         self._began, self._first_step = time.perf_counter(), step
 
     def update(self, step: int, loss: float | None = None, accuracy: float | None = None) -> None:
-        """`step` steps of the epoch are done; loss and accuracy so far, where they are known."""
+        """Shows that `step` steps of the epoch are done, and loss and accuracy so far if given."""
         if not self._live:
             return
         fields = {}
@@ -64,14 +64,14 @@ class Progress:
         self._bar.update(self._task, completed=step, **fields)
 
     def message(self, text: str) -> None:
-        """One line above the bar."""
+        """Prints one line, above the bar."""
         if self._live:
             self._bar.console.print(text, markup=False)
         else:
             print(text, flush=True)
 
     def end_epoch(self, line: dict[str, Any]) -> None:
-        """The line of metrics.jsonl as one for people."""
+        """Prints a line of metrics.jsonl in readable form."""
         parts = [f"epoch {line['epoch']}/{self._epochs}"]
         for split in ("train", "validation", "test"):
             if f"{split}_loss" in line:

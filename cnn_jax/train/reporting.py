@@ -1,4 +1,4 @@
-"""What a run shows while it trains: the bar, the lines of metrics.jsonl, TensorBoard."""
+"""The output of a run while it trains: the progress bar, metrics.jsonl, TensorBoard."""
 
 import logging
 from pathlib import Path
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Tells of a run: on the screen everywhere, in its workdir from the main process alone."""
+    """Reports on a run. Every process prints; only the main process writes to the workdir."""
 
     def __init__(self, config: Config, folder: Path, steps_per_epoch: int):
         self._model, self._folder, self._steps = config.model, folder, steps_per_epoch
@@ -29,12 +29,12 @@ class Reporter:
         self._tensorboard.close()
 
     def compiled(self, seconds: float, devices: int) -> None:
-        """Says for which devices the step was compiled."""
+        """Prints the devices for which the step was compiled."""
         kind = jax.devices()[0].device_kind
         self.progress.message(f"compiled in {seconds:.1f} s for {devices} x {kind}")
 
     def steps(self, step: int, sums: dict[str, np.ndarray], loss: jax.Array) -> None:
-        """The epoch's means so far, and the loss of the run's training step `step`."""
+        """Shows the epoch's means so far, and records the loss of training step `step`."""
         mean, accuracy = sums["loss"] / sums["count"], sums["correct"] / sums["count"]
         done = (step - 1) % self._steps + 1
         self.progress.update(done, float(mean), float(accuracy))
@@ -46,9 +46,9 @@ class Reporter:
 
         Args:
           confusion: int64 [classes, classes].
-          params: of the model.
+          params: the model's parameters.
           image_shape: (H, W, C).
-          step: of the run.
+          step: the run's training step.
         """
         if not parallel.is_main_process():
             return
@@ -57,11 +57,11 @@ class Reporter:
             if kernel := first_kernel(self._model, image_shape, params):
                 pictures["kernels"] = images.draw_kernels(kernel[1])
             self._tensorboard.images(pictures, step)
-        except Exception as error:  # a picture is not worth a run
+        except Exception as error:  # a picture must not end a run
             log.warning("warning: no pictures for TensorBoard: %s: %s", type(error).__name__, error)
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """Writes an epoch's line of metrics.jsonl, and shows it.
+        """Writes an epoch's line to metrics.jsonl and shows it.
 
         Raises:
           CheckpointError: it cannot be written.

@@ -1,4 +1,4 @@
-"""When a run saves its state, and what it leaves when it ends early."""
+"""When a run saves its state, and how it ends early."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class Saver:
     """Decides when to save and when to end; refuses a state that is not finite.
 
-    Several processes decide alike: each calls these methods at the same steps.
+    All processes make the same decisions: each must call these methods at the same steps.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Saver:
         check_lock: Callable[[], None],
     ):
         """Args:
-        config: of the run.
+        config: the run's configuration.
         folder: its workdir.
-        train_examples: of its training split.
-        signals: that ask it to stop.
-        check_lock: raises CheckpointError once the workdir was deleted or moved.
+        train_examples: the size of its training split.
+        signals: the signals that ask it to stop.
+        check_lock: raises CheckpointError if the workdir was deleted or moved.
         """
         self.config, self.folder, self.signals = config, folder, signals
         self.checkpoints = CheckpointWriter(folder, keep=config.keep_checkpoints)
@@ -52,10 +52,10 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def start(self, restored: Restored | None) -> None:
-        """Clears the workdir of what lies behind the step from which the run goes on.
+        """Removes what the workdir holds after the step from which the run resumes.
 
         Raises:
-          CheckpointError: the processes see different workdirs, or it cannot be written.
+          CheckpointError: the processes see different workdirs, or cannot write there.
         """
         step = restored.step if restored else None
         if not parallel.agree(-1 if step is None else step):
@@ -64,7 +64,7 @@ class Saver:
                 "one and the same folder"
             )
         self.saved_step = step
-        if parallel.is_main_process():  # all have read by now: things may change
+        if parallel.is_main_process():  # all processes have read the workdir by now
             self.checkpoints.start_writing(step)
             workdir.keep_metrics_until(self.folder, step or 0)
             if restored:
@@ -73,7 +73,7 @@ class Saver:
     # -------------------------------------------------------------------------------- due?
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be saved after training step `step` of the run."""
+        """Whether to save a checkpoint after training step `step` of the run."""
         config = self.config
         if config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0:
             return True
@@ -87,11 +87,11 @@ class Saver:
         return bool(parallel.largest(int(seconds >= 60 * config.checkpoint_every_minutes)))
 
     def asked_to_stop(self, step: int) -> int:
-        """The exit code that a signal to any process asks for after `step`; 0 for none."""
+        """The exit code if a signal asked any process to stop by step `step`; otherwise 0."""
         return parallel.largest(self.signals.exit_code) if self._processes_meet(step) else 0
 
     def _processes_meet(self, step: int) -> bool:
-        """Several processes must decide alike, which costs them an exchange: not every step."""
+        """Whether to decide after `step`: an exchange of several processes at each step is slow."""
         done = (step - 1) % self._steps_per_epoch + 1
         last = done == self._steps_per_epoch
         return jax.process_count() == 1 or last or done % self.config.log_every_steps == 0
@@ -99,11 +99,11 @@ class Saver:
     # ------------------------------------------------------------------------------- saving
 
     def save(self, state: TrainState, epoch_seconds: float) -> None:
-        """Starts to save `state`, unless it is saved or being saved.
+        """Starts to save `state`, unless it is already saved or being saved.
 
         Args:
           state: on the devices.
-          epoch_seconds: of the epoch's steps so far.
+          epoch_seconds: the time of the epoch's steps so far.
 
         Raises:
           NotFiniteError: `state` is not finite. Its loss would show that one step later.
@@ -122,7 +122,7 @@ class Saver:
         self.saved_step, self._saved_at = step, time.monotonic()
 
     def save_and_wait(self, state: TrainState, epoch_seconds: float) -> None:
-        """Saves `state` and waits until it is read back; there is no later time to save again.
+        """Saves `state` and waits until it is read back; tries three times, as the run ends here.
 
         Raises:
           CheckpointError: three tries failed.
@@ -138,10 +138,10 @@ class Saver:
                     raise
 
     def stop(self, state: TrainState, epoch_seconds: float, exit_code: int) -> None:
-        """Ends the run as a signal asked, with `state` saved.
+        """Saves `state` and ends the run, as a signal asked.
 
         Raises:
-          Preempted: always, if nothing else.
+          Preempted: always, unless the save raises another error.
         """
         self.save_and_wait(state, epoch_seconds)
         total = self.config.epochs * self._steps_per_epoch
@@ -152,7 +152,7 @@ class Saver:
         )
 
     def close(self, error: BaseException | None) -> None:
-        """Waits for the checkpoint under way; its failure does not hide the earlier `error`."""
+        """Waits for the current save; its failure does not hide an earlier `error`."""
         try:
             self.checkpoints.close()
         except CheckpointError as failure:
@@ -169,11 +169,11 @@ class Saver:
             self.not_finite(step, f"loss={float(sums['bad_loss'])} at step {step}")
 
     def not_finite(self, step: int, what: str) -> None:
-        """Ends the run, leaving the batch in question and the last good checkpoint.
+        """Ends the run; writes the batch's indices to a file and keeps the last good checkpoint.
 
         Args:
-          step: the one that made it so, counted from 0: checkpoint `step` is the state before it.
-          what: was found.
+          step: the training step at fault, from 0; checkpoint `step` is the state before it.
+          what: the value that is not finite, in words.
 
         Raises:
           NotFiniteError: always.
@@ -199,7 +199,7 @@ class Saver:
 
 
 def _is_sound(name: str, array: np.ndarray) -> bool:
-    # A single number of an optimizer may start as infinite: reduce_on_plateau's best value does.
+    # A scalar of an optimizer may start as infinity, as the best value of reduce_on_plateau does.
     if name.startswith("opt_state/") and not array.shape:
         return not np.isnan(array).any()
     return bool(np.isfinite(array).all())
@@ -207,7 +207,7 @@ def _is_sound(name: str, array: np.ndarray) -> bool:
 
 @contextlib.contextmanager
 def _only_warns(kind: type[Exception]) -> Iterator[None]:
-    """What fails here must not hide the error that is about to be raised."""
+    """Logs an error of type `kind`, so that it does not hide the error raised next."""
     try:
         yield
     except kind as error:

@@ -1,6 +1,6 @@
 """Signals that ask a run to save and end.
 
-SIGTERM and SIGUSR1 (preemption), SIGINT (Ctrl-C), SIGHUP (the terminal is gone, unless nohup says so).
+SIGTERM and SIGUSR1 (preemption), SIGINT (Ctrl-C), SIGHUP (terminal closed; ignored under nohup).
 """
 
 import logging
@@ -22,9 +22,9 @@ EXIT_CODES = {
 
 
 def handle(handler: Callable[[int, FrameType | None], None]) -> dict:
-    """Has `handler` called for these signals, and returns what was, to be put back by signal.signal.
+    """Installs `handler` for these signals; returns the earlier handlers, for signal.signal.
 
-    SIGHUP stays ignored where nohup had it ignored.
+    SIGHUP stays ignored under nohup.
     """
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     numbers = EXIT_CODES.keys() - ({signal.SIGHUP} if nohup else set())
@@ -32,25 +32,24 @@ def handle(handler: Callable[[int, FrameType | None], None]) -> dict:
 
 
 def end_at_once() -> None:
-    """From now on such a signal ends this process with one line, also in imports and while it ends.
+    """From now on such a signal ends this process with one line, also in imports and at exit.
 
-    A KeyboardInterrupt would not do: C++ code swallows it, or crashes. A later `StopSignals`, or
-    `handle`, takes over for as long as it lasts.
+    A KeyboardInterrupt is not enough: C++ code ignores it, or crashes. A later `StopSignals` or
+    `handle` replaces this while it is active.
     """
     StopSignals("interrupted").__enter__()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # whoever started us may have held them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # the parent may have blocked them
 
 
 class StopSignals:
-    """Notes the first such signal in `exit_code`; further ones change nothing.
+    """Records the first such signal in `exit_code`; ignores later ones.
 
     There are two phases. At first there is nothing to save, and a signal ends the process at once.
-    After `let_finish` the run looks at `exit_code` between two steps, saves and ends by itself; if it
-    has not ended that many seconds after the signal, the process ends without it, and the last
-    complete checkpoint is what remains.
+    After `let_finish`, the run reads `exit_code` between two steps, saves and ends. If this takes
+    longer than `grace_seconds`, the process ends without saving. The last checkpoint remains.
 
-    The signals are noted by a thread of its own, which gets them through a pipe. Python's handlers
-    run in the main thread, between two bytecodes: a minute of compilation would hold them up.
+    A separate thread receives the signals through a pipe. Python's handlers run in the main thread
+    between two bytecodes, so a minute of compilation would delay them.
     """
 
     def __init__(
@@ -62,12 +61,12 @@ class StopSignals:
         self._handlers: dict = {}
 
     def let_finish(self, grace_seconds: float) -> None:
-        """From now on a signal leaves the run `grace_seconds` to save and end."""
+        """From now on, the run has `grace_seconds` after a signal to save and end."""
         self._grace_seconds = grace_seconds
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python lets no other thread handle signals
+            return self  # Python handles signals only in the main thread
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
@@ -92,7 +91,7 @@ class StopSignals:
         os.close(self._reading)
 
     def _listen(self) -> None:
-        """Reads the numbers of signals as they come, until `__exit__` closes the pipe."""
+        """Reads signal numbers from the pipe until `__exit__` closes it."""
         deadline = None
         while True:
             patience = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -114,4 +113,4 @@ class StopSignals:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """A handler, so that the signal is written to the pipe and does nothing else."""
+    """A handler that does nothing: Python only writes the signal's number to the pipe."""

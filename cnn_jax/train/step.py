@@ -1,6 +1,6 @@
 """Pure steps: training, evaluation, prediction. No jit, no devices, no files.
 
-Given `axis_name`, the same train step runs under jax.pmap, each device on its part of the batch.
+With `axis_name`, the train step also runs under jax.pmap, each device on its part of the batch.
 """
 
 import zlib
@@ -37,8 +37,8 @@ class TrainState:
       model_state: its other variables by collection, as {"batch_stats": ...} of BatchNorm layers.
       opt_state: of the Optax optimizer.
       rng: uint32 [2], data of the key from which every step's randomness is derived.
-      sums: what this epoch's steps have added up: `empty_sums`.
-      eval_params: the parameters to evaluate where the optimizer means others than `params`, else {}.
+      sums: the epoch's sums so far, with the fields of `empty_sums`.
+      eval_params: the parameters to evaluate if the optimizer uses others than `params`, else {}.
     """
 
     step: jax.Array
@@ -51,15 +51,15 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model is evaluated with."""
+        """The variables with which the model is evaluated."""
         return {"params": self.eval_params or self.params, **self.model_state}
 
 
 def empty_sums() -> Sums:
     """An epoch's sums before its first step.
 
-    loss and correct are sums over examples; bad_step is the first step of the epoch whose loss was
-    not finite, counted from 0 over the run, -1 if there was none, and bad_loss that loss.
+    loss and correct are sums over `count` examples. bad_step is the epoch's first step with a loss
+    that is not finite, counted from 0 over the run; -1 if there is none. bad_loss is that loss.
     """
     return {
         "loss": jnp.zeros((), jnp.float32),
@@ -84,7 +84,7 @@ def init_state(
       optimizer: from `optim.make_optimizer`.
       image_shape: (H, W, C).
       seed: of the parameters and of every later random choice.
-      image: scaled training images [N, *image_shape], for a model whose first parameters follow them.
+      image: scaled training images [N, *image_shape], if the first parameters depend on them.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     if image is None:
@@ -104,7 +104,7 @@ def init_state(
 
 
 def model_state_of(variables: dict[str, Any]) -> dict[str, Any]:
-    """The collections beside "params" that a model needs to be called again.
+    """The collections other than "params" that a model needs in its next call.
 
     Raises:
       ConfigError: one has the name of another part of a checkpoint, or holds a typed random key.
@@ -119,7 +119,7 @@ def model_state_of(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(variables: dict[str, Any]) -> dict[tuple, Any]:
-    """All but the parameters, by path, and without what `Module.sow` has stored, which are tuples."""
+    """All variables but the parameters, by path; omits the tuples that `Module.sow` stores."""
     others = {name: tree for name, tree in variables.items() if name != "params"}
     flat = flax.traverse_util.flatten_dict(others)
     return {path: value for path, value in flat.items() if not isinstance(value, tuple)}
@@ -140,8 +140,8 @@ def train_step(
       state: before the step.
       batch: image uint8 [N, H, W, C], label int32 [N], index int32 [N]; epoch int32 [N] for
         `alternating_flip`.
-      model: the module; one with BatchNorm or `layers.Dropout` takes its own `axis_name`. Every stream
-        of random numbers that it asks for gets a key, which under pmap differs by device.
+      model: the module; one with BatchNorm or `layers.Dropout` takes its own `axis_name`. Each
+        random stream that it asks for gets a key; under pmap the keys differ by device.
       optimizer: from `optim.make_optimizer`.
       config: augmentation, scaling, smoothing and compute type.
       axis_name: the pmap axis over which the batch is split, None under jit.
@@ -175,7 +175,7 @@ def train_step(
         model_state = jax.tree.map(lambda leaf: _mean_of(leaf, axis_name), model_state)
         count, correct = jax.lax.psum((count, correct), axis_name)
     extra = {"value": loss, "grad": grads}
-    if axis_name is None:  # of a device's part of the batch they would be other functions on each
+    if axis_name is None:  # under pmap they would differ by device
         extra |= _functions_of(lambda params: loss_of(params)[0])
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, **extra)
@@ -203,7 +203,7 @@ def _augmented(run_key: jax.Array, key: jax.Array, batch: Batch, data: DataConfi
 def _functions_of(loss_of: Callable[[Any], jax.Array]) -> dict[str, Callable]:
     """The loss and its gradient as functions of the parameters, for optimizers that call them."""
 
-    # A line search passes on to it whatever it does not take itself.
+    # A line search also passes it the arguments that it does not use itself.
     def value_fn(params: Any, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
         return loss_of(params)
 
@@ -216,7 +216,7 @@ def _functions_of(loss_of: Callable[[Any], jax.Array]) -> dict[str, Callable]:
 def _added(
     sums: Sums, step: jax.Array, loss: jax.Array, correct: jax.Array, count: jax.Array
 ) -> Sums:
-    """An epoch's sums after one more step: its mean loss over `count` examples, `correct` of them."""
+    """The epoch's sums after one more step with this mean loss over `count` examples."""
     first_bad = ~jnp.isfinite(loss) & (sums["bad_step"] < 0)
     return {
         "loss": sums["loss"] + loss * count,
@@ -230,7 +230,7 @@ def _added(
 def eval_step(
     variables: Any, batch: Batch, *, model: nn.Module, data: DataConfig, compute_dtype: str
 ) -> Sums:
-    """What a batch adds to the loss and the confusion matrix; masked examples add nothing.
+    """The loss and the confusion matrix of a batch, without its masked examples.
 
     Args:
       variables: "params" and the model's other collections.
@@ -257,7 +257,7 @@ def eval_step(
 def predict_step(
     variables: Any, image: jax.Array, *, model: nn.Module, data: DataConfig, compute_dtype: str
 ) -> jax.Array:
-    """uint8 [N, H, W, C] -> logits float32 [N, classes]; of a class map, its mean."""
+    """uint8 [N, H, W, C] -> logits float32 [N, classes]; a class map is averaged."""
     image = normalise(image, data)
     if data.test_time_augmentation == "none":
         return _one_score_each(_apply(model, variables, image, compute_dtype)[0])
@@ -273,7 +273,7 @@ def class_map_step(
 ) -> jax.Array:
     """uint8 [N, H, W, C] -> logits float32 [N, h, w, classes] of a model that gives a class map.
 
-    Of the image as it is: test-time augmentation moves it, and with it the places of the scores.
+    Without test-time augmentation, which would move the image and so the places of the scores.
     """
     return _apply(model, variables, normalise(image, data), compute_dtype)[0]
 
@@ -289,8 +289,8 @@ def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -
 def forward(model: nn.Module, variables: Any, image: jax.Array) -> jax.Array:
     """The model's output on normalised images [N, H, W, C], as in evaluation.
 
-    What it changes in its collections is dropped, and where it cannot do without random numbers they
-    are the same at every call.
+    Changes to its collections are dropped. If it needs random numbers, they are the same in every
+    call.
     """
     mutable = [name for name in variables if name != "params"] or False
 
@@ -312,7 +312,7 @@ def _apply(
     train: bool = False,
     **options: Any,
 ) -> tuple[jax.Array, Any]:
-    """Logits in float32 as the model gives them; with `train`, what it changes in its collections."""
+    """The model's output as float32 and, with `train`, the collections that it changes."""
     if compute_dtype != "float32":
         cast = jax.tree.map(lambda p: p.astype(compute_dtype), variables["params"])
         variables, image = {**variables, "params": cast}, image.astype(compute_dtype)
@@ -323,9 +323,9 @@ def _apply(
 
 
 def _rngs(call: Callable, key: jax.Array, axis_name: str | None = None) -> dict[str, jax.Array]:
-    """A key for each stream of random numbers that `call(rngs)` asks for, and for "dropout".
+    """A key for each random stream that `call(rngs)` asks for, and for "dropout".
 
-    Under pmap each device gets its own, but for the stream of which a device takes its part.
+    Under pmap each device gets its own keys; only WHOLE_BATCH_DROPOUT has one key for all devices.
     """
     asked, names = {"dropout", WHOLE_BATCH_DROPOUT}, set()
     has_rng = flax.core.Scope.has_rng
@@ -374,10 +374,10 @@ def _kept(before: dict[str, Any], updated: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean_of(leaf: jax.Array, axis_name: str) -> jax.Array:
-    """The mean over devices; of whole numbers, as counters are, each device's own."""
+    """The mean over devices; whole numbers, such as counters, stay as they are."""
     return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _one_score_each(logits: jax.Array) -> jax.Array:
-    """[N, classes] as they are; of a class map [N, h, w, classes], its mean."""
+    """Scores [N, classes] unchanged; a class map [N, h, w, classes] averaged over h and w."""
     return logits.mean((1, 2)) if logits.ndim == 4 else logits

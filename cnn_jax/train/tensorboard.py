@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: its event file, written as the events come."""
+"""The TensorBoard event file of a run; each event is written at once."""
 
 import logging
 import os
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class TensorBoard:
-    """The curves and pictures of one call of `train`, in a file of its own under tensorboard/.
+    """The curves and pictures of one call of `train`, in one file under tensorboard/.
 
-    tensorboardX's SummaryWriter hands them to a thread, which a full disk ends with a traceback;
-    after that the run would wait for it for ever. Here they are written at once, and a failure
-    costs a warning and the rest of the curves, not the run.
+    tensorboardX's SummaryWriter writes in a thread. A full disk ends that thread with a traceback,
+    and the run would wait for it for ever. Here events are written at once. After a failure there
+    is a warning and no more curves, but the run continues.
     """
 
     def __init__(self, folder: Path):
@@ -28,21 +28,21 @@ class TensorBoard:
         self._failed = False
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """One point of each of these curves."""
+        """Adds a point to each of these curves."""
         from tensorboardX import summary
 
         for name, value in values.items():
             self._write(step, summary=summary.scalar(name, value))
 
     def images(self, images: dict[str, np.ndarray], step: int) -> None:
-        """Pictures, uint8 [H, W, C]."""
+        """Adds pictures, uint8 [H, W, C]."""
         from tensorboardX import summary
 
         for name, image in images.items():
             self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def flush(self) -> None:
-        """Shows TensorBoard all that was drawn so far."""
+        """Writes buffered events to the file, so that TensorBoard shows them."""
         if self._records is not None:
             self._try(self._records.flush)
 
@@ -79,6 +79,6 @@ class TensorBoard:
             name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
             self._records = RecordWriter(str(self._folder / name))
             write(file_version="brain.Event:2")
-            # Hides what a run that died had drawn beyond the step from which this one goes on.
+            # Hides what an earlier run drew after the step from which this one resumes.
             write(step=step, session_log=SessionLog(status=SessionLog.START))
         write(step=step, **content)

@@ -1,6 +1,6 @@
-"""A run's folder: config.json, metrics.jsonl, the lock; checkpoints/ is checkpoint.py's.
+"""A run's working directory: config.json, metrics.jsonl, the lock; checkpoint.py has checkpoints/.
 
-A workdir is self-sufficient: evaluate, predict and report need nothing but it and the data.
+The commands evaluate, predict and report need only a workdir and the data.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-da
 
 
 def prepare(workdir: Path) -> None:
-    """Makes the folder.
+    """Creates the folder, and checks that it can be written.
 
     Raises:
       CheckpointError: it is a file, or cannot be written.
@@ -55,14 +55,14 @@ def prepare(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Holds the workdir for one training run; the system frees it when the process ends or dies.
+    """Locks the workdir for one training run; the system removes the lock when the process ends.
 
     Yields:
-      A function that raises CheckpointError once the workdir was deleted or moved. What is written
-      after that would begin another one in its place.
+      A function that raises CheckpointError if the workdir was deleted or moved. A later write
+      would create another one in its place.
 
     Raises:
-      CheckpointError: another process holds it; names that process.
+      CheckpointError: another process has the lock; names that process.
     """
     if not parallel.is_main_process():
         yield lambda: None
@@ -95,7 +95,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
 
 
 def write_config(workdir: Path, config: Config, experiment: str, metadata: dict) -> None:
-    """Writes config.json: what was asked for, the data, versions, device.
+    """Writes config.json: experiment, configuration, metadata of the data, versions, device.
 
     Each call of `train` that continues a run writes it again, so it describes the last call. It differs
     from the call before only in the fields that `check_same_run` allows.
@@ -110,7 +110,7 @@ def write_config(workdir: Path, config: Config, experiment: str, metadata: dict)
 
 
 def machine() -> dict[str, dict]:
-    """What computes: the versions and the device."""
+    """The versions and the device that compute a run."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     device = jax.devices()[0]
     about = {
@@ -124,7 +124,7 @@ def machine() -> dict[str, dict]:
 
 
 def warn_of_other_bits(workdir: Path) -> None:
-    """Says in one line if a run goes on with what changes the last bits of its numbers.
+    """Warns if a run resumes with versions or a device that change the last bits of its numbers.
 
     XLA splits sums over the cores that a process may use, and chooses its loops by the processor.
     """
@@ -174,16 +174,16 @@ def read_config(workdir: Path) -> dict:
 
 
 def check_same_run(workdir: Path, config: Config, metadata: dict) -> None:
-    """Refuses a workdir that holds another run than an earlier part of this one.
+    """Checks that a workdir holds an earlier part of this run, or no run.
 
     Args:
-      workdir: of the run; it may hold none yet.
-      config: of the run. It may change the fields in config.CHANGEABLE_ON_RESUME, and `epochs`
-        where the learning rate does not depend on them.
-      metadata: what config.json is to say of the data; all of it must be the same.
+      workdir: the run's folder.
+      config: the run. It may change the fields in config.CHANGEABLE_ON_RESUME, and `epochs` if the
+        learning rate does not depend on them.
+      metadata: the entries of config.json that describe the data; all must be the same.
 
     Raises:
-      ConfigError: it holds another run, with the fields that differ; or more epochs than asked for.
+      ConfigError: it holds another run (lists the differences), or more epochs than `config`.
     """
     if not (workdir / "config.json").exists():
         return
@@ -206,9 +206,9 @@ def check_same_run(workdir: Path, config: Config, metadata: dict) -> None:
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, one an epoch.
+    """The lines of metrics.jsonl, one per epoch.
 
-    A line cut short by a crash is left out, and so is one with NaN, which JSON does not have.
+    Omits a line cut short by a crash, and a line with NaN, which is not JSON.
     """
     lines = []
     with contextlib.suppress(FileNotFoundError):
@@ -225,7 +225,7 @@ def _refused(constant: str) -> None:
 
 
 def keep_metrics_until(workdir: Path, step: int) -> None:
-    """Drops the lines of epochs that end after `step`, which will be trained again.
+    """Drops the lines of epochs that end after `step`; these epochs will be trained again.
 
     Raises:
       CheckpointError: it cannot be written.
@@ -257,11 +257,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file as a whole: a reader, or a crash, sees the old text or the new one."""
+    """Replaces the file atomically: even after a crash it holds the old text or the new one."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     finally:
-        with contextlib.suppress(OSError):  # a full disk: the half of it that was written
+        with contextlib.suppress(OSError):  # a partly written file, as after a full disk
             scratch.unlink(missing_ok=True)
