@@ -23,7 +23,7 @@ from cnn_jax.train.step import forward
 from cnn_jax.train.workdir import line_of, metrics, write_json, write_text
 
 IMAGES = 64
-# Of the largest logit: the sums are the same, but added in another order.
+# Relative to the largest logit: the same terms are added in another order.
 TOLERANCE = 1e-4
 
 
@@ -32,10 +32,10 @@ class Converted:
     """What `convert` wrote.
 
     Attributes:
-      run: the network of convolutions alone.
+      run: with the network of convolutions only.
       kernels: of the layers that changed: name, shape before, shape after.
       field: what a score sees; None: not known.
-      difference: the largest one between its logits and the dense network's, on IMAGES images of noise.
+      difference: the largest between the logits of both networks, on IMAGES images of noise.
       largest: the largest of these logits.
     """
 
@@ -47,10 +47,10 @@ class Converted:
 
 
 def convert(run: RestoredRun, folder: Path) -> Converted:
-    """Writes a workdir that holds `run` as a network of convolutions alone.
+    """Writes a workdir that holds `run` as a network of convolutions only.
 
-    It has the run's config.json with another model, its metrics.jsonl, and one checkpoint without
-    an optimizer's state: it cannot be trained further.
+    It has the run's config.json with the new model, its metrics.jsonl, and one checkpoint without
+    optimizer state, so it cannot be trained further.
 
     Args:
       run: from `restore.load_run`.
@@ -93,10 +93,10 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
 
 
 def as_convolutions(run: RestoredRun) -> RestoredRun:
-    """The run with its network turned into one of convolutions alone, in memory.
+    """Converts the run's network to one of convolutions only, in memory.
 
     Raises:
-      ConfigError: it is one already, or its head is not flatten + dense.
+      ConfigError: it gives a class map already, or its head is not flatten + dense.
     """
     try:
         model = convolutional(run.model, run.image_shape)
@@ -117,10 +117,10 @@ def as_convolutions(run: RestoredRun) -> RestoredRun:
 
 
 def _check_larger(run: RestoredRun, made: RestoredRun) -> None:
-    """Tries the network of convolutions on a larger image, whose scores are those of its windows.
+    """Checks on a larger image that each score equals the output on its window alone.
 
     Raises:
-      ConfigError: it fails, its map does not grow as the image does, or a score is another one.
+      ConfigError: the network fails, its map does not grow with the image, or a score differs.
     """
     refused = (
         f"workdir={run.workdir}: {type(run.model).__name__} cannot be converted: on a larger image "
@@ -135,7 +135,7 @@ def _check_larger(run: RestoredRun, made: RestoredRun) -> None:
     try:
         high = sliding_windows.on_whole_images(made)(image[None, :, :width])[0]
         logits = sliding_windows.on_whole_images(made)(image[None])[0]
-    except Exception as error:  # the layers refuse what does not fit in many ways
+    except Exception as error:  # each layer raises its own error if the size does not fit
         reason = " ".join(str(error).splitlines()[:1])[:200]
         raise ConfigError(f"{refused}it fails ({reason})") from error
     rows, columns = logits.shape[:2]
@@ -158,7 +158,7 @@ def _check_larger(run: RestoredRun, made: RestoredRun) -> None:
 def _compare(dense: RestoredRun, made: RestoredRun) -> tuple[float, float]:
     """The largest difference between the logits of the two on noise, and the largest logit.
 
-    At full precision: accelerators round the factors of a sum, and of these two in different ways.
+    At full precision: by default accelerators round the factors, differently in each network.
     """
     noise = np.random.default_rng(0).integers(0, 256, (IMAGES, *dense.image_shape), np.uint8)
 

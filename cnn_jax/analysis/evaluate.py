@@ -81,8 +81,7 @@ def write(report: dict, run: RestoredRun, output: Path | None = None) -> Path | 
 
     Args:
       report: from `evaluate`.
-      run: that was evaluated. Its workdir may be somebody else's, or read-only: then this is told, and
-        None is returned.
+      run: that was evaluated. If its workdir cannot be written, a warning is logged and None returned.
       output: another folder, made if missing.
 
     Raises:
@@ -103,15 +102,15 @@ def write(report: dict, run: RestoredRun, output: Path | None = None) -> Path | 
 
 
 def fitting(run: RestoredRun, examples: sources.Examples, name: str) -> sources.Examples:
-    """`examples` with labels that count in the order of the run's classes.
+    """`examples` with labels in the order of the run's classes.
 
     Args:
-      run: that is to be evaluated on them.
+      run: to evaluate on them.
       examples: of a dataset whose classes may come in another order.
       name: of the dataset, for errors.
 
     Raises:
-      DataError: their shape is not one that the model takes, or a class is not one of the run's;
+      DataError: the model does not take their shape, or the run does not have one of their classes;
         names both.
     """
     unknown = [c for c in examples.class_names if c not in run.class_names]

@@ -1,7 +1,8 @@
-"""A trained network as one file that needs JAX alone: StableHLO with everything around it.
+"""Exports a trained network as one file that needs only JAX: StableHLO and metadata.
 
-model.zip holds model.stablehlo, what `jax.export` serialises (a flatbuffer, no pickle), and about.json,
-the class names and what goes in and comes out. Scaling and normalisation are part of the program.
+model.zip holds model.stablehlo, serialised by `jax.export` (a flatbuffer, no pickle), and about.json,
+with the class names and the formats of input and output. Scaling and normalisation are part of the
+program.
 """
 
 import functools
@@ -45,8 +46,8 @@ for number, row in enumerate(np.asarray(probabilities)):
 def export(run: RestoredRun, folder: Path) -> tuple[Path, Path]:
     """Writes model.zip and classify.py.
 
-    The program takes uint8 [N, H, W, C] for any N and returns logits float32 [N, classes], those of
-    `step.predict_step` (of a class map, their mean), on CPU, CUDA and TPU.
+    The program takes uint8 [N, H, W, C] for any N and returns the logits of `step.predict_step`,
+    float32 [N, classes] (the mean of a class map). It runs on CPU, CUDA and TPU.
 
     Args:
       run: from `restore.load_run`.
@@ -86,10 +87,10 @@ def export(run: RestoredRun, folder: Path) -> tuple[Path, Path]:
 
 
 def to_stablehlo(run: RestoredRun) -> bytes:
-    """The network with its variables, for any number of images, as `jax.export` serialises it.
+    """Serialises the network and its variables with `jax.export`, for any number of images.
 
     Raises:
-      ConfigError: its shapes do not allow an unknown number of images.
+      ConfigError: the network needs a fixed number of images.
     """
     options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
     variables = jax.tree.map(jnp.asarray, run.variables)
@@ -98,7 +99,7 @@ def to_stablehlo(run: RestoredRun) -> bytes:
     image = jax.ShapeDtypeStruct((count, *run.image_shape), jnp.uint8)
     try:
         return bytes(jax.export.export(jax.jit(pure), platforms=PLATFORMS)(image).serialize())
-    except Exception as error:  # a layer of the user's own may need to know the number
+    except Exception as error:  # a user's layer may need a fixed number of images
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(
             f"workdir={run.workdir}: {type(run.model).__name__} cannot be exported ({reason})"

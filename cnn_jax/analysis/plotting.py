@@ -1,7 +1,7 @@
-"""What every chart shares: its width, colours and marks, and the two PNG files it becomes.
+"""What all charts share: width, colours, markers and PNG files.
 
-Charts are drawn for a column 360 pixels wide, so that a phone shows their text at its own size; once
-for a light page and once for a dark one.
+Charts are drawn for a column 360 pixels wide, so that a phone does not shrink their text. Each is
+drawn for a light page and for a dark one.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ DPI = 270
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """The colours of a page. The series' are told apart with any colour vision (Okabe and Ito)."""
+    """The colours of a page. Those of the series suit colour-blind readers (Okabe and Ito)."""
 
     paper: str
     ink: str
@@ -64,7 +64,7 @@ class Chart:
     Attributes:
       name: of its file, without .png.
       light: the file's bytes.
-      dark: the same for a dark page; None where one serves for both.
+      dark: the same for a dark page; None if `light` suits both.
       alt: what it shows, in words.
     """
 
@@ -75,7 +75,7 @@ class Chart:
 
 
 def draw(name: str, alt: str, height: float, paint: Callable[[Figure, Theme], Any]) -> Chart:
-    """Paints a figure of `height` inches twice.
+    """Paints a figure twice, for a light page and for a dark one.
 
     Args:
       name: of the file.
@@ -93,14 +93,14 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Figure, Theme], An
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """The figure as it is drawn: uint8 [h, w, 3]."""
+    """Draws the figure: uint8 [h, w, 3]."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def picture(name: str, image: np.ndarray, alt: str) -> Chart:
-    """uint8 [h, w, 1, 3 or 4] as a picture that serves on a light page and on a dark one."""
+    """uint8 [h, w, 1, 3 or 4] as one picture for light and dark pages."""
     return Chart(name, png(image, 256 if image.shape[2] == 4 else None), None, alt)
 
 
@@ -109,7 +109,7 @@ def png(image: np.ndarray, colours: int | None = None) -> bytes:
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[image.shape[2]]
     image = Image.fromarray(image[..., 0] if mode == "L" else image)
     if colours:
-        # The other methods know no transparency, this one has few shades to spare.
+        # MEDIANCUT does not support transparency. FASTOCTREE does, but gives fewer shades.
         method = Image.Quantize.FASTOCTREE if mode == "RGBA" else Image.Quantize.MEDIANCUT
         image = image.quantize(colours, method, dither=Image.Dither.NONE)
     file = io.BytesIO()
@@ -119,7 +119,7 @@ def png(image: np.ndarray, colours: int | None = None) -> bytes:
 
 @contextmanager
 def _style(theme: Theme) -> Iterator[None]:
-    """matplotlib's defaults, whatever the user's matplotlibrc says, in the theme's colours."""
+    """matplotlib's defaults in the theme's colours; the user's matplotlibrc has no effect."""
     settings = {
         "savefig.dpi": DPI,
         "figure.dpi": DPI,
@@ -150,7 +150,7 @@ def _style(theme: Theme) -> Iterator[None]:
         "lines.markersize": 4,
     }
     with warnings.catch_warnings(), matplotlib.style.context(["default", settings]):
-        # A class named in a script that the font lacks is drawn as boxes; the page has its name.
+        # Class names in a script that the font lacks are drawn as boxes; the page shows the names.
         warnings.filterwarnings("ignore", message="Glyph")
         yield
 
@@ -166,7 +166,7 @@ def epoch_axis(axes: Any, last: int) -> None:
 
 
 def bare(axes: Any) -> None:
-    """Leaves bars with their numbers alone."""
+    """Removes all but the bars and their numbers."""
     axes.set_xticks([])
     axes.tick_params(axis="y", length=0)
     axes.spines[:].set_visible(False)
@@ -175,7 +175,7 @@ def bare(axes: Any) -> None:
 def clip(text: str, length: int) -> str:
     """At most `length` characters on one line, as a label."""
     text = " ".join(text.split())
-    text = f" {text}" if text.startswith("_") else text  # which a legend would leave out
+    text = f" {text}" if text.startswith("_") else text  # a legend skips labels with _
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -199,6 +199,6 @@ def heat_map(
 def number(
     axes: Any, theme: Theme, row: int, column: int, text: str, share: float, size: float
 ) -> None:
-    """Writes into a cell of `heat_map`, in the colour that its own leaves readable."""
+    """Writes into a cell of `heat_map`, in a colour that is readable there."""
     colour = theme.ink if share < 0.5 else theme.paper
     axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)

@@ -1,4 +1,4 @@
-"""Classes of image files, by the model of a workdir."""
+"""Classifies image files with the model of a workdir."""
 
 import csv
 import dataclasses
@@ -24,9 +24,9 @@ from cnn_jax.train import parallel, step
 log = logging.getLogger(__name__)
 
 BROKEN_IMAGES_EXIT_CODE = DataError.exit_code
-# A layer of 256 channels makes 4 GB of so many, if it has no stride.
+# The output of a layer of 256 channels without stride then takes 4 GB.
 MAX_MAP_PIXELS = 2048 * 2048
-# What Windows and macOS leave in folders and archives; patterns match no name with a dot before it.
+# Files of Windows and macOS in folders and archives. Patterns skip names that start with a dot.
 LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "__macosx"}
 
 
@@ -37,7 +37,7 @@ class Prediction:
     Attributes:
       file: its path.
       classes: names, the most probable first.
-      probabilities: of these, from the softmax of the logits (of a class map: of their mean).
+      probabilities: of these, the softmax of the logits (of their mean in a class map).
       class_map: where the model gives one, float32 [h, w, classes] of probabilities.
       map_file: the picture of the class map, if that has more than one score.
     """
@@ -65,7 +65,7 @@ def predict(
 
     Raises:
       ConfigError: `top_k` is out of range, or `output` cannot be written.
-      DataError: there is no image to read at all.
+      DataError: no image is found, or none can be read.
     """
     if top_k is None:
         top_k = min(3, len(run.class_names))
@@ -86,7 +86,7 @@ def predict(
         probabilities, class_map = jax.device_get(scores(run.variables, image[None]))
         best = np.argsort(-probabilities, kind="stable")[:top_k]
         prediction = Prediction(
-            os.fsencode(file).decode(errors="backslashreplace"),  # Linux takes any bytes as a name
+            os.fsencode(file).decode(errors="backslashreplace"),  # Linux allows any bytes in a name
             tuple(run.class_names[i] for i in best),
             tuple(float(probabilities[i]) for i in best),
         )
@@ -109,11 +109,11 @@ def predict(
 def find_images(patterns: Sequence[str]) -> list[str]:
     """The files that --images names, each once, in order.
 
-    What exists as it is written is taken as written, also with commas, brackets and stars in its
-    name. Hidden files and folders are taken only where they are written out.
+    An existing path is taken literally, also with commas, brackets and stars in its name. Hidden
+    files and folders are taken only if named literally.
 
     Raises:
-      DataError: a pattern names none.
+      DataError: a pattern matches no file.
     """
     files: dict[str, None] = {}
     for text in patterns:
@@ -156,7 +156,7 @@ def _find(pattern: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """As glob.glob; but where a part of the pattern exists as it is written, it matches that alone."""
+    """Like glob.glob, but if a part of the pattern is an existing name, it matches only that."""
     found = [""]
     for part in Path(pattern).parts:
         found = [match for folder in dict.fromkeys(found) for match in _inside(folder, part)]
@@ -173,13 +173,13 @@ def _inside(folder: str, part: str) -> list[str]:
 
 
 def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = False) -> np.ndarray:
-    """An image file as the model's input, decoded as `decode.decode` says.
+    """Reads an image file as the model's input, with `decode.decode`.
 
     Args:
       file: of any size.
       image_shape: (H, W, C) that the model was trained on.
-      own_size: keeps the file's size where it is at least H x W, instead of resizing to it. One of
-        more than MAX_MAP_PIXELS is reduced to these, which is logged.
+      own_size: keeps the file's size if it is at least H x W, instead of resizing. More than
+        MAX_MAP_PIXELS pixels are reduced to that number, with a warning.
 
     Returns:
       uint8 [h, w, C].
@@ -205,7 +205,7 @@ def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = Fa
 
 
 def _picture(run: RestoredRun, image: np.ndarray, class_map: np.ndarray) -> Image.Image:
-    # matplotlib takes its time to import
+    # matplotlib is slow to import
     from cnn_jax.analysis.class_map import picture as class_map_picture
 
     field = summary.summarise(run.model, image.shape).field

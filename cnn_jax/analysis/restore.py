@@ -18,7 +18,7 @@ from cnn_jax.train.workdir import read_config
 
 @dataclasses.dataclass(frozen=True)
 class RestoredRun:
-    """A trained model as its workdir holds it.
+    """A trained model, restored from its workdir.
 
     Attributes:
       workdir: its folder.
@@ -27,7 +27,7 @@ class RestoredRun:
       data: the dataset it was trained on, with its scaling.
       class_names: of the logits, in order.
       image_shape: (H, W, C) of the training images.
-      batch_size: examples a step of evaluation.
+      batch_size: examples in a batch of the evaluation.
       compute_dtype: of the activations.
       step: of the checkpoint.
       variables: "params" and the model's other collections as NumPy arrays.
@@ -55,7 +55,7 @@ def load_run(
     Args:
       workdir: a training run's folder.
       which: "latest", "best" or a step.
-      model: the module where it is not one of cnn_jax.models.
+      model: the module, if it is not one of cnn_jax.models.
       verify: compares the arrays with their checksums.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Networks that end in flatten + dense, as networks of convolutions alone."""
+"""Converts networks that end in flatten + dense to networks of convolutions only."""
 
 from typing import Any
 
@@ -10,30 +10,30 @@ from cnn_jax.models.layers import Conv, Flatten
 
 
 class Convolutional(nn.Module):
-    """Runs `model` with its dense layers turned into convolutions: images of any larger size.
+    """Runs `model` with its dense layers as convolutions, on images of any larger size.
 
     Source: lecture, 1x1 Convolution. A dense layer over a flattened HxWxC map is a convolution whose
-    kernel is HxW, and the dense layers after it are 1x1 convolutions. The parameters have the names
-    of the model's, and its numbers in the same order; a kernel [H * W * C, units] has become
-    [H, W, C, units]. Input [N, H, W, C] float32, output logits [N, h, w, num_classes]: 1x1 on images
-    of the model's own size, and there equal to the model's.
+    kernel is HxW, and the dense layers after it are 1x1 convolutions. The parameters have the
+    model's names and values; a kernel [H * W * C, units] becomes [H, W, C, units]. Input [N, H, W, C]
+    float32, output logits [N, h, w, num_classes]. On images of the model's own size, h = w = 1 and
+    the logits are the model's.
 
     Attributes:
-      model: one that hands its last map to `layers.Flatten`.
+      model: passes its last map to `layers.Flatten`.
       window: height and width of that map on images of the model's own size.
 
     Raises:
-      ValueError: the image leaves a smaller map than `window`.
+      ValueError: the last map of the image is smaller than `window`.
     """
 
     model: nn.Module
     window: tuple[int, int]
 
     def setup(self) -> None:
-        nn.share_scope(self, self.model)  # parameters without a level of their own
+        nn.share_scope(self, self.model)  # adds no level to the parameters' names
 
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
-        kernel = (1, 1)  # but of the dense layer that follows the flattening
+        kernel = (1, 1)  # after Flatten, the first dense layer has self.window
 
         def convolve(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
             nonlocal kernel
@@ -45,7 +45,7 @@ class Convolutional(nn.Module):
                     return args[0]
                 if isinstance(layer, nn.Dense):
                     size, kernel = kernel, (1, 1)
-                    # In the dense layer's scope, and so under its name.
+                    # In the dense layer's scope, so that the parameters keep its name.
                     options = {"use_bias": layer.use_bias, "dtype": layer.dtype}
                     return Conv(layer.features, size, parent=layer.scope, **options)(args[0])
             return call(*args, **kwargs)
@@ -63,7 +63,7 @@ class Convolutional(nn.Module):
 
 
 def replaces(layer: nn.Module, output: Any) -> bool:
-    """Whether `Convolutional` stood in for this layer when it gave `output`."""
+    """Whether `Convolutional` replaced the call of this layer that gave `output`."""
     if jnp.ndim(output) != 4:
         return False
     kernel = layer.variables.get("params", {}).get("kernel")
@@ -71,15 +71,15 @@ def replaces(layer: nn.Module, output: Any) -> bool:
 
 
 def gives_class_map(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
-    """Whether the model maps an image to a map of scores, and so takes one of any size."""
+    """Whether the model gives a map of scores, so that it takes an image of any size."""
     return _logits(model, image_shape).ndim == 4
 
 
 def convolutional(model: nn.Module, image_shape: tuple[int, int, int]) -> Convolutional:
-    """`model`, built for images of `image_shape` (H, W, C), as a network of convolutions alone.
+    """Converts `model`, built for images of `image_shape` (H, W, C), to convolutions only.
 
     Raises:
-      ValueError: it is one already, or its head is not `layers.Flatten` and dense layers.
+      ValueError: it gives a class map already, or its head is not `layers.Flatten` and dense layers.
     """
     maps = []
 

@@ -11,7 +11,7 @@ from cnn_jax.models.layers import Conv, Dense, Flatten, MaxPool, one_image_size
 
 
 class ConvStack(nn.Module):
-    """Large kernels, nothing else: 2,150,410 parameters on 28x28x1.
+    """Convolutions with large kernels: 2,150,410 parameters on 28x28x1.
 
     Source: lecture, From MLP to CNN.
     """
@@ -52,7 +52,7 @@ class MaxPoolCNN(nn.Module):
 
 
 class StridedCNN(nn.Module):
-    """Down-sampling that is learned, by strides: 1,588,490 parameters on 28x28x1.
+    """Learned down-sampling by strides: 1,588,490 parameters on 28x28x1.
 
     Source: lecture, Down-sampling, example 2.
     """

@@ -1,4 +1,4 @@
-"""A network of convolutions alone, which takes an image of any size."""
+"""A network of convolutions only, for images of any size from 28x28 up."""
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,8 @@ class FullyConvCNN(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
         height, width = image.shape[1:3]
-        # Two layers of stride 2 must leave a map of at least 7x7; 25 pixels do, but the lecture's
-        # window is 28x28 and every score is to see one.
+        # The 7x7 convolution needs a map of at least 7x7. 25 pixels are enough for that, but the
+        # lecture's window is 28x28, and every score must see a whole one.
         if height < 28 or width < 28:
             raise ValueError(f"FullyConvCNN takes images from 28x28 up, got {height}x{width}")
         x = nn.relu(Conv(32, (3, 3), padding="SAME")(image))  # [N, 28, 28, 32]

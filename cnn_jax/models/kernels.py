@@ -11,7 +11,7 @@ from cnn_jax.models.summary import summarise
 def first_kernel(
     model: nn.Module, image_shape: tuple[int, int, int], params: Any
 ) -> tuple[str, np.ndarray] | None:
-    """The kernel that meets the image: that of the first layer with one.
+    """The kernel of the first layer that has one.
 
     Args:
       model: the module.
@@ -20,7 +20,7 @@ def first_kernel(
 
     Returns:
       The layer's name and its kernel [h, w, C, filters]; a dense one over the flattened image as
-      [H, W, C, units]. None if the layer is of another kind.
+      [H, W, C, units]. None if there is no kernel of these shapes.
     """
     for layer in summarise(model, image_shape).layers:
         own = params

@@ -1,6 +1,6 @@
 """The lecture's layers with Keras's defaults, so that a model reads like its listing.
 
-Flax differs from Keras in silence: nn.Conv pads SAME (Keras: valid), nn.max_pool strides by 1 (Keras:
+Flax has other defaults than Keras: nn.Conv pads SAME (Keras: valid), nn.max_pool strides by 1 (Keras:
 by its window), Linen draws kernels from lecun_normal (Keras: glorot_uniform). Images are float32
 [N, H, W, C] throughout.
 """
@@ -17,7 +17,7 @@ from flax.typing import Initializer, PaddingLike
 
 from cnn_jax.ops import conv, dense, pool
 
-# Under pmap, where a stream's key differs by device, that of `Dropout` alone is equal on all.
+# The random stream of `Dropout` under pmap. Only its key is the same on all devices.
 WHOLE_BATCH_DROPOUT = "whole_batch_dropout"
 
 glorot_uniform = nn.initializers.glorot_uniform()
@@ -57,7 +57,7 @@ class Flatten(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask depends on an example's place in the global batch alone.
+    """Dropout whose mask depends only on an example's place in the global batch.
 
     `nn.Dropout` draws one mask for the array it is given, so under jax.pmap it depends on the number
     of devices. This one gives equal masks under jit and under pmap on any number of devices.
@@ -86,10 +86,10 @@ class Dropout(nn.Module):
 def one_image_size(call: Callable) -> Callable:
     """Decorates the `__call__` of a model that ends in flatten + dense.
 
-    Its parameters fit one image size. For any other, Flax reports a kernel of another shape; this
-    names the image sizes instead, and an architecture that takes any. Where the layers leave nothing
-    of an image, the initialisation divides by zero, or makes kernels without weights in later versions
-    of Flax; this says so.
+    Its parameters fit one image size. For another size, Flax reports the shapes of a kernel; this
+    reports the image sizes, and an architecture that takes any. If an image is too small for the
+    layers, Flax divides by zero or, in later versions, makes kernels without weights; this raises a
+    ValueError that says so.
     """
 
     @functools.wraps(call)
@@ -98,7 +98,7 @@ def one_image_size(call: Callable) -> Callable:
         nothing = ValueError(f"{type(self).__name__} is left nothing of images of {got}")
         try:
             logits = call(self, image, train)
-        except ZeroDivisionError:  # of Flax up to 0.12.8, where a kernel would have no weights
+        except ZeroDivisionError:  # Flax up to 0.12.8, for a kernel without weights
             raise nothing from None
         except flax.errors.ScopeParamShapeError:
             fitting = images_that_fit(self.clone(parent=None, name=None), self.variables["params"])
@@ -122,14 +122,14 @@ def takes_one_image_size(model: nn.Module) -> bool:
 def images_that_fit(model: nn.Module, params: dict) -> str:
     """The square images, as text, for which `model` has parameters of these shapes.
 
-    Strides and pooling round, so that several sizes may lead to the same parameters.
+    Strides and pooling round, so several sizes may need the same parameters.
     """
     sizes = range(1, 1025)
     shapes = jax.tree.map(jnp.shape, params)
     kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
     for channels in [min(shape[2] for shape in kernels)] if kernels else [1, 3]:
         params_for = functools.cache(functools.partial(_abstract_params, model, channels))
-        # Their number grows with the size.
+        # The number of parameters grows with the size.
         number = _number(params)
         smallest = bisect.bisect_left(sizes, number, key=lambda size: _number(params_for(size)))
         largest = bisect.bisect_right(sizes, number, key=lambda size: _number(params_for(size))) - 1
@@ -143,7 +143,7 @@ def _abstract_params(model: nn.Module, channels: int, size: int) -> dict:
     image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     try:
         return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    except Exception:  # too small for the layers, in as many ways as there are layers
+    except Exception:  # too small an image: each layer raises its own error
         return {}
 
 

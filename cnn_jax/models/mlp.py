@@ -7,9 +7,9 @@ from cnn_jax.models.layers import Dense, Flatten, one_image_size
 
 
 class MLP(nn.Module):
-    """Flattens the image, and with it its neighbourhoods: 101,770 parameters on 28x28x1.
+    """Flattens the image, which loses its neighbourhoods: 101,770 parameters on 28x28x1.
 
-    Source: lecture, From MLP to CNN (the deck draws it without sizes; these are ours).
+    Source: lecture, From MLP to CNN (the slides give no sizes; these are ours).
     Input [N, H, W, C] float32, output logits [N, num_classes].
     """
 

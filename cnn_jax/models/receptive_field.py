@@ -5,9 +5,8 @@ grows to size + (k - 1) * stride, starts p * stride pixels earlier, and neighbou
 s times as far apart (Araujo, Norris and Sim, "Computing Receptive Fields of Convolutional Neural
 Networks", Distill 2019).
 
-Which layers stand behind which, and what functions stand between them, is read from the program that
-JAX traces: `follow`. A step that is not known there, or whose windows are no such grid, leaves what is
-behind it without an answer.
+`follow` reads the order of the layers, and the functions between them, from the program that JAX
+traces. After a step that it does not know, or whose windows form no such grid, no field is known.
 """
 
 import dataclasses
@@ -21,10 +20,10 @@ from jax.extend import core
 from cnn_jax.models.layers import Dropout, Flatten, MaxPool
 
 Pair = tuple[int, int]
-# They treat each place of a map by itself.
+# Layers that treat each place of a map separately.
 ELEMENTWISE = (nn.BatchNorm, nn.Dense, nn.Dropout, Dropout)
 KNOWN = (*ELEMENTWISE, nn.Conv, MaxPool, Flatten)
-# Primitives of JAX that treat each element by itself.
+# Primitives of JAX that treat each element separately.
 POINTWISE = frozenset(
     """
     abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erf_inv erfc
@@ -83,7 +82,7 @@ class Field:
         return self.through(self.places, (1, 1), (0, 0), (1, 1))
 
     def joined(self, other: "Field") -> "Field | None":
-        """The field of outputs that see what two others see; None where those are no such windows."""
+        """The field of outputs that see both windows; None if these form no regular grid."""
         if self.places != other.places or (self.stride != other.stride and self.places != (1, 1)):
             return None
         start = tuple(map(min, self.start, other.start))
@@ -93,7 +92,7 @@ class Field:
         return Field(self.places, tuple(ends), self.stride, start)
 
     def shown(self) -> tuple[str, str, str]:
-        """Size, stride and start as text, in one number where height and width agree."""
+        """Size, stride and start as text; the last two as one number if height and width agree."""
         start = f"{self.start[0]},{self.start[1]}"
         return (
             "x".join(map(str, self.size)),
@@ -102,7 +101,7 @@ class Field:
         )
 
     def inside(self, image: Pair) -> tuple[range, range]:
-        """Rows and columns of the outputs whose windows lie in an image of this size altogether."""
+        """Rows and columns of the outputs whose windows lie completely in an image of this size."""
         return tuple(
             range(
                 max(0, math.ceil(-start / stride)),
@@ -115,16 +114,16 @@ class Field:
 
 
 def behind(field: Field | None, module: nn.Module, given: tuple, output: tuple) -> Field | None:
-    """The field behind a layer.
+    """The field of a layer's output.
 
     Args:
-      field: that of its input.
+      field: of its input.
       module: the layer.
       given: the shape of its input, [N, H, W, C] or [N, units].
       output: the shape of its output.
 
     Returns:
-      None where it is not known: that of the input is not, or the layer is of another kind.
+      None if it is not known: the input's field is not, or the kind of layer is not.
     """
     if field is None or (len(given) == 4 and given[1:3] != field.places):
         return None
@@ -138,7 +137,7 @@ def behind(field: Field | None, module: nn.Module, given: tuple, output: tuple) 
 
 
 def _geometry(module: nn.Module, given: Pair) -> tuple[Pair, Pair, Pair] | None:
-    """Kernel, strides and the padding before the map, of a convolution or pooling over such a map."""
+    """Kernel, strides and the padding before the map, of a convolution or pooling; else None."""
     if isinstance(module, MaxPool):
         return module.window, module.window, (0, 0)
     if not isinstance(module, nn.Conv) or _pair(module.input_dilation) != (1, 1):
@@ -163,14 +162,14 @@ def _pair(value: int | Pair | None) -> Pair:
 
 @dataclasses.dataclass
 class Call:
-    """A layer's call in a traced program, where `enter` and `leave` are the names of its two ends.
+    """A layer's call in a traced program, in which its input and its output have names.
 
     Attributes:
       module: the layer.
       given: the shape of its input.
       output: the shape of its output.
-      before: the field of its input, once `follow` has come past it.
-      field: that of its output, likewise; None where it is not known.
+      before: the field of its input; set by `follow`.
+      field: the field of its output; set by `follow`; None if it is not known.
     """
 
     module: nn.Module
@@ -183,17 +182,16 @@ class Call:
 def follow(
     program: core.Jaxpr, inputs: list[Field | str | None], calls: dict[str, tuple[Call, bool]]
 ) -> list[Field | str | None]:
-    """Follows what an image's pixels become through a program.
+    """Follows the fields of an image's pixels through a program.
 
     Args:
       program: traced from a model, on images [1, H, W, C].
-      inputs: for each of its arguments the field; "none" for one that does not come from the image.
+      inputs: the field of each argument; "none" if it does not depend on the image.
       calls: by the name that jax.ad_checkpoint.checkpoint_name gave an array: the call of a layer, and
-        whether the array is its output. They are filled in.
+        whether the array is its output. The fields of the calls are filled in.
 
     Returns:
-      For each of its results the field; "none" for one that does not come from the image, None where
-      it is not known.
+      The field of each result; "none" if it does not depend on the image, None if it is not known.
     """
     known = dict(zip(program.invars, inputs, strict=True))
 
@@ -212,12 +210,12 @@ def follow(
 
 
 def _program(value: object) -> core.Jaxpr | None:
-    value = getattr(value, "jaxpr", value)  # closed over its constants, or not
+    value = getattr(value, "jaxpr", value)  # a ClosedJaxpr or a Jaxpr
     return value if hasattr(value, "eqns") else None
 
 
 def _behind_step(step: core.JaxprEqn, given: list, calls: dict) -> Field | str | None:
-    """The field of what a primitive gives."""
+    """The field of a primitive's result."""
     if step.primitive.name == "name" and step.params["name"] in calls:
         call, is_output = calls[step.params["name"]]
         field = given[0] if isinstance(given[0], Field) else None
@@ -246,14 +244,14 @@ def _behind_step(step: core.JaxprEqn, given: list, calls: dict) -> Field | str |
 
 
 def _places(shape: tuple) -> int:
-    """How many axes of [N, H, W, ...] or [N, units] tell places apart; the others are channels."""
+    """How many first axes of [N, H, W, ...] or [N, units] are not channels."""
     return 3 if len(shape) > 2 else 1
 
 
 def _through(
     step: core.JaxprEqn, field: Field, before: tuple, after: tuple, arguments: int
 ) -> Field | None:
-    """The field behind a primitive whose arguments, all of one shape but for channels, have `field`."""
+    """The field after a primitive whose arguments have `field`, and one shape but for channels."""
     name, options = step.primitive.name, step.params
     channels = set(range(_places(before), len(before)))
     kept = (

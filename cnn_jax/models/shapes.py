@@ -1,4 +1,4 @@
-"""What to raise where a model and the shape of its images do not fit."""
+"""The errors of a model that does not fit the shape of its images."""
 
 import flax.linen as nn
 
@@ -6,7 +6,7 @@ from cnn_jax.common.errors import ConfigError
 
 
 def takes_no(image_shape: tuple[int, ...], model: nn.Module, error: Exception) -> ConfigError:
-    """What to raise where `model` fails on such images; one of its own mistakes is called by name."""
+    """The error if `model` fails on such images; names the exception unless it is a ValueError."""
     reason = " ".join(str(error).splitlines()[:1])[:200]
     if not isinstance(error, ValueError):
         reason = f"{type(error).__name__}: {reason}; --debug shows where"
@@ -16,7 +16,7 @@ def takes_no(image_shape: tuple[int, ...], model: nn.Module, error: Exception) -
 
 
 def too_small(image_shape: tuple[int, ...], model: nn.Module) -> ConfigError:
-    """What to raise where the layers of `model` leave nothing of such images."""
+    """The error if such images are too small for the layers of `model`."""
     name = type(model).__name__
     return ConfigError(
         f"model={name}: images of {_shown(image_shape)} are too small for its layers"

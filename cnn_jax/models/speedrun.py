@@ -11,14 +11,14 @@ from cnn_jax.models.layers import Conv, Dense, Flatten, MaxPool, one_image_size
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
-    """Uniform within `bound` of 0."""
+    """Uniform in [-bound, bound]."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
     )
 
 
 def dirac(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Kernels [h, w, in, out] whose first `in` filters pass their channel on; the others are random.
+    """Kernels [h, w, in, out] whose first `in` filters copy one channel each; the others are random.
 
     The random ones are PyTorch's default, uniform within 1 / sqrt(h * w * in).
     """
@@ -34,10 +34,10 @@ def dirac(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
 def whitening(
     image: jax.Array, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
-    """Kernels [h, w, in, 2 * h * w * in] whose outputs on such images are uncorrelated.
+    """Kernels [h, w, in, 2 * h * w * in] whose outputs on `image` are uncorrelated.
 
-    The eigenvectors of the second moments of the images' patches, each divided by its standard
-    deviation, and their negatives, so that no half of the signal is lost in the activation.
+    They are the eigenvectors of the patches' second moments, each divided by its standard deviation,
+    and their negatives, so that the activation does not lose half of the signal.
 
     Args:
       image: [N, H, W, in].
@@ -51,23 +51,23 @@ def whitening(
     )
     windows = [image[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
     patches = jnp.concatenate(windows, -1).reshape(-1, height * width * shape[2])
-    moments = patches.T @ patches / patches.shape[0]  # not len(): it is unknown in an export
+    moments = patches.T @ patches / patches.shape[0]  # not len(): an export has no fixed length
     variances, vectors = jnp.linalg.eigh(moments)
     filters = vectors / jnp.sqrt(variances + 5e-4)
     return jnp.concatenate([filters, -filters], 1).reshape(shape).astype(dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution's mass below x.
+    """x times the probability that a standard normal variable is below x.
 
-    On CPU 2.5 times as fast as nn.gelu, which takes 1 - erf from erfc: exact far out in the tail, where
-    this is off by 1e-7, as PyTorch's is.
+    On CPU 2.5 times as fast as nn.gelu, which computes 1 - erf as erfc. That is exact far out in the
+    tail; here the error there is 1e-7, as in PyTorch.
     """
     return x * (1 + lax.erf(x * 0.5**0.5)) / 2
 
 
 class ConvGroup(nn.Module):
-    """Two 3x3 convolutions of `width` filters; the first one's map is halved by max pooling."""
+    """Two 3x3 convolutions of `width` filters; max pooling halves the map of the first."""
 
     width: int
     axis_name: str | None = None
@@ -93,7 +93,7 @@ class SpeedrunCNN(nn.Module):
 
     Source: arXiv 2404.00498 (airbench; this is its 94% network for Muon). Input [N, 32, 32, 3]
     float32, normalised; output logits [N, num_classes]. The first kernel whitens the images that the
-    model is initialised with: give it some thousands (Config.init_examples).
+    model is initialised with: use some thousands (Config.init_examples).
 
     Attributes:
       num_classes: of the logits.

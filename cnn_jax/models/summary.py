@@ -1,4 +1,4 @@
-"""What an architecture is made of: layers, output shapes, parameters, FLOPs."""
+"""The summary of an architecture: layers, output shapes, parameters, FLOPs."""
 
 import dataclasses
 from typing import Any
@@ -23,8 +23,8 @@ class Layer:
       name: of the module, as in its parameters.
       kind: what it is, as in "Conv 5x5".
       shape: of its output, without the batch.
-      parameters: how many it has; 0 where it is called again, with those of its first call.
-      flops: of one image forward: two for each multiplication with addition.
+      parameters: how many it has; 0 if they were counted in an earlier call.
+      flops: of one image forward; a multiplication with addition counts as two.
       field: which pixels an output sees; None where that is not known.
     """
 
@@ -44,7 +44,7 @@ class Summary:
       model: the name of its class.
       image_shape: (H, W, C).
       layers: in the order of their calls.
-      parameters: how many it is initialised with, inside of these layers and elsewhere.
+      parameters: of the whole model, also those outside of these layers.
       field: which pixels an output of the model sees; None where that is not known.
     """
 
@@ -129,7 +129,7 @@ def _layer(module: nn.Module, arrays: dict, before: tuple, after: tuple) -> Laye
     kind, flops = type(module).__name__, 0
     if "kernel" in arrays:
         shape = arrays["kernel"].shape
-        # A kernel's multiplications, once for each place of the output, or of what it is spread over.
+        # A kernel is applied at each place of the output; a transposed one, of the input.
         times = np.prod(after[1:]) // np.prod(getattr(module, "features", after[-1]))
         if isinstance(module, nn.ConvTranspose):
             times = np.prod(before[1:-1])

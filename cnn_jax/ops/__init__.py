@@ -1,1 +1,1 @@
-"""The same mathematics as `jax.lax` and `flax.linen`, faster on CPU; nothing else knows about it."""
+"""Operations of `jax.lax` and `flax.linen` that are faster on CPU, with the same results."""

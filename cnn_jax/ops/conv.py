@@ -6,8 +6,8 @@ differentiated by transposition, gives the forward pass and both gradients. `for
 several such functions; `rule.py` chooses one for each of the three passes on CPU. On GPU and TPU all
 three are XLA's own convolution.
 
-Forward-mode differentiation (`jax.jvp`) of the covered shapes is not offered, as the three passes are
-`jax.custom_vjp` functions that are each other's gradients; reverse mode works to any order.
+Forward-mode differentiation (`jax.jvp`) does not work for the covered shapes, as the three passes are
+`jax.custom_vjp` functions. The gradients of each are the other two: reverse mode works to any order.
 """
 
 import functools
@@ -31,7 +31,7 @@ def _run(
     wide = jnp.promote_types(a.dtype, jnp.float32)
 
     def fast(a: Array, b: Array) -> Array:
-        # Sums of many terms that XLA's convolution accumulates in float32 itself.
+        # At least float32 for sums of many terms, as XLA's convolution does itself.
         convolution = functools.partial(FORMULATIONS[formulation], g)
         return bilinear(convolution)(a.astype(wide), b.astype(wide)).astype(a.dtype)
 
@@ -130,9 +130,9 @@ def conv_general_dilated(
 ) -> Array:
     """`jax.lax.conv_general_dilated`, faster on CPU for 2-D NHWC convolutions.
 
-    Args and result are those of `jax.lax.conv_general_dilated`. Whatever the fast formulations do not
-    cover goes to it: dilation, groups, layouts other than NHWC/HWIO, other than two spatial axes,
-    integers and mixed dtypes, `preferred_element_type`, negative padding, empty arrays.
+    Args and result are those of `jax.lax.conv_general_dilated`. It computes what the fast
+    formulations do not cover: dilation, groups, layouts other than NHWC/HWIO, other than two spatial
+    axes, integers and mixed dtypes, `preferred_element_type`, negative padding, empty arrays.
 
     Args:
       lhs: [N, H, W, C] image.

@@ -1,7 +1,7 @@
 """The matmul of a dense layer, with an image gradient that is fast on CPU.
 
 `dot_general` takes the place of `jax.lax.dot_general` in `flax.linen.nn.Dense` (its field of that
-name). Forward-mode differentiation (`jax.jvp`) of the covered shapes is not offered.
+name). Forward-mode differentiation (`jax.jvp`) does not work for the covered shapes.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# Where the transposed kernel is not in the caches: see `times_transposed`.
+# A smaller transposed kernel fits into the caches: see `times_transposed`.
 _FEWEST_WEIGHTS = 2**18
 _BATCH_BY_FEATURES = (((1,), (0,)), ((), ()))
 
@@ -19,12 +19,12 @@ _BATCH_BY_FEATURES = (((1,), (0,)), ((), ()))
 def times_transposed(rows: Array, kernel: Array, precision: lax.PrecisionLike = None) -> Array:
     """[N, O], [I, O] -> [N, I]: `rows @ kernel.T`, computed with the rows in columns.
 
-    To multiply few rows by a large transposed matrix takes Eigen two to four times as long as to have
+    Eigen needs two to four times as long to multiply few rows by a large transposed matrix as with
     the matrix on the left. GFLOP/s on two Zen 4 cores, float32, rows and then columns: 128 rows by
     512 x 16384 24 and 68, by 512 x 2048 39 and 76, by 512 x 784 39 and 64; 32 rows by 512 x 2048 32 and
     111, by 512 x 784 16 and 68; but 128 by 84 x 120 47 and 40, by 10 x 512 39 and 16.
     """
-    # Without the barriers XLA folds the small transpositions into the matmul, which undoes it.
+    # Without the barriers, XLA folds the small transpositions back into the matmul.
     columns = lax.optimization_barrier(rows.T)
     product = jnp.matmul(kernel, columns, precision=precision)
     return lax.optimization_barrier(product).T
@@ -62,8 +62,8 @@ def dot_general(
 ) -> Array:
     """`jax.lax.dot_general`, whose gradient for `lhs` is faster on CPU where `rhs` is a large kernel.
 
-    Args and result are those of `jax.lax.dot_general`, which gets whatever is not covered: other than
-    float32 [N, I] by [I, O], fewer than 2**18 weights, any of its further options.
+    Args and result are those of `jax.lax.dot_general`, which computes what is not covered: other
+    arrays than float32 [N, I] by [I, O], fewer than 2**18 weights, further options.
     """
     covered = (
         not options

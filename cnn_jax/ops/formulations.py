@@ -30,7 +30,7 @@ class Geometry(NamedTuple):
     precision: lax.PrecisionLike
 
 
-# Of one matmul: Eigen multiplies 16 columns at a time on AVX-512, and best more than one such group.
+# Of one matmul: on AVX-512, Eigen multiplies 16 columns at a time; more than 16 are faster.
 _FEWEST_OUTPUTS = 24
 
 
@@ -42,7 +42,7 @@ def applies(formulation: str, g: Geometry) -> bool:
     if formulation in ("winograd", "winograd_tiles"):
         return g.kernel == (3, 3) and g.strides == (1, 1)
     if formulation in ("fourier", "fourier_patches"):
-        # Wider, its many small operations would be slow to compile.
+        # Wider images need many small operations, which are slow to compile.
         return g.strides == (1, 1) and g.image[1] + sum(g.pads[1]) <= 32
     return True
 
@@ -60,10 +60,10 @@ def xla(g: Geometry, image: Array, kernel: Array) -> Array:
 
 
 def _xla_apart(g: Geometry, image: Array, kernel: Array) -> Array:
-    """`xla` on arrays that stand in memory, for the kernel's gradient.
+    """`xla` on arrays that are written to memory, for the kernel's gradient.
 
-    XLA makes that a convolution of transposed arrays. Its transposing loop would compute again, element
-    by element across memory, what made the array: a bias and a ReLU, a pooling, Winograd's sums.
+    XLA computes that as a convolution of transposed arrays. Without barriers, the loop that transposes
+    an array also recomputes it, element by element: a bias and a ReLU, a pooling, Winograd's sums.
     """
     return lax.optimization_barrier(xla(g, lax.optimization_barrier(image), kernel))
 
@@ -110,8 +110,8 @@ def _rows(g: Geometry, image: Array, kernel: Array) -> Array:
 def _patches(g: Geometry, image: Array, kernel: Array) -> Array:
     """im2col along the height and then along the width, and one matmul.
 
-    A kernel of few outputs is repeated beside itself, one step on, for as many columns of the output
-    as fill Eigen's registers: a patch then spans those columns, and meets zeros where it is too wide.
+    A kernel of few outputs is repeated, each copy one stride further, for as many columns of the output
+    as fill Eigen's registers. A patch then spans all of them; each copy is zero outside its kernel.
     """
     (kh, kw), stride, (oh, ow) = g.kernel, g.strides[1], g.out
     columns = max(1, min(ow, _FEWEST_OUTPUTS // g.out_channels))
@@ -204,7 +204,7 @@ def _winograd_tiles(g: Geometry, image: Array, kernel: Array) -> Array:
     sums = []
     for row, weights in zip(rows, _kernel_transform(kernel), strict=True):
         tiles = _tile_transform([row[:, :, j // 2 : j // 2 + tw, j % 2] for j in range(4)])
-        tiles = lax.optimization_barrier(tiles)  # each written once, for the matmul alone
+        tiles = lax.optimization_barrier(tiles)  # writes each to memory once, for the matmul
         products = map(functools.partial(_matmul, g), tiles, _kernel_transform(weights))
         sums.append(_output_transform(*products))
     (y00, y10), (y01, y11) = (_output_transform(*column) for column in zip(*sums, strict=True))
@@ -230,10 +230,10 @@ def _fourier(
 ) -> Array:
     """Fourier's transform along the width, and for each frequency a convolution along the height.
 
-    The transform of W real columns has W / 2 + 1 complex ones, each of which needs three real
-    products (Gauss): about 1.5 W convolutions along the height in place of KW * OW. As the image is
-    as wide as all that the kernel meets, nothing wraps around. It is a matmul by a constant, as W is
-    small. Errors are about 1e-6 of the largest output in float32.
+    The transform of W real columns has W / 2 + 1 complex ones. Each needs three real products
+    (Gauss): about 1.5 W convolutions along the height in place of KW * OW. Nothing wraps around, as
+    the padded image has all pixels that the kernel meets. W is small, so the transform is a matmul by
+    a constant. Errors are about 1e-6 of the largest output in float32.
     """
     image = _pad(g, image)
     n, height, width, _ = image.shape
@@ -262,7 +262,7 @@ def _fourier(
 
 
 def _fourier_matrices(width: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """To real and imaginary parts of each frequency, in turn, and from them to `out` columns."""
+    """Matrices to the real and imaginary part of each frequency, and from there to `out` columns."""
     frequency = np.arange(width // 2 + 1)
     angle = 2 * np.pi / width * frequency[:, None] * np.arange(width)
     waves = np.stack([np.cos(angle), -np.sin(angle)], 1)  # [frequencies, 2, width]

@@ -19,14 +19,14 @@ def max_pool(
 ) -> Array:
     """Keeps the strongest feature of each window, as Keras's MaxPooling2D does.
 
-    Equal values share no gradient: the first of them, row by row, gets it all, as in lax, Keras and
-    PyTorch (after a ReLU, windows full of zeros are common).
+    Of equal values, the first, row by row, gets the whole gradient, as in lax, Keras and PyTorch
+    (after a ReLU, windows full of zeros are common).
 
     Args:
       x: [N, H, W, C].
       window: (height, width) of the window.
       strides: steps between windows; by default the window, so that windows do not overlap.
-      padding: "VALID" drops what is left at the border (15 -> 7 for a window of 2).
+      padding: "VALID" drops the rest at the border (15 -> 7 for a window of 2).
 
     Returns:
       [N, OH, OW, C].
@@ -51,7 +51,7 @@ def _max_of_blocks(x: Array, window: tuple[int, int]) -> Array:
     (n, h, w, c), (kh, kw) = x.shape, window
     oh, ow = h // kh, w // kw
     blocks = x[:, : oh * kh, : ow * kw].reshape(n, oh, kh, ow, kw, c)
-    # XLA's innermost loops go over the channels, and are slow on two axes more where those are few.
+    # XLA's innermost loops go over the channels. If these are few, two more axes are slow.
     return _max_of_each(blocks) if c >= 16 else _max_and_place(blocks)[0]
 
 
@@ -59,9 +59,10 @@ def _max_of_blocks(x: Array, window: tuple[int, int]) -> Array:
 def _max_of_each(blocks: Array) -> Array:
     """[N, OH, KH, OW, KW, C] -> [N, OH, OW, C], with a gradient that is one selection.
 
-    Forward and backward behind a ReLU, ms on two Zen 4 cores; in brackets as autodiff goes through
-    the comparisons, and XLA's select_and_scatter: [128, 24, 24, 64] 7.9 (14.6, 52), [128, 15, 15, 256]
-    6.9 (9.0), [128, 3, 3, 256] in windows of 3 0.5 (2.7), [128, 28, 28, 6] 4.1 (1.5, 4.9).
+    Forward and backward after a ReLU, ms on two Zen 4 cores; in brackets, first with autodiff of the
+    comparisons, then with XLA's select_and_scatter: [128, 24, 24, 64] 7.9 (14.6, 52),
+    [128, 15, 15, 256] 6.9 (9.0), [128, 3, 3, 256] in windows of 3 0.5 (2.7), [128, 28, 28, 6] 4.1
+    (1.5, 4.9).
     """
     return _max_and_place(blocks)[0]
 
@@ -77,7 +78,7 @@ def _max_of_each_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arr
 
 
 def _max_and_place(blocks: Array) -> tuple[Array, Array]:
-    """The maxima, and where in its window each is, counted row by row."""
+    """The maxima, and the index of each in its window, row by row."""
     kh, kw = blocks.shape[2], blocks.shape[4]
     dtype = np.min_scalar_type(kh * kw - 1)
     largest = blocks[:, :, 0, :, 0]

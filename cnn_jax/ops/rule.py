@@ -1,4 +1,4 @@
-"""The rule that chooses the formulation of a convolution on CPU, and the measurements it stands on."""
+"""The rule that chooses the formulation of a convolution on CPU, and the measurements behind it."""
 
 import math
 from typing import NamedTuple
@@ -25,18 +25,19 @@ def formulations_for(g: Geometry) -> Formulations:
        image's gradient has the batch in columns, as Eigen takes four times as long to multiply few
        rows by a transposed matrix (GFLOP/s at 7x7 256->512: 37, in columns 149; but at 14x14 64->64
        k1 170, in columns 62).
-    2. 5 pixels wide and more, stride 1, 32 channels and more on both sides: Fourier along the width,
-       and for the image's gradient patches along the height where the kernel is higher than the
+    2. A kernel at least 5 pixels wide, stride 1, at least 32 channels on both sides: Fourier along the
+       width, and for the image's gradient patches along the height if the kernel is higher than the
        output.
-    3. 3x3, stride 1, 64 channels and more on both sides (for the image's gradient 128): Winograd along
-       the width from 6x6 on, in tiles on an even smaller output; the kernel's gradient gains nothing.
-    4. Otherwise XLA's own convolution, but for
+    3. 3x3, stride 1, at least 64 channels on both sides (for the image's gradient 128): Winograd along
+       the width for outputs from 6x6 up; in tiles for a smaller output of even size and at least 128
+       channels. The kernel's gradient gets no faster.
+    4. Otherwise XLA's own convolution, except for
        - the forward pass from one to four channels, where Eigen has too little to work on at a time:
          patches, of several columns of the output where that has few channels as well (32x32 3->6 k5:
          XLA 7, patches of one column 9, of four 35);
-       - the image's gradient, where it multiplies the zeros between and around the cotangents and,
-         where the kernel is larger than the output, is a scalar loop. "rows" multiplies fewer of
-         them and "offsets" none, but writes more: the cheaper one by count.
+       - the image's gradient: XLA multiplies the zeros between and around the cotangents and, if the
+         kernel is larger than the output, runs a scalar loop. "rows" multiplies fewer zeros and
+         "offsets" none, but both write more. The rule counts, and takes the cheaper one.
 
     GFLOP/s of the direct algorithm on two Zen 4 cores (AVX-512; matmul 190), batch 128, float32, from
     process time because the machine was shared; + marks the rule's choice, p padding "SAME":

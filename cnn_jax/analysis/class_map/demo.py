@@ -1,4 +1,4 @@
-"""The demonstration of a class map: test images on a large canvas, found by one pass over it."""
+"""Demonstrates a class map: one forward pass finds the test images on a large canvas."""
 
 import dataclasses
 import math
@@ -23,16 +23,16 @@ from cnn_jax.models.convolutional import gives_class_map
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.train.workdir import write_json
 
-LARGEST = 2048  # pixels; the first layer's map of it takes half a gigabyte
+LARGEST = 2048  # pixels; the first layer's output then takes half a gigabyte
 
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """Images on a plain background, none on another.
+    """Images on a plain background, without overlap.
 
     Attributes:
       image: uint8 [H, W, C].
-      places: int [N, 2], the first row and column of each.
+      places: int [N, 2], first row and column of each image.
       labels: int [N].
     """
 
@@ -44,13 +44,13 @@ class Canvas:
 def compose(
     examples: sources.Examples, side: int, background: tuple[int, ...] = (0,), seed: int = 0
 ) -> Canvas:
-    """A square canvas of the first examples, each somewhere in its own cell of twice its size.
+    """Puts the first examples on a square canvas, each at random in a cell of twice its size.
 
     Args:
-      examples: of which as many are taken as there are cells.
+      examples: one is used for each cell.
       side: of the canvas, in pixels.
-      background: between them, one value or one a channel.
-      seed: of the places.
+      background: pixel value around the images: one for all channels, or one for each.
+      seed: of the random places.
     """
     size = np.array(examples.image_shape[:2])
     cells = np.stack(np.mgrid[: side // (2 * size[0]), : side // (2 * size[1])], -1).reshape(-1, 2)
@@ -70,18 +70,18 @@ def demonstrate(
     """Maps a canvas of test images and compares the map with sliding windows.
 
     Args:
-      run: of a network that gives a class map, or can be turned into one that does.
+      run: its network gives a class map, or can be converted to one that does.
       folder: where class_map.png and class_map.json are written; made if missing.
       side: of the canvas, in pixels.
-      rounds: how often map and windows are timed, in turn.
+      rounds: how often the map and the windows are timed, alternately.
       data_dir: where the dataset lies.
 
     Returns:
-      The content of class_map.json; `tables.print_class_map` says what it means.
+      The content of class_map.json; `tables.print_class_map` explains it.
 
     Raises:
-      ConfigError: the network cannot be turned into one, an argument is out of range, or `folder`
-        cannot be written.
+      ConfigError: the network cannot be converted, an argument is out of range, or `folder` cannot
+        be written.
       DataError: the dataset is missing, damaged, or does not fit the model.
     """
     files.check_folder(folder)
@@ -119,7 +119,7 @@ def demonstrate(
         **raced,
         "flops_ratio": raced["cut_out"] * single.flops / whole.flops,
     }
-    # matplotlib takes its time to import
+    # matplotlib is slow to import
     from cnn_jax.analysis.class_map.picture import Boxes, draw
 
     boxes = Boxes(canvas.places, frames.size, nearest, found)
@@ -132,7 +132,7 @@ def demonstrate(
 
 
 def _canvas(run: RestoredRun, side: int, data_dir: str | None) -> Canvas:
-    """A canvas of test images on the value of padding, as a pixel."""
+    """A canvas of test images. Its background is the mean, which normalises to 0 like padding."""
     examples = sources.load_examples(run.data, "test", data_dir)
     examples = evaluate.fitting(run, examples, run.data.name)
     mean = np.clip(np.round(255 * np.array(run.data.mean)), 0, 255)
@@ -153,7 +153,7 @@ def _check_side(run: RestoredRun, field: Field | None, side: int) -> None:
 def _compare(
     run: RestoredRun, image: np.ndarray, logits: np.ndarray, field: Field
 ) -> dict[str, Any]:
-    """The map beside the dense network on the windows that its scores see."""
+    """Compares the map's scores with the network's output on the windows that they see."""
     places = sliding_windows.spread(field.inside(image.shape[:2]))
     windows = sliding_windows.on_windows(run, padding=False)
     expected = windows(image, places * field.stride + field.start, field.size)
@@ -171,7 +171,7 @@ def _race(
     frames: Field,
     rounds: int,
 ) -> dict[str, Any]:
-    """The map beside the network on windows of the training's size, in seconds and in scores."""
+    """Compares the map with the network on windows of the training size: seconds and scores."""
     inside = frames.inside(image.shape[:2])
     total, places = math.prod(map(len, inside)), sliding_windows.spread(inside)
     origins = places * frames.stride + frames.start

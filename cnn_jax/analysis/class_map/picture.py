@@ -14,7 +14,7 @@ from PIL import Image
 from cnn_jax.analysis import plotting
 from cnn_jax.models.receptive_field import Field
 
-PANEL = 3.6  # inches, the longer side of each
+PANEL = 3.6  # inches, the longer side of a panel
 MOST_NAMES = 20
 STYLE = {
     "font.size": 9,
@@ -29,7 +29,7 @@ SEEN, FOUND, MISSED = "#ff2a6d", "#00d68f", "#ffb000"
 
 @dataclasses.dataclass(frozen=True)
 class Boxes:
-    """Places in an image whose class is known.
+    """Places of known class in an image.
 
     Attributes:
       places: int [N, 2], first row and column of each.
@@ -51,15 +51,15 @@ def draw(
     class_names: Sequence[str],
     boxes: Boxes | None = None,
 ) -> Image.Image:
-    """Image, classes and probabilities beside each other; one below the other if they are wide.
+    """Draws image, classes and probabilities side by side; below each other for a wide image.
 
-    A score is drawn in the middle of the window that it sees, as large as the step to the next one.
-    What remains grey at the border is the middle of no window.
+    Each score is drawn at the centre of its window, in a cell as large as the stride. The border,
+    where no window has its centre, stays grey.
 
     Args:
       image: uint8 [H, W, C].
       class_map: float32 [h, w, classes], probabilities.
-      field: what the scores see; None: not known, and the map is drawn over the whole image.
+      field: what the scores see; None if not known: the map then covers the whole image.
       class_names: of the map, in order.
       boxes: drawn into image and map.
     """
@@ -82,7 +82,7 @@ def draw(
             probability, interpolation="nearest", extent=extent, cmap="cividis", vmin=0, vmax=1
         )
         panels[2].set_title("its probability")
-        # Beside all panels where they stand below each other, or it would push the last one aside.
+        # If the panels are below each other, beside all of them: it would narrow the last one.
         place = {"ax": panels, "shrink": 0.3, "anchor": (0, 0)} if wide else {"ax": panels[2]}
         figure.colorbar(shown, **{"shrink": 0.85, "pad": 0.02, **place})
         for panel in panels:
@@ -100,7 +100,7 @@ def draw(
 def _choose(
     probability: np.ndarray, field: Field | None, image: tuple[int, int], boxes: Boxes | None
 ) -> tuple[int, int] | None:
-    """The score whose window is drawn: the surest of what was found, or else inside of the image."""
+    """The score whose window is drawn: the most probable of those found, or inside the image."""
     if field is None:
         return None
     allowed = np.zeros(probability.shape, bool)
@@ -150,7 +150,7 @@ def _winners(
 ) -> None:
     palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
     colours = np.array([palette[i % len(palette)] for i in range(len(names))])
-    weak = 1 / len(names)  # what a class has if all have the same
+    weak = 1 / len(names)  # the probability if all classes have the same
     strength = np.clip((probability - weak) / max(1 - weak, 1e-6), 0, 1)[..., None]
     shown = 1 - (1 - colours[winner]) * (0.15 + 0.85 * strength)
     axes.imshow(shown, interpolation="nearest", extent=extent)
@@ -168,7 +168,7 @@ def _winners(
 def _extent(
     scores: tuple[int, int], field: Field | None, image: tuple[int, int]
 ) -> tuple[float, ...]:
-    """Left, right, bottom and top of a map, each score in the middle of its window."""
+    """Left, right, bottom and top of a map whose scores lie at the centres of their windows."""
     (top, left), (bottom, right) = (0, 0), image
     if field is not None:
         (top, left), (bottom, right) = _cell(field, 0, 0), _cell(field, *scores)

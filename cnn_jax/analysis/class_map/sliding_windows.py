@@ -1,15 +1,14 @@
-"""A network on windows cut out of a large image: what a class map is compared with.
+"""Runs a network on windows cut out of a large image, to compare them with a class map.
 
-What a score of a class map is equal to depends on the padding. Its window, `receptive_field.Field`, is
-as large as the training images or smaller where the layers have no padding. With 'same' padding it is
-larger: the layers take pixels from beyond an image's border, zeros in training, and true neighbours
-inside a larger image. So
+Each score of a class map sees one window, its `receptive_field.Field`. If the layers have no padding,
+the window is at most as large as the training images. With 'same' padding it is larger: beyond the
+border of a training image the layers read zeros, inside a larger image they read its pixels. So
 
-- a score equals what the dense network gives for its window with the padding of all layers left out,
-  as the window brings along every neighbour that padding stands for. This holds for every network,
-  wherever the window lies inside the image;
-- networks without padding give the same for windows as large as the training images. With 'same'
-  padding that is another number, as such a window meets zeros where the map meets neighbours.
+- a score equals the network's output on its window without the padding of all layers, because the
+  window contains the pixels that take the place of padding. This holds for every network and for
+  every window inside the image;
+- if the layers have no padding, a score also equals the output on a window as large as the training
+  images. With 'same' padding it differs: there the window is padded with zeros.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ from cnn_jax.train import parallel
 from cnn_jax.train.preprocess import normalise
 from cnn_jax.train.step import forward
 
-# More windows than this are sampled: networks without strides have a score for each pixel.
+# Of more windows, a sample is taken: networks without strides have a score for each pixel.
 MOST_WINDOWS = 4096
 BATCH = 64
 
@@ -49,7 +48,7 @@ def on_windows(run: RestoredRun, padding: bool = True) -> Windows:
     """The network as a compiled function of windows.
 
     Args:
-      run: of a network that gives one score for a window: [N, classes] or [N, 1, 1, classes].
+      run: its network gives one score for a window: [N, classes] or [N, 1, 1, classes].
       padding: False leaves out the padding of all convolutions.
 
     Returns:
@@ -69,7 +68,7 @@ def on_windows(run: RestoredRun, padding: bool = True) -> Windows:
     def windows(image: np.ndarray, origins: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         found = []
         for start in range(0, len(origins), BATCH):
-            # The last batch is filled up with the last window: one shape, one program.
+            # The last window fills up the last batch: with one shape, jit compiles once.
             rows = np.minimum(np.arange(start, start + BATCH), len(origins) - 1)
             parts = [image[r : r + size[0], c : c + size[1]] for r, c in origins[rows]]
             found.append(np.asarray(logits(variables, np.stack(parts))).reshape(BATCH, -1))
@@ -79,14 +78,14 @@ def on_windows(run: RestoredRun, padding: bool = True) -> Windows:
 
 
 def frames(field: Field, alone: Field, size: tuple[int, int]) -> Field:
-    """For each score, the window of the training images' size that it stands for.
+    """For each score, the window of the training images' size that belongs to it.
 
-    It is where such an image would have to lie to have this score as its own. 'same' padding with a
-    stride begins a pixel earlier on odd maps than on even ones, so that it need not start at 0.
+    A training image in this place gets this score. The first window may not start at 0: with a
+    stride, 'same' padding starts one pixel earlier on odd maps than on even ones.
 
     Args:
       field: of the scores of a larger image.
-      alone: of the score of an image of the training's size.
+      alone: of the one score of a training image.
       size: that of the training images.
     """
     start = tuple(whole - own for whole, own in zip(field.start, alone.start, strict=True))

@@ -1,4 +1,4 @@
-"""Convolution, pooling and padding: every output as the sum or maximum that it is."""
+"""Convolution, pooling and padding, with the sum or maximum of every output."""
 
 import itertools
 import re
@@ -79,7 +79,7 @@ def pool(size: int, kernel: int) -> Explanation:
 
 
 def padding(size: int, kernel: int, stride: int) -> Explanation:
-    """'valid' beside 'same'."""
+    """Compares 'valid' with 'same'."""
     if kernel > size:
         raise ConfigError(f"--kernel={kernel}: must be at most the size, {size}")
     data, weights, bias = whole_numbers(size, kernel, 1, 1)
@@ -143,7 +143,7 @@ def _of(i: int, total: int) -> str:
 
 
 def _letters(size: int, before: int, kernel: int, channels: int) -> str:
-    """The first output's sum, the data being v1, v2, ... row by row, and zeros where it is padded."""
+    """The first output's sum in letters: the data are v1, v2, ... row by row; padding is 0."""
     terms = []
     places = itertools.product(range(kernel), range(kernel), range(channels))
     for w, (i, j, c) in enumerate(places, 1):

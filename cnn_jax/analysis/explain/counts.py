@@ -1,4 +1,4 @@
-"""Dense layers beside convolutions, numbers of parameters, receptive fields."""
+"""Dense layers compared with convolutions, numbers of parameters, receptive fields."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ MOST_WEIGHTS = 10_000_000
 
 
 def dense(size: int, channels: int, filters: int) -> Explanation:
-    """A dense layer over a flattened map is a convolution of the map's size; of a vector, 1x1."""
+    """A dense layer on a flattened map is a convolution of the map's size; on a vector, 1x1."""
     inputs = size * size * channels
     if inputs * filters > MOST_WEIGHTS:
         raise ConfigError(
@@ -63,7 +63,7 @@ def dense(size: int, channels: int, filters: int) -> Explanation:
 
 
 def parameters(size: int, kernel: int, channels: int, filters: int) -> Explanation:
-    """Of a convolution, and of the dense layer that would compute as many numbers from as many."""
+    """Counts those of a convolution and of a dense layer with as many inputs and outputs."""
     if kernel > size:
         raise ConfigError(f"--kernel={kernel}: must be at most the size, {size}")
     out = size - kernel + 1
@@ -80,7 +80,7 @@ def parameters(size: int, kernel: int, channels: int, filters: int) -> Explanati
         (f"dense {inputs:,} -> {outputs:,}", f"({inputs:,} + 1) x {outputs:,}", f"{by_dense:,}"),
     )
     rows = ()
-    if inputs <= 16 and outputs <= 16:  # the weights themselves, for the eye
+    if inputs <= 16 and outputs <= 16:  # few enough to draw
         _, weights, bias = whole_numbers(1, kernel, channels, filters)
         flat, biases = whole_numbers(1, 1, inputs, outputs)[1:]
         rows = (

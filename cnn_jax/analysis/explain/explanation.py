@@ -14,8 +14,8 @@ class Grid:
     Attributes:
       title: what they are.
       values: [h, w].
-      sign: what stands before the grid, as in "=".
-      marked: rows and columns, from the first, that belong to the first output.
+      sign: drawn before the grid, such as "=".
+      marked: how many rows and columns, from the first, belong to the first output.
       padding: zeros before and after the data, on each side.
     """
 
@@ -36,14 +36,14 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """An answer.
+    """The content of an explanation.
 
     Attributes:
       title: in one line.
       rows: grids that stand beside each other.
       lines: the arithmetic.
       table: cells of text; its first row is the header.
-      windows: what an output of each layer sees, by a name, for a picture of it.
+      windows: for the picture, a name and what an output sees, of each layer.
       image: height and width of the image that they see.
     """
 

@@ -16,7 +16,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.models.receptive_field import Field
 
 CELL = 0.42  # inches
-CHARACTER = 0.17  # cells, of the arithmetic's font
+CHARACTER = 0.17  # cells, the width of a character of the arithmetic
 MOST_LINES, MOST_CHARACTERS = 28, 120
 MOST_PIXELS = 4000  # of a side
 INK, MUTED, RULE = plotting.LIGHT.ink, plotting.LIGHT.muted, plotting.LIGHT.rule
@@ -26,7 +26,7 @@ LINES = plotting.LIGHT.series
 
 
 def save(explanation: Explanation, path: Path) -> None:
-    """Draws into a PNG file, whose folder must be there.
+    """Draws a PNG file into an existing folder.
 
     Raises:
       ConfigError: its name has another ending, or it cannot be written.
@@ -65,12 +65,12 @@ def draw(explanation: Explanation) -> Image.Image:
 
 
 def _shorten(sum_: str, most: int) -> str:
-    """A sum of products without those in the middle."""
+    """Leaves out the middle terms of a sum."""
     return f"{sum_[: most - 20].rpartition(' + ')[0]} + ... + {sum_.rpartition(' + ')[2]}"
 
 
 def _table(table: tuple[tuple[str, ...], ...]) -> list[str]:
-    """Lines of text with columns below each other."""
+    """The table as lines of text with aligned columns."""
     widths = [max(map(len, column)) + 3 for column in zip(*table, strict=True)]
     lines = ["".join(map(str.ljust, row, widths)).rstrip() for row in table]
     return [*lines, ""] if lines else []
@@ -108,7 +108,7 @@ def _grid(axes: Any, grid: Grid, left: float, top: float) -> None:
 
 
 def _windows(axes: Any, explanation: Explanation) -> tuple[float, float]:
-    """Draws what the middle output of each layer sees, over the image, in units that fit."""
+    """Draws what the middle output of each layer sees, over the image, scaled to fit."""
     height, width = explanation.image
     placed = [(name, *_middle(field), field.size) for name, field in explanation.windows]
     first_row = min(0, *(row for _, row, _, _ in placed))
@@ -132,7 +132,7 @@ def _windows(axes: Any, explanation: Explanation) -> tuple[float, float]:
         outline = {
             "linewidth": 1.5 + 0.6 * i,
             "linestyle": dash,
-        }  # seen where a smaller one covers it
+        }  # wide enough to show behind a smaller window's
         rectangle(row, column, size, fill=False, edgecolor=colour, **outline)
         axes.text(right + 1.1, 0.4 + 0.75 * i, name, va="center")
         axes.plot([right + 0.4, right + 0.9], [0.4 + 0.75 * i] * 2, dash, color=colour, linewidth=3)

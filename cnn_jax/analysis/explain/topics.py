@@ -1,4 +1,4 @@
-"""What can be explained, and from which numbers."""
+"""The topics of explain, and the numbers that each takes."""
 
 from collections.abc import Callable, Mapping
 
@@ -46,7 +46,7 @@ def check(topic: str, given: Mapping[str, int | str | None], allowed: Mapping) -
     """Refuses a number that the topic does not take.
 
     Raises:
-      ConfigError: names it, and those that the topic takes.
+      ConfigError: `given` has one; names it, and those that the topic takes.
     """
     for name, value in given.items():
         if value is not None and name not in allowed:
@@ -62,7 +62,7 @@ def explain(topic: str, given: Mapping[str, int | str | None]) -> Explanation:
       given: its numbers by name; None, or left out: the default.
 
     Raises:
-      ConfigError: there is no such topic, or a number is not the topic's or out of range.
+      ConfigError: there is no such topic, it does not take a number, or one is out of range.
     """
     if topic not in TOPICS:
         raise ConfigError(

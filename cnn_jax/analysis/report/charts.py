@@ -10,13 +10,13 @@ from cnn_jax.models.summary import Summary
 MOST_BARS = 20
 # The colour and line of each split's curve.
 SPLITS = {"train": (1, "--"), "validation": (2, ":"), "test": (0, "-")}
-MOST_COUNTS = 12  # classes, up to which the matrix has room for numbers
+MOST_COUNTS = 12  # classes; a larger matrix has no room for numbers
 
 
 def curves(lines: list[dict], metric: str, step: int) -> plotting.Chart:
-    """ "loss" or "accuracy" of each split by epoch, of the lines of metrics.jsonl.
+    """The loss or accuracy of each split by epoch, from the lines of metrics.jsonl.
 
-    A thin line marks the epoch of the checkpoint, `step`, where it is not the last one.
+    A thin line marks the epoch of the checkpoint, `step`, unless it is the last one.
     """
     splits = [
         s for s in ("train", "validation", "test") if any(f"{s}_{metric}" in x for x in lines)
@@ -61,7 +61,7 @@ def curves(lines: list[dict], metric: str, step: int) -> plotting.Chart:
 
 
 def class_accuracy(names: list[str], accuracy: list[float]) -> plotting.Chart:
-    """A bar a class, the lowest at the top; of many classes, the lowest."""
+    """One bar for each class, the lowest at the top; at most the MOST_BARS lowest."""
     order = np.argsort(accuracy, kind="stable")
     lowest = order[:MOST_BARS]
 
@@ -92,7 +92,7 @@ def confusion(names: list[str], matrix: np.ndarray) -> plotting.Chart:
 
     def paint(figure: Figure, theme: plotting.Theme) -> None:
         axes = figure.add_subplot()
-        # The square root lets a share of 2 % be seen; beyond 40, names would be a blur.
+        # The square root makes a share of 2 % visible. More than 40 names are not readable.
         labels = [plotting.clip(name, 12) for name in names] if len(names) <= 40 else []
         size = 7.5 if len(names) <= MOST_COUNTS else 5
         plotting.heat_map(axes, theme, np.sqrt(share), labels, labels, size)

@@ -54,13 +54,13 @@ def curves(runs: list[Facts], names: list[str], metric: str) -> plotting.Chart |
 def accuracy_against(
     runs: list[Facts], names: list[str], what: str, value: Callable[[Facts], float | None]
 ) -> plotting.Chart | None:
-    """A point a run: its cost, on a logarithmic axis, and its test accuracy.
+    """One point for each run: its test accuracy against its cost, on a logarithmic axis.
 
     Args:
       runs: to compare.
       names: of the runs.
       what: the cost's name, as in "parameters".
-      value: the cost of a run; None, or 0, leaves it out.
+      value: gives the cost of a run; a run with None or 0 is left out.
     """
     places = [i for i, run in enumerate(runs) if value(run)]
     if not places:
@@ -85,7 +85,7 @@ def accuracy_against(
         axes.set_ylabel("test accuracy")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: formatting.short(x)))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
-        if high - low < 1:  # there may be no power of ten among them
+        if high - low < 1:  # the axis may contain no power of ten
             axes.set_xticks(sorted(set(costs)))
         plotting.percent_axis(axes.yaxis)
         _label(axes, theme, costs, scores, [plotting.clip(names[i], 22) for i in places])
@@ -99,7 +99,7 @@ def accuracy_against(
 
 
 def classes(runs: list[Facts], names: list[str]) -> plotting.Chart | None:
-    """Accuracy of each class, a column a run; None where there are more than fit."""
+    """Accuracy of each class, one column for each run; None if they do not fit."""
     labels = runs[0].run.class_names
     scores = np.array([run.result.class_accuracy() for run in runs], float).T
     tested = np.flatnonzero(~np.isnan(scores).any(1))
@@ -123,7 +123,7 @@ def classes(runs: list[Facts], names: list[str]) -> plotting.Chart | None:
 
 
 def _label(axes: Any, theme: plotting.Theme, costs: list, scores: list, names: list[str]) -> None:
-    """Names beside the points, towards the middle, pushed apart where they would touch."""
+    """Writes names beside the points, towards the middle, without overlap."""
     low, high = (np.log10(x) for x in axes.get_xlim())
     bottom, top = axes.get_ylim()
     apart = 0.075 * (top - bottom)

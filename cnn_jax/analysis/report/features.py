@@ -1,4 +1,4 @@
-"""What each layer makes of an image: its output, after the activation that follows it."""
+"""The output of each layer for an image, after the activation that follows it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Stage:
       name: of the layer.
       kind: what it is, as in "Conv 3x3 /2".
       shape: of its output, without the batch.
-      activation: applied to `output` already; empty if the next layer is given the bare output.
+      activation: already applied to `output`; empty if there is none, or an unknown one.
       output: float32 [N, *shape].
     """
 
@@ -55,15 +55,15 @@ class Stage:
 
 
 def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
-    """Sends images through the network and keeps what each layer of `layers` makes of them.
+    """Sends images through the network and keeps the output of each layer in `layers`.
 
     Args:
       run: the restored model.
-      layers: its summary, which says what counts as a layer.
+      layers: the summary of its layers.
       image: uint8 [N, H, W, C].
 
     Returns:
-      The layers in their order; none where they cannot be seen from outside, as under nn.scan.
+      The layers in order; empty if they cannot be intercepted, as under nn.scan.
     """
     names: list[str] = []
     arrays: list[tuple[Any, jax.Array]] = []
@@ -100,7 +100,7 @@ def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
 
 
 def _activated(after: np.ndarray, following: np.ndarray | None) -> tuple[str, np.ndarray]:
-    """A layer's output as the next layer is given it, if a known activation stands between them."""
+    """The activation between a layer and the next one, if it is known, and the output after it."""
     if not hasattr(following, "size") or following.size != after.size:
         return "", after
     given = np.asarray(following, np.float32).reshape(after.shape)
@@ -123,8 +123,8 @@ def shown(stages: list[Stage]) -> list[Stage]:
 def draw(stage: Stage) -> list[np.ndarray]:
     """A strip for each image: uint8 [h, w, 4].
 
-    Of maps, the MAPS channels that vary most over the images, each scaled to its own range over
-    all of them; of a vector, its values row by row.
+    For maps, the MAPS channels that vary most over the images, each scaled to its range over all
+    images. For a vector, its values row by row.
     """
     output = stage.output
     if output.ndim == 4 and output.shape[1] * output.shape[2] > 1:
@@ -136,7 +136,7 @@ def draw(stage: Stage) -> list[np.ndarray]:
 
 
 def _scaled(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """To [0, 1] over `axes`; what does not vary becomes 0."""
+    """Scales to [0, 1] over `axes`; constant values become 0."""
     low, high = values.min(axes, keepdims=True), values.max(axes, keepdims=True)
     return (values - low) / np.where(high > low, high - low, 1)
 
@@ -147,7 +147,7 @@ def _maps(maps: np.ndarray) -> np.ndarray:
 
 
 def _vector(values: np.ndarray) -> np.ndarray:
-    """[units] in [0, 1] -> rows of cells, the last one filled up transparently."""
+    """[units] in [0, 1] -> rows of cells; the last row ends in transparent cells."""
     rows = -(-len(values) // UNITS_A_ROW)
     columns = -(-len(values) // rows)
     cells = np.zeros((rows * columns, 4), np.uint8)
@@ -159,5 +159,5 @@ def _vector(values: np.ndarray) -> np.ndarray:
 
 
 def _colour(values: np.ndarray) -> np.ndarray:
-    """In few shades, which the eye cannot tell apart and which make small files."""
+    """In 32 shades: the eye sees no difference, and the files are small."""
     return images.colour(np.round(values * 31) / 31, images.SEQUENTIAL)

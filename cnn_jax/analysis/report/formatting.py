@@ -1,6 +1,6 @@
 """Numbers and shapes for people."""
 
-# Spaces that do not break a line, a sign of multiplication and a dash.
+# No-break space, multiplication sign and dash.
 SPACE, TIMES, DASH = "\u00a0", "\u00d7", "\u2013"
 
 
@@ -18,7 +18,7 @@ def short(number: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """0.8731 -> "87.3 %"; of nothing, a dash. What is not all is never written as 100.0 %."""
+    """0.8731 -> "87.3 %"; None -> a dash. A share below 1 is never written as 100.0 %."""
     if share is None:
         return DASH
     rounded = f"{100 * share:.1f}"
@@ -28,7 +28,7 @@ def percent(share: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """754.2 -> "12 min 34 s"; of nothing, a dash."""
+    """754.2 -> "12 min 34 s"; None -> a dash."""
     if seconds is None:
         return DASH
     if seconds < 60:

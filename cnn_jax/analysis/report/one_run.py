@@ -1,4 +1,4 @@
-"""What the page of a run shows."""
+"""The content of the page of one run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ EXAMPLE = 112  # pixels
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A test image, its class and what it was taken for."""
+    """A test image, its true class and its predicted class."""
 
     picture: Chart
     true: str
@@ -30,9 +30,9 @@ class Example:
 
 
 def content(run: Facts) -> tuple[dict[str, Any], list[Chart]]:
-    """The values of run.html.j2, and the pictures among them."""
+    """The values for run.html.j2, and the pictures among them."""
     names, matrix = run.run.class_names, run.result.confusion
-    used = np.flatnonzero(matrix.sum(0) + matrix.sum(1))  # a head may have spare classes
+    used = np.flatnonzero(matrix.sum(0) + matrix.sum(1))  # a head may have unused classes
     accuracy = run.result.class_accuracy()
     tested = [i for i in used if accuracy[i] is not None]
     shown = {
@@ -101,7 +101,7 @@ def _example(run: Facts, place: int, name: str) -> Example:
 
 
 def _journeys(run: Facts) -> tuple[list[tuple[Example, list[Chart | None]]], list[features.Stage]]:
-    """Test images, each with a picture a layer (None for one that only reshapes), and the layers."""
+    """Test images, each with a picture for each layer (None for Flatten), and the layers."""
     places = _chosen(run)
     stages = features.follow(run.run, run.summary, run.test[places]["image"])
     stages = features.shown(stages)
@@ -123,7 +123,7 @@ def _journeys(run: Facts) -> tuple[list[tuple[Example, list[Chart | None]]], lis
 
 
 def _chosen(run: Facts) -> np.ndarray:
-    """Places of up to three test examples: two right ones of different classes, the worst mistake."""
+    """Indices of up to three test examples: two correct ones of two classes, the worst mistake."""
     right = np.flatnonzero(run.predictions.label == run.predictions.winner)
     _, first = np.unique(run.predictions.label[right], return_index=True)
     places = [*np.sort(right[first])[:2], *run.predictions.mistakes(1)]
@@ -154,7 +154,7 @@ def _reasons(run: Facts) -> str:
 
 
 def what(stage: features.Stage) -> str:
-    """What a layer is, beside its name: "3x3 /2 valid, ReLU" beside Conv_1."""
+    """The kind of a layer, without its name: "3x3 /2 valid, ReLU" for Conv_1."""
     kind = stage.kind
     if stage.name.rpartition("/")[2].startswith(kind.split()[0]):
         kind = kind.partition(" ")[2]
@@ -162,7 +162,7 @@ def what(stage: features.Stage) -> str:
 
 
 def _enlarged(image: np.ndarray) -> np.ndarray:
-    """Brings the longer side of an image [h, w, C] near EXAMPLE pixels, a small one sharply."""
+    """Scales the longer side of an image [h, w, C] to about EXAMPLE pixels, not interpolated."""
     longest = max(image.shape[:2])
     if longest <= EXAMPLE:
         return image.repeat(EXAMPLE // longest, 0).repeat(EXAMPLE // longest, 1)

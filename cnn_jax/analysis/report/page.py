@@ -1,4 +1,4 @@
-"""From workdirs to a page: index.html with everything inside it, and its pictures as PNG files."""
+"""Writes the report of workdirs: a self-contained index.html, and its pictures as PNG files."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ def report(
     output: str | Path | None = None,
     verify: bool = True,
 ) -> Path:
-    """Writes index.html about a run, or about several beside each other.
+    """Writes index.html about one run, or about several compared.
 
     Args:
       workdirs_: the folders of the runs.

@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What the network says to each example of the test split, in its order.
+    """The network's prediction for each example of the test split, in its order.
 
     Attributes:
-      label: int [N], the class that is right.
+      label: int [N], the true class.
       winner: int [N], the class of the highest probability.
       probability: float32 [N], that probability.
     """
@@ -41,22 +41,22 @@ class Predictions:
     probability: np.ndarray
 
     def mistakes(self, count: int) -> np.ndarray:
-        """Places of the `count` most confident mistakes, the worst first."""
+        """Indices of the `count` most confident mistakes, the worst first."""
         wrong = np.flatnonzero(self.label != self.winner)
         return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count]
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """A run, its course and its result.
+    """A run, its metrics by epoch and its evaluation.
 
     Attributes:
       run: the restored model.
-      lines: those of metrics.jsonl; none if it was stopped in its first epoch.
+      lines: of metrics.jsonl; empty if the run stopped in its first epoch.
       summary: its layers.
       test: the test split.
-      result: of the evaluation of every test example.
-      predictions: its single ones.
+      result: the metrics of the whole test split.
+      predictions: for each test example.
       command: trains this run again.
       note: what the command leaves out; empty if nothing.
     """
@@ -78,7 +78,7 @@ class Facts:
 
     @property
     def images_per_second(self) -> float | None:
-        """Over all epochs."""
+        """Mean over the time of all epochs; None if there is none."""
         if not self.lines:
             return None
         seconds = sum(line["epoch_seconds"] for line in self.lines)
@@ -123,19 +123,19 @@ def gather(
 
 def _own_model(saved: dict, own: str | None) -> nn.Module | None:
     model = saved["config"]["model"]
-    while isinstance(model.get("model"), dict):  # that of a converted network
+    while isinstance(model.get("model"), dict):  # a converted network holds the original one
         model = model["model"]
     known = model.get("class") in models.__all__
     return experiment.load(own).model if own and not known else None
 
 
 def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluation.Metrics, Predictions]:
-    """The metrics of the test split, and what the network says to each of its examples."""
+    """The metrics of the test split, and the prediction for each of its examples."""
     mesh = parallel.make_mesh()
     options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
 
     def both(variables: Any, batch: dict) -> tuple[dict, dict]:
-        # One forward pass: the compiler sees that these two share it.
+        # The compiler merges the forward passes of these two.
         sums = step.eval_step(variables, batch, **options)
         logits = step.predict_step(variables, batch["image"], **options)
         single = {"winner": logits.argmax(-1), "probability": jax.nn.softmax(logits).max(-1)}
@@ -151,7 +151,7 @@ def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluation.Metr
 
 
 def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str, str]:
-    """The command that trains the run of a config.json again, and what it cannot say."""
+    """The command that trains a run again from its config.json, and a note on what it leaves out."""
     if isinstance(origin := saved.get("converted_from"), dict):
         config = saved["config"]
         trained = {"converted_from": None, "config": config | {"model": config["model"]["model"]}}
@@ -159,11 +159,11 @@ def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str,
         convert = ["convert", f"--workdir={origin['workdir']}", f"--output={workdir}"]
         return f"{command}\n{shlex.join([PROGRAM, *convert])}", note
     name = saved["experiment"]
-    if own and Path(own).stem == name:  # config.json holds no path of a file of the user's own
+    if own and Path(own).stem == name:  # config.json does not hold the path of a user's file
         name = own
     flags = [[f"--experiment={name}"], [f"--workdir={workdir}"]]
     try:
-        # A workdir may come from anywhere: it must not choose a file to run.
+        # A workdir may be untrusted: it must not choose a Python file to run.
         default = experiment.load(name if name in (own, *experiment.names()) else "")
     except ConfigError:
         return _shell(flags), (
@@ -191,7 +191,7 @@ def _changed(default: dict, saved: dict) -> list[str]:
 
 
 def _shell(flags: list[list[str]]) -> str:
-    """A command to paste, a flag a line: a phone's width holds no more."""
+    """A command to paste, with one flag on each line, to fit a phone's screen."""
     return " \\\n  ".join([f"{PROGRAM} train", *map(shlex.join, flags)])
 
 
@@ -203,7 +203,7 @@ def _text(value: Any) -> str:
 
 
 def settings(facts: Facts) -> list[tuple[str, str]]:
-    """What the run was made with, as names and values for people."""
+    """The settings of the run, as names and values to display."""
     saved = facts.run.saved
     config, device = saved["config"], saved["device"]
     data, optimizer = config["data"], config["optimizer"]

@@ -1,4 +1,4 @@
-"""What the comparison of several runs shows."""
+"""The content of the page that compares several runs."""
 
 import logging
 from typing import Any
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def content(runs: list[Facts]) -> tuple[dict[str, Any], list[Chart]]:
-    """The values of comparison.html.j2, and the pictures among them."""
+    """The values for comparison.html.j2, and the pictures among them."""
     names = run_data.unique_names(runs)
     order = sorted(range(len(runs)), key=lambda i: -runs[i].result.accuracy)
     shown = {
@@ -43,7 +43,7 @@ def content(runs: list[Facts]) -> tuple[dict[str, Any], list[Chart]]:
 
 
 def different_data(runs: list[Facts], names: list[str]) -> list[str]:
-    """A sentence for each choice of data in which the runs differ, so that their accuracies do too."""
+    """A sentence for each difference in the runs' data, which also changes their accuracies."""
     choices = {
         "evaluated on": lambda data: f"{data.name}/{data.test_split}",
         "trained on": lambda data: f"{data.name}/{data.train_split}",
