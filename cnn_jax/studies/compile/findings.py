@@ -71,7 +71,7 @@ def find(program: hlo.Program) -> Findings:
         if layout := _convolution(instruction):
             convolutions[_library(target) or "XLA", layout] += times
         elif target and _library(target):
-            library[target] += times
+            library[_library(target)] += times
         elif kind in ("scatter", "select-and-scatter"):
             scatters += [source] * times
         elif instruction.opcode in ("copy", "transpose") and _extents(instruction.arrays[0]):

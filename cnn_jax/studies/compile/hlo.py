@@ -148,10 +148,16 @@ class Program:
         """`launched`, and after a fusion the instructions in it."""
         for instruction, times, name in self.launched():
             yield instruction, times, name
-            if instruction.opcode in ("fusion", "async-start"):
-                for called in instruction.called:
-                    for inner in self.computations[called].values():
-                        yield inner, times, called
+            yield from self._inside(instruction, times)
+
+    def _inside(
+        self, instruction: Instruction, times: int
+    ) -> Iterator[tuple[Instruction, int, str]]:
+        if instruction.opcode in ("fusion", "async-start"):
+            for called in instruction.called:
+                for inner in self.computations[called].values():
+                    yield inner, times, called
+                    yield from self._inside(inner, times)
 
     def operands(self, instruction: Instruction, computation: str) -> list[Array]:
         """The arrays that an instruction reads."""

@@ -125,9 +125,7 @@ def _compiled(
     text = compiled.as_text()
     memory = _memory(compiled.memory_analysis(), state)
     if target.rates and memory.peak > target.rates.memory:
-        raise _too_large(
-            name, size, f"{memory.peak / 1e9:.1f} GB", f"{target.rates.memory / 1e9:.1f} GB"
-        )
+        raise _too_large(name, size, f"{memory.peak:,}", f"{target.rates.memory:,.0f}")
     return Compiled(
         name,
         size,
@@ -177,13 +175,13 @@ def _telling_of_memory(name: str, batch_size: int) -> Iterator[None]:
             raise
         found = re.search(r"Used (\S+) of (\S+) hbm", str(error))
         raise _too_large(
-            name, batch_size, *(found.groups() if found else ("more", "what"))
+            name, batch_size, *(found.groups() if found else ("more", "less"))
         ) from error
 
 
 def _too_large(name: str, batch_size: int, needed: str, there: str) -> ConfigError:
     return ConfigError(
-        f"{name} with a batch of {batch_size}: needs {needed} of memory on each device, which has "
+        f"{name} with a batch of {batch_size}: needs {needed} bytes on each device, which has "
         f"{there}; take a smaller batch or more devices"
     )
 

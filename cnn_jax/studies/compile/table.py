@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from cnn_jax.studies.compile.programs import Compiled
 from cnn_jax.studies.compile.targets import Target
 
-
 HEAD = (
     "training step",
     "batch",
