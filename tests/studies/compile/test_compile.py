@@ -84,7 +84,7 @@ def test_float64_is_found():
 def test_what_does_not_fit_is_refused():
     few = targets.Rates(1.0, 1.0, 2000.0, 1.0, 1.0, "")
     target = targets.Target("few", jax.devices()[:1], few)
-    with pytest.raises(ConfigError, match="training with a batch of 16: needs .* which has 2,000"):
+    with pytest.raises(ConfigError, match=r"batch of 16: needs .* which has 2,000"):
         next(programs.compile_steps(config(), (4, 4, 1), target))
 
 
