@@ -195,7 +195,8 @@ def summary(values: flags.FlagValues) -> None:
     if values.workdir:
         if values.set:
             raise ConfigError(
-                f"--set {values.set[0]}: a run that was trained cannot be changed; leave it out"
+                f"--set {values.set[0]}: must not be given with --workdir, as a trained run "
+                "cannot be changed; leave it out"
             )
         run = load_run(_path(values.workdir), model=config and config.model)
         config, shape = Config(run.model, run.data), run.image_shape
@@ -229,7 +230,9 @@ def benchmark(values: flags.FlagValues) -> None:
 
 def _path(text: str) -> Path:
     if "://" in text:
-        raise ConfigError(f"{text}: must be a local or a mounted folder")
+        raise ConfigError(
+            f"{text}: must be a folder of this machine or a mounted one; URLs are not read"
+        )
     return files.user_path(text)
 
 
@@ -396,13 +399,15 @@ def reproduce(values: flags.FlagValues) -> int:
     from cnn_jax.studies.reproduce import plan, run, table
 
     if values["only"].present and not values.only:
-        raise ConfigError("--only=: is empty; leave it out, or give it names")
+        raise ConfigError("--only=: must name at least one experiment; leave it out for all")
     rows = plan.choose(plan.ROWS, values.only, values.seeds)
     output = _path(values.output) if values.output else experiment.RESULTS
     if values.rebuild:
         for name in ("only", "seeds", "download"):
             if values[name].present:
-                raise ConfigError(f"--{name}: has no use with --rebuild, which trains nothing")
+                raise ConfigError(
+                    f"--{name}: must not be given with --rebuild, which trains nothing; leave it out"
+                )
         table.rebuild(output)
         print(f"written to {output / 'RESULTS.md'}")
         return 0

@@ -171,7 +171,7 @@ class Command:
             if default in (REQUIRED, SEVERAL) and value in (None, []):
                 raise ConfigError(f"--{flag}: {self.name} needs it ({FLAGS[flag].help})")
             if "" in (value if self._takes_several(flag) else [value]):
-                raise ConfigError(f"--{flag}=: is empty; leave it out, or give it a value")
+                raise ConfigError(f"--{flag}=: must not be empty; leave it out, or give it a value")
         return values
 
     def _assign(self, values: flags.FlagValues, alone: Sequence[str]) -> None:
@@ -186,12 +186,12 @@ class Command:
             if not values[flag].present:
                 values[flag].value = left.pop(0)
         if left:
-            takes = " ".join(flag.upper() for flag in self.positional) or "no words"
+            takes = " ".join(flag.upper() for flag in self.positional) or "no word"
             given = [flag for flag in self.positional if values[flag].present]
             raise ConfigError(
-                f"{left[0]}: unexpected; {self.name} takes {takes} and flags, which are written "
-                "--name=value"
-                + "".join(f"; --{flag}={values[flag].value} is given" for flag in given)
+                f"{left[0]}: {self.name} cannot use this word; it takes {takes} and flags, which are "
+                "written --name=value"
+                + "".join(f"; --{flag}={values[flag].value} is given already" for flag in given)
             )
 
     def _takes_several(self, flag: str) -> bool:

@@ -107,8 +107,8 @@ def parse(text: str, hint: Any, old: Any) -> Any:
     if hint is str:
         return text
     inside = ", ".join(fields_of(old))
-    advice = f"; set one of its fields: {inside}" if inside else ""
-    raise ValueError(f"an experiment file chooses this, --set does not{advice}")
+    advice = f", or set one of its fields: {inside}" if inside else ""
+    raise ValueError(f"--set cannot change this field; change it in an experiment file{advice}")
 
 
 def check_types(value: Any, prefix: str) -> None:

@@ -152,13 +152,13 @@ class Checkpoints:
             best = self.best()
             if best is None:
                 raise CheckpointError(
-                    f"--checkpoint=best: {self.folder} has no validation accuracy to choose by; "
-                    "train with --set data.validation_examples=N"
+                    f"--checkpoint=best: no checkpoint in {self.folder} has a validation accuracy; "
+                    "choose latest, or train with --set data.validation_examples=N"
                 )
             return self.read(best, training, verify)
         if which not in map(str, steps):
             raise CheckpointError(
-                f"--checkpoint={which}: {self.folder} has latest, best or "
+                f"--checkpoint={which}: must be latest, best or a step in {self.folder}: "
                 + ", ".join(map(str, steps))
             )
         return self.read(int(which), training, verify)

@@ -142,7 +142,8 @@ def _canvas(run: RestoredRun, side: int, data_dir: str | None) -> Canvas:
 def _check_side(run: RestoredRun, field: Field | None, side: int) -> None:
     if field is None:
         raise ConfigError(
-            f"workdir={run.workdir}: its layers are no chain; what they see is not known"
+            f"workdir={run.workdir}: class_map needs a network whose layers form a chain, as only "
+            "then it is known what each score sees"
         )
     seen = max(size + step for size, step in zip(field.size, field.stride, strict=True))
     least = max(seen, 2 * max(run.image_shape[:2]))

@@ -35,7 +35,9 @@ def measure(
             log.warning("warning: %s: %s", network, error)
     counts = {name: contender.about["parameters"] for name, contender in running.items()}
     if len(set(counts.values())) > 1:
-        raise RuntimeError(f"{network}: not the same network everywhere: {counts} parameters")
+        raise RuntimeError(
+            f"{network}: the networks must have equally many parameters, but have {counts}"
+        )
     for _ in range(rounds):
         for mode in ("train", "eval"):
             for contender in running.values():

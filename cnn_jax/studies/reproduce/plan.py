@@ -65,7 +65,7 @@ def choose(rows: Sequence[Row], only: Sequence[str], seeds: int | None) -> list[
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
             raise ConfigError(
-                f"--only={name}: not among the experiments of reproduce; nearest: {', '.join(near)}"
+                f"--only={name}: reproduce has no such experiment; nearest: {', '.join(near)}"
             )
     if seeds is not None and seeds < 1:
         raise ConfigError(f"--seeds={seeds}: must be at least 1")
