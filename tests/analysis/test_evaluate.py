@@ -314,7 +314,7 @@ def test_another_dataset_with_fewer_classes(monkeypatch, workdir):
 @pytest.mark.parametrize(
     ("shape", "names", "expected"),
     [
-        ((28, 28, 3), CLASS_NAMES, ("3 channels", "trained on 1")),
+        ((28, 28, 3), CLASS_NAMES, ("3 channels", "must have 1 as those")),
         (SHAPE, [*CLASS_NAMES, "k"], ("classes k are none", "trained on: a, b, c, d")),
         (SHAPE, ["bird", *CLASS_NAMES[1:]], ("classes bird are none", "trained on: a, b")),
         ((32, 32, 1), CLASS_NAMES, ("32x32x1", "trained on 28x28x1", "MLP", "FullyConvCNN does")),

@@ -143,7 +143,7 @@ def test_fields_of_a_users_own_module():
         ("data.std=__import__('os')", "is not a number"),
         (
             "model=LeNet",
-            "--set cannot change this field; change it in an experiment file, or set one of its fields: n",
+            "change it in an experiment file, or set one of its fields: n",
         ),
         ("data=mnist", "set one of its fields: name, train_split, "),
         ("optimizer=optax.sgd", "--set cannot change this field"),
