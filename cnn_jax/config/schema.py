@@ -26,6 +26,7 @@ class Range:
     holds: Callable[[Any], bool]
 
 
+AUTO = "auto"
 SEED = Range("from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31)
 COUNT = Range("from 1 to 2**31 - 1", lambda value: 1 <= value < 2**31)
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
@@ -35,11 +36,15 @@ NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.in
 SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
 GIVEN = Range("given", bool)
 SIZE = Range("at least 1,1", lambda value: min(value) >= 1)
-MEANS = Range("finite numbers", lambda value: value and all(map(math.isfinite, value)))
-DEVIATIONS = Range(
-    "numbers greater than 0 and finite",
-    lambda value: value and all(0 < one < math.inf for one in value),
+MEANS = Range(
+    "finite numbers, or auto",
+    lambda value: value == AUTO or (value and all(map(math.isfinite, value))),
 )
+DEVIATIONS = Range(
+    "numbers greater than 0 and finite, or auto",
+    lambda value: value == AUTO or (value and all(0 < one < math.inf for one in value)),
+)
+TEST_SHARE = Range("in (0, 1)", lambda value: 0 < value < 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +54,44 @@ class DataConfig:
     name: Annotated[
         str,
         GIVEN,
-        'a TFDS dataset of labelled images ("fashion_mnist", "mnist:3.*.*"), or "garments"',
+        'a TFDS dataset of labelled images ("fashion_mnist", "mnist:3.*.*"), or "garments"; or your '
+        "own images: a folder with one folder a class, or a .csv, .tsv or .jsonl file that names files "
+        "and labels. It is a path if it begins with /, ./, ../ or ~, ends in one of these three, or "
+        "names a folder that holds images",
     ]
-    train_split: Annotated[str, GIVEN, "a TFDS split of that dataset, for training"] = "train"
+    train_split: Annotated[
+        str, GIVEN, 'a split of that dataset in TFDS\'s notation ("train[:90%]"), for training'
+    ] = "train"
     test_split: Annotated[str, GIVEN, "the split that is evaluated; it chooses nothing"] = "test"
     validation_examples: Annotated[
         int,
         AT_LEAST_0,
         "examples taken from the training split to choose the best checkpoint by, the same for every "
-        "seed; 0 trains on all of them",
+        "seed; 0 trains on all of them, or takes the validation split that your own images have",
     ] = 0
+    test_fraction: Annotated[
+        float | None,
+        TEST_SHARE,
+        "of your own images without a test split, the share of each class that becomes one, the same "
+        "for every seed; none: 0.2",
+    ] = None
+    skip_broken: Annotated[
+        bool, "leaves out those of your own images that cannot be decoded, instead of ending"
+    ] = False
     image_size: Annotated[
         tuple[int, int] | None,
         SIZE,
         "height, width to which every image is resized, in pixels; needed where sizes differ",
     ] = None
     mean: Annotated[
-        tuple[float, ...],
+        Literal["auto"] | tuple[float, ...],
         MEANS,
-        "subtracted from the pixels in [0, 1], one value or one a channel",
+        "subtracted from the pixels in [0, 1], one value or one a channel; auto: those of the training "
+        "split, which config.json keeps as numbers",
     ] = (0.0,)
-    std: Annotated[tuple[float, ...], DEVIATIONS, "divides them after that, likewise"] = (1.0,)
+    std: Annotated[
+        Literal["auto"] | tuple[float, ...], DEVIATIONS, "divides them after that, likewise"
+    ] = (1.0,)
     flip: Annotated[bool, "mirrors half of the training images, at random"] = False
     alternating_flip: Annotated[
         bool,

@@ -21,8 +21,9 @@ import jax
 import numpy as np
 
 from cnn_jax.config import Config
+from cnn_jax.config.paths import resolve
 from cnn_jax.config.validate import validate
-from cnn_jax.data import loader
+from cnn_jax.data import loader, statistics
 from cnn_jax.data.splits import Splits, check_splits, load_splits
 from cnn_jax.train import agreement, checkpoint, evaluation, optim, parallel, preprocess
 from cnn_jax.train.reporting import Reporter
@@ -60,7 +61,7 @@ def train(
       NotFiniteError: the loss, the parameters or an evaluation became infinite or NaN.
       Preempted: a signal asked the run to end; its state is saved, the same call resumes it.
     """
-    validate(config)
+    config = resolve(validate(config))
     mesh = parallel.make_mesh(config.devices)
     parallel.check_divides(mesh, config.batch_size)
     agreement.check_program(config)
@@ -71,6 +72,7 @@ def train(
         check_same_run(workdir, config, metadata={})  # before the data is loaded, which takes time
         splits = splits or load_splits(config, data_dir, download)
         agreement.check_data(splits)
+        config = statistics.in_numbers(config, splits.train)
         metadata = check_splits(config, splits)
         check_same_run(workdir, config, metadata)
         saver = Saver(config, workdir, len(splits.train), signals, check_lock)
