@@ -90,6 +90,12 @@ FLAGS = {
     ),
     "processes": Flag(flags.DEFINE_integer, 1, "how many processes take part in the run", least=1),
     "process": Flag(flags.DEFINE_integer, 0, "which of them this is, from 0"),
+    "topology": Flag(
+        flags.DEFINE_string,
+        REQUIRED,
+        "the devices to compile for: cpu; a TPU's slice, as v5e:2x2; or GPUs, as h100, h100:8 or h100:2x8",
+    ),
+    "dump": Flag(flags.DEFINE_string, None, "a file to which the compiled text is written"),
     "networks": Flag(
         flags.DEFINE_list, [], "which to measure, separated by commas; all by default"
     ),

@@ -5,7 +5,7 @@ Only this file creates meshes and shardings or calls pmap. One device is a mesh 
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,17 +34,22 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
+def make_mesh(devices: int | None = None, described: Sequence[jax.Device] = ()) -> Mesh:
     """A mesh over the first `devices` devices, None for all of them.
+
+    Args:
+      devices: their number.
+      described: devices for which programs are only compiled; by default, the devices of JAX.
 
     Raises:
       ConfigError: there are fewer, or a run of several processes would not use all of them.
     """
-    visible = jax.devices()
-    gpu.tell_unused()
+    visible = described or jax.devices()
+    if not described:
+        gpu.tell_unused()
     count = devices or len(visible)
     if count > len(visible):
-        raise ConfigError(f"devices={count}: only {len(visible)} visible ({jax.default_backend()})")
+        raise ConfigError(f"devices={count}: only {len(visible)} visible ({visible[0].platform})")
     if jax.process_count() > 1 and count != len(visible):
         raise ConfigError(f"devices={count}: a run of several processes uses all {len(visible)}")
     # Not jax.make_mesh: it refuses several slices, and two machines with GPUs count as two slices.
@@ -137,9 +142,15 @@ _CPU_OPTIONS = {
 }
 
 
-def jit(function: Callable, **options: Any) -> Callable:
-    """`jax.jit` for programs that compute a network, with this platform's compiler options."""
-    on_cpu = jax.default_backend() == "cpu"
+def jit(function: Callable, platform: str | None = None, **options: Any) -> Callable:
+    """`jax.jit` for programs that compute a network, with the platform's compiler options.
+
+    Args:
+      function: what to compile.
+      platform: for which; by default JAX's.
+      **options: of `jax.jit`.
+    """
+    on_cpu = (platform or jax.default_backend()) == "cpu"
     return jax.jit(function, compiler_options=_CPU_OPTIONS if on_cpu else None, **options)
 
 
@@ -151,6 +162,7 @@ def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
     """
     return jit(
         step,
+        platform=mesh.devices.flat[0].platform,
         in_shardings=(replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate else (),
@@ -165,11 +177,19 @@ def compile_step(step: Callable, mesh: Mesh, state: Any, batch: dict[str, np.nda
     Raises:
       ConfigError: the model uses a named axis, which training does not have.
     """
-    jitted = jit_step(step, mesh)
     if jax.config.jax_disable_jit:
-        return jitted
+        return jit_step(step, mesh)
+    return lower_step(step, mesh, state, shard(batch, mesh)).compile()
+
+
+def lower_step(step: Callable, mesh: Mesh, state: Any, batch: Any) -> jax.stages.Lowered:
+    """`jit_step(step, mesh)` traced for a state and a batch, which may be only shapes and types.
+
+    Raises:
+      ConfigError: as `compile_step`.
+    """
     try:
-        return jitted.lower(state, shard(batch, mesh)).compile()
+        return jit_step(step, mesh).lower(state, batch)
     except NameError as error:
         if "axis name" not in str(error):
             raise
