@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnn_jax.common import gpu
+from cnn_jax.common import cpu, gpu
 from cnn_jax.common.errors import ConfigError
 
 AXIS = "data"
@@ -135,15 +135,23 @@ _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
+# oneDNN's matmuls and convolutions, for which `ops.bfloat16` writes its passes. In float32, the
+# formulations of `ops.formulations` are faster without them.
+_ONEDNN = {"xla_cpu_use_onednn": True, "xla_cpu_experimental_onednn_custom_call": True}
 
 
-def jit(function: Callable, **options: Any) -> Callable:
+def jit(function: Callable, compute_dtype: str = "float32", **options: Any) -> Callable:
     """`jax.jit` for programs that compute a network, with this platform's compiler options."""
-    on_cpu = jax.default_backend() == "cpu"
-    return jax.jit(function, compiler_options=_CPU_OPTIONS if on_cpu else None, **options)
+    if jax.default_backend() != "cpu":
+        return jax.jit(function, **options)
+    narrow = compute_dtype == "bfloat16" and cpu.multiplies_bfloat16()
+    compiler_options = _CPU_OPTIONS | (_ONEDNN if narrow else {})
+    return jax.jit(function, compiler_options=compiler_options, **options)
 
 
-def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
+def jit_step(
+    step: Callable, mesh: Mesh, donate: bool = True, compute_dtype: str = "float32"
+) -> Callable:
     """`step(state, batch)` compiled over the mesh; the state's buffers are reused for the result.
 
     One call is one step. In a scan over eight steps, XLA:CPU computes convolutions in scalar loops:
@@ -151,13 +159,20 @@ def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
     """
     return jit(
         step,
+        compute_dtype,
         in_shardings=(replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate else (),
     )
 
 
-def compile_step(step: Callable, mesh: Mesh, state: Any, batch: dict[str, np.ndarray]) -> Callable:
+def compile_step(
+    step: Callable,
+    mesh: Mesh,
+    state: Any,
+    batch: dict[str, np.ndarray],
+    compute_dtype: str = "float32",
+) -> Callable:
     """`jit_step(step, mesh)` compiled ahead of time for a state and a batch like these.
 
     With JAX_DISABLE_JIT nothing is compiled, so that each operation can be inspected.
@@ -165,7 +180,7 @@ def compile_step(step: Callable, mesh: Mesh, state: Any, batch: dict[str, np.nda
     Raises:
       ConfigError: the model uses a named axis, which training does not have.
     """
-    jitted = jit_step(step, mesh)
+    jitted = jit_step(step, mesh, compute_dtype=compute_dtype)
     if jax.config.jax_disable_jit:
         return jitted
     try:
