@@ -141,7 +141,7 @@ class _Run:
         )
         order = np.arange(len(self.splits.train))
         batch = next(loader.training_batches(self.splits.train, order, config.batch_size))
-        compiled = parallel.compile_step(step, self.mesh, self.state, batch)
+        compiled = parallel.compile_step(step, self.mesh, self.state, batch, config.compute_dtype)
         self.reporter.compiled(time.perf_counter() - began, self.mesh.size)
         return compiled
 

@@ -95,7 +95,7 @@ def compile_steps(
     )
     order = np.arange(config.batch_size)
     batch = _shapes(next(loader.training_batches(examples, order, config.batch_size)))
-    lower = functools.partial(parallel.lower_step, step)
+    lower = functools.partial(parallel.lower_step, step, compute_dtype=config.compute_dtype)
     yield _compiled("training", lower, mesh, state, batch, config.batch_size)
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
     batch = _shapes(next(loader.evaluation_batches(examples, size)))
