@@ -1,4 +1,4 @@
-"""`train --init_from=WORKDIR[:STEP]`: the first parameters of a run come from another run's checkpoint."""
+"""`train --init_from=WORKDIR[:STEP]`: parameters of a trained run are the first ones of a new run."""
 
 import dataclasses
 import logging
