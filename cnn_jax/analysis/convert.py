@@ -17,9 +17,9 @@ from cnn_jax.models import summary
 from cnn_jax.models.convolutional import convolutional
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.train import checkpoint, parallel
+from cnn_jax.train.apply import forward
 from cnn_jax.train.checkpoint_writer import CheckpointWriter
 from cnn_jax.train.preprocess import normalise
-from cnn_jax.train.step import forward
 from cnn_jax.train.workdir import line_of, metrics, write_json, write_text
 
 IMAGES = 64

@@ -17,7 +17,7 @@ from cnn_jax.common.errors import DataError, NotFiniteError
 from cnn_jax.data import sources
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
-from cnn_jax.train import evaluation, parallel, step
+from cnn_jax.train import apply, evaluation, parallel
 from cnn_jax.train.workdir import write_json
 
 log = logging.getLogger(__name__)
@@ -150,6 +150,6 @@ def _check_shape(run: RestoredRun, examples: sources.Examples, name: str) -> Non
         )
     try:
         image = jax.ShapeDtypeStruct((1, *examples.image_shape), jnp.float32)
-        jax.eval_shape(functools.partial(step.forward, run.model), run.variables, image)
+        jax.eval_shape(functools.partial(apply.forward, run.model), run.variables, image)
     except ValueError as error:
         raise DataError(f"{sizes} ({error})") from None

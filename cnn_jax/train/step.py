@@ -3,13 +3,9 @@
 With `axis_name`, the train step also runs under jax.pmap, each device on its part of the batch.
 """
 
-import zlib
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
-import flax.core
-import flax.errors
 import flax.linen as nn
 import flax.struct
 import flax.traverse_util
@@ -19,7 +15,13 @@ import optax
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.models.layers import WHOLE_BATCH_DROPOUT
+from cnn_jax.train.apply import (
+    apply,
+    collections_after,
+    flat_collections,
+    make_rngs,
+    one_score_each,
+)
 from cnn_jax.train.optax_adapter import eval_params
 from cnn_jax.train.preprocess import alternate_flip, augment, normalise, test_views
 
@@ -114,20 +116,13 @@ def model_state_of(variables: dict[str, Any]) -> dict[str, Any]:
     Raises:
       ConfigError: one has the name of another part of a checkpoint, or holds a typed random key.
     """
-    state = flax.traverse_util.unflatten_dict(_flat(variables))
+    state = flax.traverse_util.unflatten_dict(flat_collections(variables))
     for name in state.keys() & TrainState.__dataclass_fields__.keys():
         raise ConfigError(f"model: its collection {name!r} must have another name")
     for leaf in jax.tree.leaves(state):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ConfigError("model: keeps a random key, which no checkpoint holds; use make_rng")
     return state
-
-
-def _flat(variables: dict[str, Any]) -> dict[tuple, Any]:
-    """All variables but the parameters, by path; omits the tuples that `Module.sow` stores."""
-    others = {name: tree for name, tree in variables.items() if name != "params"}
-    flat = flax.traverse_util.flatten_dict(others)
-    return {path: value for path, value in flat.items() if not isinstance(value, tuple)}
 
 
 def train_step(
@@ -162,15 +157,15 @@ def train_step(
     def call(params: Any, rngs: dict) -> tuple[jax.Array, Any]:
         variables = {"params": params, **state.model_state}
         options = {"train": True, "rngs": rngs, "mutable": [*state.model_state]}
-        return _apply(model, variables, image, config.compute_dtype, **options)
+        return apply(model, variables, image, config.compute_dtype, **options)
 
-    rngs = _rngs(lambda rngs: call(state.params, rngs), dropout_key, axis_name)
+    rngs = make_rngs(lambda rngs: call(state.params, rngs), dropout_key, axis_name)
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         logits, updated = call(params, rngs)
-        logits = _one_score_each(logits)
+        logits = one_score_each(logits)
         loss = cross_entropy(logits, batch["label"], config.label_smoothing).mean()
-        return loss, (_kept(state.model_state, updated), logits)
+        return loss, (collections_after(state.model_state, updated), logits)
 
     (loss, (model_state, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     count = jnp.array(len(batch["label"]), jnp.int32)
@@ -265,10 +260,10 @@ def predict_step(
     """uint8 [N, H, W, C] -> logits float32 [N, classes]; a class map is averaged."""
     image = normalise(image, data)
     if data.test_time_augmentation == "none":
-        return _one_score_each(_apply(model, variables, image, compute_dtype)[0])
+        return one_score_each(apply(model, variables, image, compute_dtype)[0])
     views, weights = test_views(image, data.test_time_augmentation)
-    logits = _apply(model, variables, views.reshape(-1, *image.shape[1:]), compute_dtype)[0]
-    logits = _one_score_each(logits)
+    logits = apply(model, variables, views.reshape(-1, *image.shape[1:]), compute_dtype)[0]
+    logits = one_score_each(logits)
     logits = logits.reshape(len(weights), -1, logits.shape[-1])  # N may be unknown, in an export
     return jnp.tensordot(jnp.array(weights), logits, 1)
 
@@ -280,7 +275,7 @@ def class_map_step(
 
     Without test-time augmentation, which would move the image and so the places of the scores.
     """
-    return _apply(model, variables, normalise(image, data), compute_dtype)[0]
+    return apply(model, variables, normalise(image, data), compute_dtype)[0]
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -291,98 +286,6 @@ def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -
     return optax.softmax_cross_entropy(logits, target)
 
 
-def forward(model: nn.Module, variables: Any, image: jax.Array) -> jax.Array:
-    """The model's output on normalised images [N, H, W, C], as in evaluation.
-
-    Changes to its collections are dropped. If it needs random numbers, they are the same in every
-    call.
-    """
-    mutable = [name for name in variables if name != "params"] or False
-
-    def call(rngs: dict) -> Any:
-        output = model.apply(variables, image, train=False, mutable=mutable, rngs=rngs)
-        return output[0] if mutable else output
-
-    try:
-        return call({})
-    except flax.errors.InvalidRngError:
-        return call(_rngs(call, jax.random.key(0)))
-
-
-def _apply(
-    model: nn.Module,
-    variables: Any,
-    image: jax.Array,
-    compute_dtype: str,
-    train: bool = False,
-    **options: Any,
-) -> tuple[jax.Array, Any]:
-    """The model's output as float32 and, with `train`, the collections that it changes."""
-    if compute_dtype != "float32":
-        cast = jax.tree.map(lambda p: p.astype(compute_dtype), variables["params"])
-        variables, image = {**variables, "params": cast}, image.astype(compute_dtype)
-    if not train:
-        return forward(model, variables, image).astype(jnp.float32), {}
-    logits, updated = model.apply(variables, image, train=True, **options)
-    return logits.astype(jnp.float32), updated
-
-
-def _rngs(call: Callable, key: jax.Array, axis_name: str | None = None) -> dict[str, jax.Array]:
-    """A key for each random stream that `call(rngs)` asks for, and for "dropout".
-
-    Under pmap each device gets its own keys; only WHOLE_BATCH_DROPOUT has one key for all devices.
-    """
-    asked, names = {"dropout", WHOLE_BATCH_DROPOUT}, set()
-    has_rng = flax.core.Scope.has_rng
-
-    def recorded(scope: Any, name: str) -> bool:
-        asked.add(name)
-        return has_rng(scope, name)
-
-    own = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    keys: dict[str, jax.Array] = {}
-    while names != asked:
-        names = set(asked)
-        keys = {name: jax.random.fold_in(own, zlib.crc32(name.encode())) for name in names}
-        keys |= {"dropout": own, WHOLE_BATCH_DROPOUT: key}
-        with mock.patch.object(flax.core.Scope, "has_rng", recorded):
-            try:
-                jax.eval_shape(call, keys)
-            except flax.errors.InvalidRngError:  # the stream is in `asked` now
-                if names == asked:
-                    raise
-    return keys
-
-
-def _kept(before: dict[str, Any], updated: dict[str, Any]) -> dict[str, Any]:
-    """The collections after a training step, with the shapes and types that they had before it.
-
-    Raises:
-      ConfigError: the model makes variables in training that its initialisation does not, or changes
-        their shape or type.
-    """
-    old, new = _flat(before), _flat(updated)
-    for path, value in new.items():
-        name = "/".join(path)
-        if path not in old:
-            raise ConfigError(
-                f"model: makes its variable {name} in training only; make it in the initialisation "
-                "too, which calls the model with train=False"
-            )
-        if value.shape != old[path].shape or value.dtype.kind != old[path].dtype.kind:
-            raise ConfigError(
-                f"model: its variable {name} is {old[path].dtype}{list(old[path].shape)} before a "
-                f"step, {value.dtype}{list(value.shape)} after it; must stay the same"
-            )
-    same = {path: new.get(path, value).astype(value.dtype) for path, value in old.items()}
-    return flax.traverse_util.unflatten_dict(same)
-
-
 def _mean_of(leaf: jax.Array, axis_name: str) -> jax.Array:
     """The mean over devices; whole numbers, such as counters, stay as they are."""
     return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-
-def _one_score_each(logits: jax.Array) -> jax.Array:
-    """Scores [N, classes] unchanged; a class map [N, h, w, classes] averaged over h and w."""
-    return logits.mean((1, 2)) if logits.ndim == 4 else logits
