@@ -70,6 +70,7 @@ def list_(values: flags.FlagValues) -> None:
     "experiment",
     "set",
     "workdir",
+    "init_from",
     "data_dir",
     "download",
     "dry_run",
@@ -97,13 +98,19 @@ def train(values: flags.FlagValues) -> None:
     if values.dry_run:
         from cnn_jax.train import dry_run
 
-        dry_run.dry_run(config, values.data_dir, values.download)
+        dry_run.dry_run(config, values.data_dir, values.download, values.init_from)
         return
     name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
     with processes.naming_the_lost():
         lines = loop.train(
-            config, workdir, name, values.data_dir, values.download, verify=values.verify
+            config,
+            workdir,
+            name,
+            values.data_dir,
+            values.download,
+            values.verify,
+            init_from=values.init_from,
         )
     if not parallel.is_main_process():
         return

@@ -54,6 +54,11 @@ FLAGS = {
         "changes a field of the configuration, as in --set batch_size=128 --set model.num_classes=20",
     ),
     "workdir": Flag(flags.DEFINE_string, REQUIRED, "the folder of a run"),
+    "init_from": Flag(
+        flags.DEFINE_string,
+        None,
+        "WORKDIR[:STEP] of a trained run: its parameters are the first ones of this run",
+    ),
     "data_dir": Flag(
         flags.DEFINE_string,
         None,

@@ -78,6 +78,7 @@ def init_state(
     image_shape: tuple,
     seed: int,
     image: jax.Array | None = None,
+    given: dict[str, jax.Array] | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -87,11 +88,15 @@ def init_state(
       image_shape: (H, W, C).
       seed: of the parameters and of every later random choice.
       image: scaled training images [N, *image_shape], if the first parameters depend on them.
+      given: variables that replace the new ones, by name ("params/Conv_0/kernel").
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     if image is None:
         image = jnp.zeros((1, *image_shape), jnp.float32)
     variables = model.init(init_key, image)
+    if given:
+        flat = flax.traverse_util.flatten_dict(variables, sep="/")
+        variables = flax.traverse_util.unflatten_dict(flat | given, sep="/")
     params = variables.get("params", {})
     opt_state = optimizer.init(params)
     return TrainState(
