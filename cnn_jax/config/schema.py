@@ -33,6 +33,8 @@ AT_LEAST_0 = Range("0 or more", lambda value: value >= 0)
 POSITIVE = Range("greater than 0 and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.inf)
 SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
+PROBABILITY = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+ANGLE = Range("from 0 to 180", lambda value: 0 <= value <= 180)
 GIVEN = Range("given", bool)
 SIZE = Range("at least 1,1", lambda value: min(value) >= 1)
 MEANS = Range("finite numbers", lambda value: value and all(map(math.isfinite, value)))
@@ -81,6 +83,17 @@ class DataConfig:
         AT_LEAST_0,
         "pixels of reflected border from which a training image is cropped at random",
     ] = 0
+    rotation: Annotated[
+        float,
+        ANGLE,
+        "degrees up to which a training image is turned at random, either way; its border is mirrored",
+    ] = 0.0
+    erasing: Annotated[
+        float,
+        PROBABILITY,
+        "probability that a rectangle of a training image is filled with random pixels "
+        "(arXiv 1708.04896)",
+    ] = 0.0
     test_time_augmentation: Annotated[
         Literal["none", "mirror", "mirror_shift"],
         "the views of an image whose logits are averaged in evaluation and prediction: the image "

@@ -20,8 +20,9 @@ import optax
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models.layers import WHOLE_BATCH_DROPOUT
+from cnn_jax.train.augmentation import augmented
 from cnn_jax.train.optax_adapter import eval_params
-from cnn_jax.train.preprocess import alternate_flip, augment, normalise, test_views
+from cnn_jax.train.preprocess import normalise, test_views
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -152,12 +153,12 @@ def train_step(
     run_key = jax.random.wrap_key_data(state.rng)
     key = jax.random.fold_in(run_key, state.step)
     augment_key, dropout_key = jax.random.split(key)
-    image = _augmented(run_key, augment_key, batch, config.data)
+    batch = augmented(run_key, augment_key, batch, config.data, axis_name)
 
     def call(params: Any, rngs: dict) -> tuple[jax.Array, Any]:
         variables = {"params": params, **state.model_state}
         options = {"train": True, "rngs": rngs, "mutable": [*state.model_state]}
-        return _apply(model, variables, image, config.compute_dtype, **options)
+        return _apply(model, variables, batch["image"], config.compute_dtype, **options)
 
     rngs = _rngs(lambda rngs: call(state.params, rngs), dropout_key, axis_name)
 
@@ -190,14 +191,6 @@ def train_step(
         eval_params=eval_params(opt_state, params),
     )
     return new_state, loss
-
-
-def _augmented(run_key: jax.Array, key: jax.Array, batch: Batch, data: DataConfig) -> jax.Array:
-    """The batch's images as the model sees them in training: float32 [N, H, W, C]."""
-    image = augment(key, batch["image"], batch["index"], data)
-    if data.alternating_flip:
-        image = alternate_flip(run_key, image, batch["index"], batch["epoch"])
-    return normalise(image, data)
 
 
 def _functions_of(loss_of: Callable[[Any], jax.Array]) -> dict[str, Callable]:
