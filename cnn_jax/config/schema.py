@@ -42,6 +42,10 @@ DEVIATIONS = Range(
     "numbers greater than 0 and finite",
     lambda value: value and all(0 < one < math.inf for one in value),
 )
+WEIGHTS = Range(
+    "balanced, or numbers of 0 or more, one a class and not all 0",
+    lambda value: value == "balanced" or (all(0 <= one < math.inf for one in value) and any(value)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,11 @@ class DataConfig:
         "examples taken from the training split to choose the best checkpoint by, the same for every "
         "seed; 0 trains on all of them",
     ] = 0
+    balanced: Annotated[
+        bool,
+        "draws the examples of an epoch so that each class is as frequent as the others; the number of "
+        "steps stays",
+    ] = False
     image_size: Annotated[
         tuple[int, int] | None,
         SIZE,
@@ -93,6 +102,29 @@ class DataConfig:
         PROBABILITY,
         "probability that a rectangle of a training image is filled with random pixels "
         "(arXiv 1708.04896)",
+    ] = 0.0
+    colour_jitter: Annotated[
+        float,
+        PROBABILITY,
+        "brightness, contrast and saturation of a training image are each multiplied by a random "
+        "factor from 1 - this to 1 + this; grey images have no saturation to change",
+    ] = 0.0
+    trivial_augment: Annotated[
+        bool,
+        "TrivialAugment: one of 14 changes of place or colour, of random strength, for each training "
+        "image (arXiv 2103.10158)",
+    ] = False
+    mixup: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "alpha: training images and their labels are averaged in pairs, with a share drawn from "
+        "Beta(alpha, alpha); 0 is off (arXiv 1710.09412)",
+    ] = 0.0
+    cutmix: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "alpha of CutMix: a rectangle comes from another image, and its share of the label too; with "
+        "mixup, each image gets one of the two (arXiv 1905.04899)",
     ] = 0.0
     test_time_augmentation: Annotated[
         Literal["none", "mirror", "mirror_shift"],
@@ -145,6 +177,12 @@ class Config:
         "mask (adamw, lion, ...), otherwise an L2 term in the gradient",
     ] = 0.0
     clip_norm: Annotated[float | None, POSITIVE, "limit of the gradient's global norm"] = None
+    class_weights: Annotated[
+        Literal["balanced"] | tuple[float, ...] | None,
+        WEIGHTS,
+        "one number a class, by which the loss of its training examples is multiplied before the mean "
+        "over the batch; balanced: examples / (classes * examples of the class). Evaluation has none",
+    ] = None
     label_smoothing: Annotated[float, SHARE, "share of a label that is spread over all classes"] = (
         0.0
     )

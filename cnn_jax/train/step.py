@@ -144,7 +144,7 @@ def train_step(
       model: the module; one with BatchNorm or `layers.Dropout` takes its own `axis_name`. Each
         random stream that it asks for gets a key; under pmap the keys differ by device.
       optimizer: from `optim.make_optimizer`.
-      config: augmentation, scaling, smoothing and compute type.
+      config: augmentation, scaling, loss and compute type; its class_weights are numbers or None.
       axis_name: the pmap axis over which the batch is split, None under jit.
 
     Returns:
@@ -165,7 +165,7 @@ def train_step(
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         logits, updated = call(params, rngs)
         logits = _one_score_each(logits)
-        loss = cross_entropy(logits, batch["label"], config.label_smoothing).mean()
+        loss = training_loss(logits, batch, config)
         return loss, (_kept(state.model_state, updated), logits)
 
     (loss, (model_state, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -277,6 +277,28 @@ def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -
         return optax.softmax_cross_entropy_with_integer_labels(logits, label)
     target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
     return optax.softmax_cross_entropy(logits, target)
+
+
+def training_loss(logits: jax.Array, batch: Batch, config: Config) -> jax.Array:
+    """The mean loss of `augmentation.augmented` examples, with smoothing, shares and class weights.
+
+    Args:
+      logits: float32 [N, classes].
+      batch: label int32 [N]; of mixed images other_label int32 [N] and label_share float32 [N] too.
+      config: label_smoothing and class_weights.
+    """
+
+    def loss_of(label: jax.Array) -> jax.Array:
+        loss = cross_entropy(logits, label, config.label_smoothing)
+        if config.class_weights is None:
+            return loss
+        return loss * jnp.array(config.class_weights, jnp.float32)[label]
+
+    loss = loss_of(batch["label"])
+    if "other_label" in batch:
+        share = batch["label_share"]
+        loss = share * loss + (1 - share) * loss_of(batch["other_label"])
+    return loss.mean()
 
 
 def forward(model: nn.Module, variables: Any, image: jax.Array) -> jax.Array:
