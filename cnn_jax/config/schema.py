@@ -34,6 +34,8 @@ AT_LEAST_0 = Range("0 or more", lambda value: value >= 0)
 POSITIVE = Range("greater than 0 and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.inf)
 SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
+PROBABILITY = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+ANGLE = Range("from 0 to 180", lambda value: 0 <= value <= 180)
 GIVEN = Range("given", bool)
 SIZE = Range("at least 1,1", lambda value: min(value) >= 1)
 MEANS = Range(
@@ -45,6 +47,10 @@ DEVIATIONS = Range(
     lambda value: value == AUTO or (value and all(0 < one < math.inf for one in value)),
 )
 TEST_SHARE = Range("in (0, 1)", lambda value: 0 < value < 1)
+WEIGHTS = Range(
+    "balanced, or numbers of 0 or more, one a class and not all 0",
+    lambda value: value == "balanced" or (all(0 <= one < math.inf for one in value) and any(value)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +84,11 @@ class DataConfig:
     skip_broken: Annotated[
         bool, "leaves out those of your own images that cannot be decoded, instead of ending"
     ] = False
+    balanced: Annotated[
+        bool,
+        "draws the examples of an epoch so that each class is as frequent as the others; the number of "
+        "steps stays",
+    ] = False
     image_size: Annotated[
         tuple[int, int] | None,
         SIZE,
@@ -103,6 +114,40 @@ class DataConfig:
         AT_LEAST_0,
         "pixels of reflected border from which a training image is cropped at random",
     ] = 0
+    rotation: Annotated[
+        float,
+        ANGLE,
+        "degrees up to which a training image is turned at random, either way; its border is mirrored",
+    ] = 0.0
+    erasing: Annotated[
+        float,
+        PROBABILITY,
+        "probability that a rectangle of a training image is filled with random pixels "
+        "(arXiv 1708.04896)",
+    ] = 0.0
+    colour_jitter: Annotated[
+        float,
+        PROBABILITY,
+        "brightness, contrast and saturation of a training image are each multiplied by a random "
+        "factor from 1 - this to 1 + this; grey images have no saturation to change",
+    ] = 0.0
+    trivial_augment: Annotated[
+        bool,
+        "TrivialAugment: one of 14 changes of place or colour, of random strength, for each training "
+        "image (arXiv 2103.10158)",
+    ] = False
+    mixup: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "alpha: training images and their labels are averaged in pairs, with a share drawn from "
+        "Beta(alpha, alpha); 0 is off (arXiv 1710.09412)",
+    ] = 0.0
+    cutmix: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "alpha of CutMix: a rectangle comes from another image, and its share of the label too; with "
+        "mixup, each image gets one of the two (arXiv 1905.04899)",
+    ] = 0.0
     test_time_augmentation: Annotated[
         Literal["none", "mirror", "mirror_shift"],
         "the views of an image whose logits are averaged in evaluation and prediction: the image "
@@ -154,6 +199,12 @@ class Config:
         "mask (adamw, lion, ...), otherwise an L2 term in the gradient",
     ] = 0.0
     clip_norm: Annotated[float | None, POSITIVE, "limit of the gradient's global norm"] = None
+    class_weights: Annotated[
+        Literal["balanced"] | tuple[float, ...] | None,
+        WEIGHTS,
+        "one number a class, by which the loss of its training examples is multiplied before the mean "
+        "over the batch; balanced: examples / (classes * examples of the class). Evaluation has none",
+    ] = None
     label_smoothing: Annotated[float, SHARE, "share of a label that is spread over all classes"] = (
         0.0
     )
