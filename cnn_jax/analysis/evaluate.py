@@ -14,6 +14,7 @@ from cnn_jax import PROGRAM
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import DataError, NotFiniteError
+from cnn_jax.config.paths import resolved
 from cnn_jax.data import sources
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
@@ -46,7 +47,9 @@ def evaluate(
       DataError: the dataset is missing, damaged, or does not fit the model.
       NotFiniteError: the loss is infinite or NaN.
     """
-    data = dataclasses.replace(run.data, name=dataset) if dataset else run.data
+    data = run.data
+    if dataset:
+        data = resolved(dataclasses.replace(data, name=dataset, test_fraction=None))
     try:
         examples = sources.load_examples(data, split, data_dir)
     except SizesDiffer:

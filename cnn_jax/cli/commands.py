@@ -10,7 +10,7 @@ from absl import flags
 from cnn_jax import PROGRAM
 from cnn_jax.cli.flags import FLAGS, REQUIRED, SEVERAL, Command
 from cnn_jax.common import environment, files
-from cnn_jax.common.errors import ConfigError
+from cnn_jax.common.errors import ConfigError, WorkdirError
 
 COMMANDS: dict[str, Command] = {}
 
@@ -70,6 +70,7 @@ def list_(values: flags.FlagValues) -> None:
     "experiment",
     "set",
     "workdir",
+    "init_from",
     "data_dir",
     "download",
     "dry_run",
@@ -97,13 +98,19 @@ def train(values: flags.FlagValues) -> None:
     if values.dry_run:
         from cnn_jax.train import dry_run
 
-        dry_run.dry_run(config, values.data_dir, values.download)
+        dry_run.dry_run(config, values.data_dir, values.download, values.init_from)
         return
     name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
     with processes.naming_the_lost():
         lines = loop.train(
-            config, workdir, name, values.data_dir, values.download, verify=values.verify
+            config,
+            workdir,
+            name,
+            values.data_dir,
+            values.download,
+            values.verify,
+            init_from=values.init_from,
         )
     if not parallel.is_main_process():
         return
@@ -226,6 +233,36 @@ def benchmark(values: flags.FlagValues) -> None:
         values.seconds,
         values.write,
     )
+
+
+@command(
+    "experiment",
+    "topology",
+    "set",
+    "input_size",
+    "data_dir",
+    "dump",
+    words="experiment",
+)
+def compile_(values: flags.FlagValues) -> None:
+    """Compiles the steps of an experiment for a TPU, GPU or CPU, which need not be there."""
+    from cnn_jax.cli import tables
+    from cnn_jax.config import experiment
+    from cnn_jax.data.sources import input_shape
+    from cnn_jax.studies.compile import programs, targets
+
+    config = experiment.load(values.experiment, values.set)
+    target = targets.find(values.topology)
+    shape = input_shape(config.data, values.input_size, values.data_dir)
+    texts = []
+    for compiled in programs.compile_steps(config, shape, target):
+        tables.print_compiled(compiled, target)
+        texts.append(compiled.text)
+    if values.dump:
+        path = _path(values.dump)
+        with files.written(path, WorkdirError):
+            path.write_text("\n".join(texts), encoding="utf-8")
+        print(f"written to {path}")
 
 
 def _path(text: str) -> Path:

@@ -54,6 +54,11 @@ FLAGS = {
         "changes a field of the configuration, as in --set batch_size=128 --set model.num_classes=20",
     ),
     "workdir": Flag(flags.DEFINE_string, REQUIRED, "the folder of a run"),
+    "init_from": Flag(
+        flags.DEFINE_string,
+        None,
+        "WORKDIR[:STEP] of a trained run: its parameters are the first ones of this run",
+    ),
     "data_dir": Flag(
         flags.DEFINE_string,
         None,
@@ -90,6 +95,12 @@ FLAGS = {
     ),
     "processes": Flag(flags.DEFINE_integer, 1, "how many processes take part in the run", least=1),
     "process": Flag(flags.DEFINE_integer, 0, "which of them this is, from 0"),
+    "topology": Flag(
+        flags.DEFINE_string,
+        REQUIRED,
+        "the devices to compile for: cpu; a TPU's slice, as v5e:2x2; or GPUs, as h100, h100:8 or h100:2x8",
+    ),
+    "dump": Flag(flags.DEFINE_string, None, "a file to which the compiled text is written"),
     "networks": Flag(
         flags.DEFINE_list, [], "which to measure, separated by commas; all by default"
     ),

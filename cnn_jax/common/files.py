@@ -13,6 +13,18 @@ from cnn_jax.common.errors import CnnJaxError, ConfigError
 # pattern and a backslash as a separator, refuse a component that ends in .__lock, need valid UTF-8.
 _LITERAL = re.compile(r"[\w ./+=,~:-]*")
 _OPEN_FOLDERS = Path("/proc/self/fd")
+# Files of Windows and macOS in folders and archives.
+LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "__macosx"}
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or was left by a system beside images."""
+    return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
+
+
+def printable(path: str) -> str:
+    """`path` as text that can be printed: Linux allows any bytes in a name."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def user_path(text: str) -> Path:

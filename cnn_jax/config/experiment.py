@@ -13,6 +13,7 @@ from cnn_jax import CHECKOUT, EXPERIMENTS, PROGRAM
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import user_path
 from cnn_jax.config.overrides import override
+from cnn_jax.config.paths import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.config.validate import validate
 
@@ -84,7 +85,7 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
     if not isinstance(config, Config):
         kind = type(config).__name__
         raise ConfigError(f"--experiment={experiment}: config() returns {kind}, not a Config")
-    return validate(override(config, assignments))
+    return resolve(validate(override(config, assignments)))
 
 
 @contextlib.contextmanager

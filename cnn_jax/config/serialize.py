@@ -11,7 +11,7 @@ import flax.linen as nn
 
 from cnn_jax import models
 from cnn_jax.common.errors import ConfigError
-from cnn_jax.config.schema import CHANGEABLE_ON_RESUME, Config, DataConfig
+from cnn_jax.config.schema import AUTO, CHANGEABLE_ON_RESUME, Config, DataConfig
 from cnn_jax.config.types import check_types, fields_of, is_record
 
 
@@ -116,8 +116,11 @@ def with_defaults(saved: dict, value: Any) -> dict:
 def changes(saved: dict, config: Config, free: Collection[str] = ()) -> list[str]:
     """`differences` of a config.json's `config` part from `config`, without the fields in `free`.
 
-    Fields that were added after it was written count as saved with their defaults.
+    Fields that were added after it was written count as saved with their defaults. A mean or deviation
+    that is still to be computed ("auto") differs from none.
     """
+    automatic = [f"data.{name}" for name in ("mean", "std") if getattr(config.data, name) == AUTO]
+    free = {*free, *automatic}
     wanted = json.loads(json.dumps(to_json(config)))
     lines = differences(with_defaults(saved, config), wanted)
     return [line for line in lines if line.partition(":")[0] not in free]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from cnn_jax.common.errors import ConfigError
-from cnn_jax.config.schema import Config, DataConfig
+from cnn_jax.config.schema import AUTO, Config, DataConfig
 from cnn_jax.config.serialize import to_json
 from cnn_jax.config.types import check_types, described, fields_of
 from cnn_jax.models.shapes import takes_no, too_small
@@ -52,8 +52,10 @@ def validate(config: Config, trained: bool = False) -> Config:
     _check_together(config, check)
     if not trained:
         mean, std = config.data.mean, config.data.std
-        check(all(0 <= one <= 1 for one in mean), "data.mean", "from 0 to 1, as pixels are")
-        check(all(one <= 1 for one in std), "data.std", "at most 1, as pixels are from 0 to 1")
+        in_range = mean == AUTO or all(0 <= one <= 1 for one in mean)
+        check(in_range, "data.mean", "from 0 to 1, as pixels are, or auto")
+        in_range = std == AUTO or all(one <= 1 for one in std)
+        check(in_range, "data.std", "at most 1, as pixels are from 0 to 1, or auto")
     return config
 
 

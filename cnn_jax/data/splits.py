@@ -5,8 +5,9 @@ import functools
 
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import Config
+from cnn_jax.config.paths import is_path
 from cnn_jax.config.validate import check_images, check_model
-from cnn_jax.data import sources
+from cnn_jax.data import folders, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +23,12 @@ def load_splits(config: Config, data_dir: str | None = None, download: bool = Fa
     """Loads the splits of `config.data`.
 
     Raises:
-      DataError: as `sources.load_examples`.
+      DataError: as `sources.load_examples`, and as `folders.check_training`.
     """
     load = functools.partial(sources.load_examples, data_dir=data_dir, download=download)
-    validation = load(config.data, "validation") if config.data.validation_examples else None
+    if is_path(config.data.name):
+        folders.check_training(config.data)
+    validation = load(config.data, "validation") if sources.has_validation(config.data) else None
     return Splits(load(config.data, "train"), validation, load(config.data, "test"))
 
 
@@ -44,8 +47,11 @@ def check_splits(config: Config, splits: Splits) -> dict:
     if splits.test.image_shape != shape:
         raise DataError(f"data.test_split: images of {splits.test.image_shape}, not {shape}")
     logits = check_model(config.model, shape, len(names))
-    return {
+    metadata = {
         "class_names": [*names, *(f"class {i}" for i in range(len(names), logits))],
         "image_shape": shape,
         "train_examples": len(splits.train),
     }
+    if is_path(config.data.name):
+        metadata["data_files"] = folders.open_dataset(config.data).digest()
+    return metadata

@@ -26,8 +26,6 @@ from cnn_jax.data import tfds_builder
 from cnn_jax.data.prefetch import look_ahead
 
 CHUNK = 500
-# For smaller images, several threads are slower than one.
-PIXELS_WORTH_A_THREAD = 96 * 96
 
 
 class Records:
@@ -81,7 +79,7 @@ class Records:
                 )
         self.source = self._open_array_records() if self.random_access else None
         height, width = self.layout.stored_size
-        small = height and width and height * width < PIXELS_WORTH_A_THREAD
+        small = height and width and height * width < decode.PIXELS_WORTH_A_THREAD
         self.threads = 1 if small else cpu.cores()
         self.workers = ThreadPoolExecutor(self.threads)
 

@@ -132,13 +132,20 @@ class Checkpoints:
             )
         return None
 
-    def select(self, which: str, training: bool = False, verify: bool = True) -> Restored:
-        """The checkpoint that --checkpoint names.
+    def select(
+        self,
+        which: str,
+        training: bool = False,
+        verify: bool = True,
+        flag: str = "--checkpoint=",
+    ) -> Restored:
+        """The checkpoint that a flag names.
 
         Args:
           which: "latest", "best" (by validation accuracy) or a step.
           training: as in `read`.
           verify: as in `read`.
+          flag: for the error: what stands before `which`.
 
         Raises:
           CheckpointError: there is no such checkpoint, or it is damaged.
@@ -152,7 +159,7 @@ class Checkpoints:
             best = self.best()
             if best is None:
                 raise CheckpointError(
-                    f"--checkpoint=best: no checkpoint in {self.folder} has a validation accuracy; "
+                    f"{flag}best: no checkpoint in {self.folder} has a validation accuracy; "
                     "choose latest, or train with --set data.validation_examples=N"
                 )
             return self.read(best, training, verify)

@@ -9,6 +9,7 @@ A line depends only on the state after the epoch's last step. If a run is restor
 its line is missing, the run first evaluates and writes the line. So no line is lost or repeated.
 """
 
+import dataclasses
 import functools
 import time
 from collections import deque
@@ -21,10 +22,19 @@ import jax
 import numpy as np
 
 from cnn_jax.config import Config
+from cnn_jax.config.paths import resolve
 from cnn_jax.config.validate import validate
-from cnn_jax.data import loader
+from cnn_jax.data import loader, statistics
 from cnn_jax.data.splits import Splits, check_splits, load_splits
-from cnn_jax.train import agreement, checkpoint, evaluation, optim, parallel, preprocess
+from cnn_jax.train import (
+    agreement,
+    checkpoint,
+    evaluation,
+    optim,
+    parallel,
+    preprocess,
+    pretrained,
+)
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
@@ -40,6 +50,7 @@ def train(
     download: bool = False,
     verify: bool = True,
     splits: Splits | None = None,
+    init_from: str | None = None,
 ) -> list[dict]:
     """Trains to the last epoch; resumes where an earlier call on `workdir` stopped.
 
@@ -51,6 +62,7 @@ def train(
       download: downloads the dataset if it is not prepared.
       verify: compares a restored checkpoint with its checksums.
       splits: the examples, if they are loaded already.
+      init_from: WORKDIR[:STEP] of the run from which a new run takes its first parameters.
 
     Returns:
       The lines of metrics.jsonl.
@@ -60,7 +72,7 @@ def train(
       NotFiniteError: the loss, the parameters or an evaluation became infinite or NaN.
       Preempted: a signal asked the run to end; its state is saved, the same call resumes it.
     """
-    validate(config)
+    config = resolve(validate(config))
     mesh = parallel.make_mesh(config.devices)
     parallel.check_divides(mesh, config.batch_size)
     agreement.check_program(config)
@@ -69,13 +81,17 @@ def train(
         prepare(workdir)
     with StopSignals() as signals, locked(workdir) as check_lock:
         check_same_run(workdir, config, metadata={})  # before the data is loaded, which takes time
+        source = pretrained.find(init_from, workdir, verify)
         splits = splits or load_splits(config, data_dir, download)
-        agreement.check_data(splits)
+        agreement.check_data(splits, source)
+        config = statistics.in_numbers(config, splits.train)
         metadata = check_splits(config, splits)
+        if source:
+            metadata["init_from"] = dataclasses.asdict(source)
         check_same_run(workdir, config, metadata)
         saver = Saver(config, workdir, len(splits.train), signals, check_lock)
         with _Run(config, mesh, splits, signals, saver) as run:
-            saver.start(run.restore(verify))
+            saver.start(run.restore(verify, source))
             if parallel.is_main_process():
                 write_config(workdir, config, experiment, metadata)
             run.epochs()
@@ -114,13 +130,24 @@ class _Run:
 
     # ------------------------------------------------------------------------------ before
 
-    def restore(self, verify: bool) -> checkpoint.Restored | None:
-        """Restores `state` from the newest valid checkpoint and returns that, or initialises it."""
+    def restore(
+        self, verify: bool, source: pretrained.Source | None = None
+    ) -> checkpoint.Restored | None:
+        """Restores `state` from the newest valid checkpoint and returns that, or initialises it.
+
+        Args:
+          verify: compares what is restored with its checksums.
+          source: the checkpoint whose parameters the initialisation takes where they fit.
+        """
         config, shape = self.config, self.splits.train.image_shape
         make = functools.partial(init_state, config.model, self.optimizer, shape, config.seed)
         restored = self.saver.checkpoints.newest(verify=verify)
         if restored is None:
             seen = preprocess.first_images(config, self.splits.train)
+            if source:
+                wanted = checkpoint.names(jax.eval_shape(make))
+                given = pretrained.fitting(source, source.arrays(verify), wanted)
+                seen = [*(seen or [None]), given]
             self.state = parallel.make_replicated(make, self.mesh, *seen)
             return None
         state = checkpoint.fill(jax.eval_shape(make), restored)
@@ -139,7 +166,7 @@ class _Run:
         )
         order = np.arange(len(self.splits.train))
         batch = next(loader.training_batches(self.splits.train, order, config.batch_size))
-        compiled = parallel.compile_step(step, self.mesh, self.state, batch)
+        compiled = parallel.compile_step(step, self.mesh, self.state, batch, config.compute_dtype)
         self.reporter.compiled(time.perf_counter() - began, self.mesh.size)
         return compiled
 

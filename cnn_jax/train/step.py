@@ -22,8 +22,9 @@ from cnn_jax.train.apply import (
     make_rngs,
     one_score_each,
 )
+from cnn_jax.train.augmentation import augmented
 from cnn_jax.train.optax_adapter import eval_params
-from cnn_jax.train.preprocess import alternate_flip, augment, normalise, test_views
+from cnn_jax.train.preprocess import normalise, test_views
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -78,6 +79,7 @@ def init_state(
     image_shape: tuple,
     seed: int,
     image: jax.Array | None = None,
+    given: dict[str, jax.Array] | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -87,11 +89,15 @@ def init_state(
       image_shape: (H, W, C).
       seed: of the parameters and of every later random choice.
       image: scaled training images [N, *image_shape], if the first parameters depend on them.
+      given: variables that replace the new ones, by name ("params/Conv_0/kernel").
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     if image is None:
         image = jnp.zeros((1, *image_shape), jnp.float32)
     variables = model.init(init_key, image)
+    if given:
+        flat = flax.traverse_util.flatten_dict(variables, sep="/")
+        variables = flax.traverse_util.unflatten_dict(flat | given, sep="/")
     params = variables.get("params", {})
     opt_state = optimizer.init(params)
     return TrainState(
@@ -138,7 +144,7 @@ def train_step(
       model: the module; one with BatchNorm or `layers.Dropout` takes its own `axis_name`. Each
         random stream that it asks for gets a key; under pmap the keys differ by device.
       optimizer: from `optim.make_optimizer`.
-      config: augmentation, scaling, smoothing and compute type.
+      config: augmentation, scaling, loss and compute type; its class_weights are numbers or None.
       axis_name: the pmap axis over which the batch is split, None under jit.
 
     Returns:
@@ -147,19 +153,19 @@ def train_step(
     run_key = jax.random.wrap_key_data(state.rng)
     key = jax.random.fold_in(run_key, state.step)
     augment_key, dropout_key = jax.random.split(key)
-    image = _augmented(run_key, augment_key, batch, config.data)
+    batch = augmented(run_key, augment_key, batch, config.data, axis_name)
 
     def call(params: Any, rngs: dict) -> tuple[jax.Array, Any]:
         variables = {"params": params, **state.model_state}
         options = {"train": True, "rngs": rngs, "mutable": [*state.model_state]}
-        return apply(model, variables, image, config.compute_dtype, **options)
+        return apply(model, variables, batch["image"], config.compute_dtype, **options)
 
     rngs = make_rngs(lambda rngs: call(state.params, rngs), dropout_key, axis_name)
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         logits, updated = call(params, rngs)
         logits = one_score_each(logits)
-        loss = cross_entropy(logits, batch["label"], config.label_smoothing).mean()
+        loss = training_loss(logits, batch, config)
         return loss, (collections_after(state.model_state, updated), logits)
 
     (loss, (model_state, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -185,14 +191,6 @@ def train_step(
         eval_params=eval_params(opt_state, params),
     )
     return new_state, loss
-
-
-def _augmented(run_key: jax.Array, key: jax.Array, batch: Batch, data: DataConfig) -> jax.Array:
-    """The batch's images as the model sees them in training: float32 [N, H, W, C]."""
-    image = augment(key, batch["image"], batch["index"], data)
-    if data.alternating_flip:
-        image = alternate_flip(run_key, image, batch["index"], batch["epoch"])
-    return normalise(image, data)
 
 
 def _functions_of(loss_of: Callable[[Any], jax.Array]) -> dict[str, Callable]:
@@ -279,6 +277,28 @@ def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -
         return optax.softmax_cross_entropy_with_integer_labels(logits, label)
     target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
     return optax.softmax_cross_entropy(logits, target)
+
+
+def training_loss(logits: jax.Array, batch: Batch, config: Config) -> jax.Array:
+    """The mean loss of `augmentation.augmented` examples, with smoothing, shares and class weights.
+
+    Args:
+      logits: float32 [N, classes].
+      batch: label int32 [N]; of mixed images other_label int32 [N] and label_share float32 [N] too.
+      config: label_smoothing and class_weights.
+    """
+
+    def loss_of(label: jax.Array) -> jax.Array:
+        loss = cross_entropy(logits, label, config.label_smoothing)
+        if config.class_weights is None:
+            return loss
+        return loss * jnp.array(config.class_weights, jnp.float32)[label]
+
+    loss = loss_of(batch["label"])
+    if "other_label" in batch:
+        share = batch["label_share"]
+        loss = share * loss + (1 - share) * loss_of(batch["other_label"])
+    return loss.mean()
 
 
 def _mean_of(leaf: jax.Array, axis_name: str) -> jax.Array:

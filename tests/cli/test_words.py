@@ -59,7 +59,8 @@ def test_words_stand_for_flags(line, expected):
         ("predict runs/x", "--images: predict needs it"),
         (
             "train quickstart --experiment=x",
-            "quickstart: train cannot use this word; it takes EXPERIMENT and flags, which are written --name=value; "
+            "quickstart: train cannot use this word; it takes EXPERIMENT and flags, which are "
+            "written --name=value; "
             "--experiment=x is given",
         ),
         ("sweep quickstart --seeds=0", "--seeds=0: must be at least 1"),
