@@ -165,7 +165,7 @@ class Checkpoints:
             return self.read(best, training, verify)
         if which not in map(str, steps):
             raise CheckpointError(
-                f"--checkpoint={which}: must be latest, best or a step in {self.folder}: "
+                f"{flag}{which}: must be latest, best or a step in {self.folder}: "
                 + ", ".join(map(str, steps))
             )
         return self.read(int(which), training, verify)
