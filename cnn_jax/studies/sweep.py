@@ -169,12 +169,10 @@ def sweep(
       failed: that is a result.
 
     Raises:
-      ConfigError: as `settings`, or `seeds` is less than 1.
+      ConfigError: as `settings`.
       WorkdirError: the workdir cannot be written.
       Preempted: a signal asked to stop; the same call resumes.
     """
-    if seeds < 1:
-        raise ConfigError(f"--seeds={seeds}: must be at least 1")
     planned = settings(experiment, assignments)
     prepare(workdir)
     blind = [setting for setting in planned if not setting.config.data.validation_examples]

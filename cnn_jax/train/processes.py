@@ -31,10 +31,8 @@ def start_processes(coordinator: str, processes: int, process: int, heartbeat_se
       heartbeat_seconds: a process that is silent for so long counts as dead; the others end.
 
     Raises:
-      ConfigError: coordinator, processes or process is invalid.
+      ConfigError: coordinator or process is invalid.
     """
-    if processes < 1:
-        raise ConfigError(f"--processes={processes}: must be at least 1")
     if not 0 <= process < processes:
         raise ConfigError(f"--process={process}: must be from 0 to {processes - 1}")
     if not re.fullmatch(r".+:[0-9]+", coordinator or ""):

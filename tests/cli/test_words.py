@@ -64,6 +64,8 @@ def test_words_stand_for_flags(line, expected):
             "--experiment=x is given",
         ),
         ("sweep quickstart --seeds=0", "--seeds=0: must be at least 1"),
+        ("reproduce --seeds=0", "--seeds=0: must be at least 1"),
+        ("train quickstart --processes=0", "--processes=0: must be at least 1"),
         ("explain conv --size=x", "--size=x: must be a whole number"),
         ("benchmark --seconds=x", "--seconds=x: must be a number"),
         ("tarin quickstart", "tarin: no such command; nearest: train"),

@@ -85,8 +85,6 @@ def demonstrate(
       DataError: the dataset is missing, damaged, or does not fit the model.
     """
     files.check_folder(folder)
-    if rounds < 1:
-        raise ConfigError(f"--rounds={rounds}: must be at least 1")
     mapped = run if gives_class_map(run.model, run.image_shape) else as_convolutions(run)
     single = summary.summarise(mapped.model, run.image_shape)
     _check_side(run, single.field, side)
