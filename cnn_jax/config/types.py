@@ -47,6 +47,11 @@ class Description:
     help: str
 
     @property
+    def type_name(self) -> str:
+        """Its type in a word, without None; "ints" and "floats" for lists of them."""
+        return _named(self.hint)
+
+    @property
     def allowed(self) -> str:
         """Its range in words that follow "must be"."""
         words = self.range.allowed if self.range else _described(self.hint)
@@ -145,6 +150,17 @@ def _kinds(hint: Any, count: int) -> tuple:
     arguments = typing.get_args(hint)
     several = typing.get_origin(hint) is not tuple or Ellipsis in arguments
     return arguments[:1] * count if several else arguments
+
+
+def _named(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        return " or ".join(_named(kind) for kind in arguments if kind is not types.NoneType)
+    if origin is Literal:
+        return "str"
+    if origin in _LISTS:
+        return f"{_named(arguments[0])}s"
+    return "function" if origin is collections.abc.Callable else hint.__name__
 
 
 def _described(hint: Any) -> str:
