@@ -14,8 +14,8 @@ from cnn_jax import PROGRAM
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import DataError, NotFiniteError
-from cnn_jax.config.paths import resolved
-from cnn_jax.data import sources
+from cnn_jax.config.paths import is_path, resolved
+from cnn_jax.data import folders, sources
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
 from cnn_jax.train import apply, evaluation, parallel
@@ -50,6 +50,8 @@ def evaluate(
     data = run.data
     if dataset:
         data = resolved(dataclasses.replace(data, name=dataset, test_fraction=None))
+    elif is_path(data.name):
+        _warn_of_changes(run)
     try:
         examples = sources.load_examples(data, split, data_dir)
     except SizesDiffer:
@@ -126,6 +128,17 @@ def fitting(run: RestoredRun, examples: sources.Examples, name: str) -> sources.
         )
     _check_shape(run, examples, name)
     return sources.with_classes(examples, run.class_names)
+
+
+def _warn_of_changes(run: RestoredRun) -> None:
+    """Warns if the user's images are not those of the training."""
+    dataset = folders.open_dataset(run.data)
+    if dataset.digest() != run.saved.get("data_files", dataset.digest()):
+        log.warning(
+            "warning: the images of %s have changed since the training%s",
+            run.data.name,
+            ", so that its test split may hold some that were trained on" * dataset.carved,
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -175,6 +175,30 @@ def predict(values: flags.FlagValues) -> int:
 
 
 @command(
+    "dataset",
+    "set",
+    "data_dir",
+    "download",
+    "output",
+    dataset=REQUIRED,
+    words="dataset",
+)
+def data(values: flags.FlagValues) -> None:
+    """Shows a dataset before training: counts, sizes, scaling, broken files, twins, pictures."""
+    from cnn_jax.analysis import dataset
+    from cnn_jax.cli import tables
+    from cnn_jax.config import experiment
+
+    environment.check_devices()
+    config = experiment.of_dataset(values.dataset, values.set)
+    output = _path(values.output) if values.output else dataset.default_output(config.data.name)
+    files.check_folder(output)
+    found, config, train = dataset.describe(config, values.data_dir, values.download)
+    tables.print_dataset(found)
+    print(f"written to {dataset.save_contact_sheet(config, train, output)}")
+
+
+@command(
     "experiment",
     "workdir",
     "set",

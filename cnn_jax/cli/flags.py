@@ -75,7 +75,11 @@ FLAGS = {
     "split": Flag(
         flags.DEFINE_string, "test", "train, validation, test, or any split of the dataset"
     ),
-    "dataset": Flag(flags.DEFINE_string, None, "another dataset than the one of the training"),
+    "dataset": Flag(
+        flags.DEFINE_string,
+        None,
+        "one of TFDS's, or a folder or table of your own images; evaluate takes that of the training",
+    ),
     "images": Flag(
         flags.DEFINE_multi_string,
         REQUIRED,

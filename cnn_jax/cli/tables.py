@@ -10,6 +10,7 @@ import rich.table
 import rich.text
 
 from cnn_jax.analysis.convert import IMAGES, Converted
+from cnn_jax.analysis.dataset import Description as Dataset
 from cnn_jax.analysis.explain.explanation import Explanation, Grid
 from cnn_jax.analysis.predict import Prediction
 from cnn_jax.config.serialize import to_json
@@ -58,6 +59,40 @@ def print_evaluation(report: dict) -> None:
         f"{report['accuracy']:.4f}, loss {report['loss']:.4f} over {report['examples']:,} examples",
         soft_wrap=True,
     )
+
+
+MOST_LINES = 10
+
+
+def print_dataset(found: Dataset) -> None:
+    """Prints the classes and splits of a dataset, what is wrong with it, and the fields to set."""
+    table = _table("class", *found.counts)
+    for i, name in enumerate(found.class_names):
+        table.add_row(
+            rich.markup.escape(f"{i} {name}"), *(f"{n[i]:,}" for n in found.counts.values())
+        )
+    table.add_row("all", *(f"{n.sum():,}" for n in found.counts.values()))
+    _console().print(table)
+    height, width, channels = found.image_shape
+    lines = [
+        f"images: {height}x{width}x{channels}" + (f"; files: {found.sizes}" if found.sizes else ""),
+        *found.remarks,
+        *_first("broken", found.broken),
+        *_first("twins, equal in all pixels", found.twins),
+    ]
+    if found.twins:
+        lines.append(
+            f"of these twins {found.twins_across} are in two splits, {found.twins_apart} in two classes"
+        )
+    lines.append("to train on it, add: " + " ".join(f"--set {field}" for field in found.settings))
+    _print_lines(lines)
+
+
+def _first(what: str, lines: Sequence[str]) -> list[str]:
+    """The number of lines, and the first of them."""
+    more = len(lines) - MOST_LINES
+    rest = [f"  and {more} more"] if more > 0 else []
+    return [f"{what}: {len(lines)}", *(f"  {line}" for line in lines[:MOST_LINES]), *rest]
 
 
 def print_predictions(predictions: list[Prediction]) -> None:

@@ -24,6 +24,7 @@ from cnn_jax.config.experiment import load
 from cnn_jax.config.overrides import override
 from cnn_jax.config.serialize import is_of, to_json
 from cnn_jax.config.validate import validate
+from cnn_jax.data.sources import has_validation
 from cnn_jax.studies import markdown, sweep_plot
 from cnn_jax.studies.subprocesses import CommandFailed, Processes
 from cnn_jax.train.workdir import metrics, prepare, read_config, write_json, write_text
@@ -175,7 +176,7 @@ def sweep(
     """
     planned = settings(experiment, assignments)
     prepare(workdir)
-    blind = [setting for setting in planned if not setting.config.data.validation_examples]
+    blind = [setting for setting in planned if not has_validation(setting.config.data)]
     if blind:
         log.warning(
             "warning: data.validation_examples=0: no best setting is chosen, as test accuracy must "
@@ -304,7 +305,7 @@ def _table(
     """Head and rows: the fields that vary, n, accuracies, problems."""
     fields = [k for k in done[0].values if len({setting.values[k] for setting in done}) > 1]
     splits = ["test"]
-    if any(setting.config.data.validation_examples for setting in done):
+    if any(has_validation(setting.config.data) for setting in done):
         splits = ["validation", "test"]
     rows = []
     for setting in done:

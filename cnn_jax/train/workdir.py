@@ -195,6 +195,8 @@ def check_same_run(workdir: Path, config: Config, metadata: dict) -> None:
     lines += differences(
         {name: saved.get(name) for name in metadata}, json.loads(json.dumps(metadata))
     )
+    if any(line.startswith("data_files:") for line in lines):
+        lines.append("images of the dataset were added, removed or changed since")
     if lines:
         raise ConfigError(
             f"workdir={workdir}: holds another run; {'; '.join(lines)} (choose another --workdir)"
