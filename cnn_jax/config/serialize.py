@@ -116,10 +116,11 @@ def with_defaults(saved: dict, value: Any) -> dict:
 def changes(saved: dict, config: Config, free: Collection[str] = ()) -> list[str]:
     """`differences` of a config.json's `config` part from `config`, without the fields in `free`.
 
-    Fields that were added after it was written count as saved with their defaults. A mean or deviation
-    that is still to be computed ("auto") differs from none.
+    Fields that were added after it was written count as saved with their defaults. Values that are
+    still to be computed from the data ("auto", "balanced") differ from none.
     """
     automatic = [f"data.{name}" for name in ("mean", "std") if getattr(config.data, name) == AUTO]
+    automatic += ["class_weights"] * (config.class_weights == "balanced")
     free = {*free, *automatic}
     wanted = json.loads(json.dumps(to_json(config)))
     lines = differences(with_defaults(saved, config), wanted)

@@ -76,6 +76,11 @@ def check_splits(config: Config, splits: Splits) -> dict:
     if splits.test.image_shape != shape:
         raise DataError(f"data.test_split: images of {splits.test.image_shape}, not {shape}")
     logits = check_model(config.model, shape, len(names))
+    weights = config.class_weights
+    if weights is not None and len(weights) != len(names):
+        raise ConfigError(
+            f"class_weights={list(weights)}: must be one number for each of the {len(names)} classes"
+        )
     metadata = {
         "class_names": [*names, *(f"class {i}" for i in range(len(names), logits))],
         "image_shape": shape,
