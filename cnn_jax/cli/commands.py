@@ -500,6 +500,33 @@ def sweep(values: flags.FlagValues) -> int:
     )
 
 
+@command(
+    "experiment",
+    "set",
+    "steps",
+    "init_from",
+    "output",
+    "data_dir",
+    "download",
+    words="experiment",
+)
+def lr_finder(values: flags.FlagValues) -> None:
+    """Raises the learning rate step by step, draws the loss, and suggests a rate."""
+    from cnn_jax.config import experiment
+    from cnn_jax.studies import lr_finder as finder
+
+    config = experiment.load(values.experiment, values.set)
+    environment.check_devices()
+    name = experiment.short_name(values.experiment)
+    output = _path(values.output or f"runs/lr_finder/{name}.png")
+    found = finder.find(
+        config, values.steps, values.data_dir, values.download, values.init_from, output
+    )
+    print(f"the loss falls fastest near {found.rate:.2g}, and is lowest near {found.lowest:.2g}")
+    print(f"written to {output}")
+    print(f"next: {PROGRAM} train {values.experiment} --set learning_rate={found.rate:.2g}")
+
+
 @command()
 def fields(values: flags.FlagValues) -> None:
     """Shows every field of the configuration that --set can change."""

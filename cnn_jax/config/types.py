@@ -94,7 +94,8 @@ def parse(text: str, hint: Any, old: Any) -> Any:
             raise ValueError(f"{text!r} is not one of {', '.join(by_text)}")
         return by_text[text]
     if origin in _LISTS:
-        items = [item.strip() for item in text.strip("()[]").rstrip(", ").split(",")]
+        inside = text.strip("()[]").rstrip(", ")
+        items = [item.strip() for item in inside.split(",")] if inside else []
         kinds = _kinds(hint, len(items))
         if len(items) != len(kinds):
             raise ValueError(f"{text!r} is not a list of {len(kinds)} values")

@@ -66,11 +66,24 @@ def _check_together(config: Config, check: Callable[[bool, str, str], None]) -> 
     check(
         not (data.flip and data.alternating_flip), "data.alternating_flip", "False with data.flip"
     )
+    parts = config.accumulate_steps
+    check(config.batch_size % parts == 0, "batch_size", f"divisible by accumulate_steps={parts}")
+    stepwise = config.schedule == "step"
+    check(bool(config.milestones) == stepwise, "milestones", "given with schedule=step, else empty")
+    if stepwise:
+        check(
+            warmup < config.milestones[0] and config.milestones[-1] < epochs,
+            "milestones",
+            f"after warmup_epochs={warmup:g} and before the end, epochs={epochs}",
+        )
+    if config.schedule == "one_cycle":
+        check(warmup < epochs, "warmup_epochs", f"less than epochs={epochs} with one_cycle")
     if config.final_learning_rate:
         check(
-            config.schedule != "constant",
+            config.schedule not in ("constant", "step"),
             "final_learning_rate",
-            "0 with schedule=constant, which keeps its rate; choose cosine or linear",
+            f"0 with schedule={config.schedule}, which has no final rate; choose cosine, linear or "
+            "one_cycle",
         )
         check(
             warmup < epochs,

@@ -111,6 +111,16 @@ def eval_params(state: optax.OptState, params: optax.Params) -> Any:
     return made[0]
 
 
+def coupled(state: optax.OptState) -> list[str]:
+    """The names of the transformations whose next state presumes that their updates are applied whole.
+
+    They are those of `eval_params`, and the line searches.
+    """
+    kinds = (*_EVALUATED, optax.LookaheadState, *_LINE_SEARCHES)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [type(node).__name__.removesuffix("State") for node in nodes if isinstance(node, kinds)]
+
+
 def _of_schedule_free(state: Any, params: optax.Params) -> optax.Params:
     if jax.tree.structure(state.z) != jax.tree.structure(params):
         return state.z
@@ -129,6 +139,9 @@ _EVALUATED: dict[type, Callable] = {
     optax.contrib.SAMState: _of_sam,
     SlowParams: lambda state, params: state.slow,
 }
+
+
+_LINE_SEARCHES = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
 
 
 def _nodes(state: optax.OptState) -> list:

@@ -190,7 +190,7 @@ def check_same_run(workdir: Path, config: Config, metadata: dict) -> None:
     if not (workdir / "config.json").exists():
         return
     saved = read_config(workdir)
-    free = {*CHANGEABLE_ON_RESUME, *(["epochs"] if config.schedule == "constant" else [])}
+    free = {*CHANGEABLE_ON_RESUME, *(["epochs"] if config.schedule in ("constant", "step") else [])}
     lines = changes(saved["config"], config, free)
     lines += differences(
         {name: saved.get(name) for name in metadata}, json.loads(json.dumps(metadata))
