@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Initializer, PaddingLike
 
-from cnn_jax.ops import conv, dense, pool
+from cnn_jax.ops import bias, conv, dense, pool
 
 # The random stream of `Dropout` under pmap. Only its key is the same on all devices.
 WHOLE_BATCH_DROPOUT = "whole_batch_dropout"
@@ -29,6 +29,7 @@ class Conv(nn.Conv):
     padding: PaddingLike = "VALID"
     kernel_init: Initializer = glorot_uniform
     conv_general_dilated: Callable = conv.conv_general_dilated
+    promote_dtype: Callable = bias.promote_dtype
 
 
 class Dense(nn.Dense):
