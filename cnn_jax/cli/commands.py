@@ -10,7 +10,7 @@ from absl import flags
 from cnn_jax import PROGRAM
 from cnn_jax.cli.flags import FLAGS, REQUIRED, SEVERAL, Command
 from cnn_jax.common import environment, files
-from cnn_jax.common.errors import ConfigError, WorkdirError
+from cnn_jax.common.errors import ConfigError
 
 COMMANDS: dict[str, Command] = {}
 
@@ -266,27 +266,23 @@ def benchmark(values: flags.FlagValues) -> None:
     "input_size",
     "data_dir",
     "dump",
+    "write",
+    experiment=SEVERAL,
     words="experiment",
 )
 def compile_(values: flags.FlagValues) -> None:
     """Compiles the steps of an experiment for a TPU, GPU or CPU, which need not be there."""
-    from cnn_jax.cli import tables
-    from cnn_jax.config import experiment
-    from cnn_jax.data.sources import input_shape
-    from cnn_jax.studies.compile import programs, targets
+    from cnn_jax.studies.compile import run
 
-    config = experiment.load(values.experiment, values.set)
-    target = targets.find(values.topology)
-    shape = input_shape(config.data, values.input_size, values.data_dir)
-    texts = []
-    for compiled in programs.compile_steps(config, shape, target):
-        tables.print_compiled(compiled, target)
-        texts.append(compiled.text)
-    if values.dump:
-        path = _path(values.dump)
-        with files.written(path, WorkdirError):
-            path.write_text("\n".join(texts), encoding="utf-8")
-        print(f"written to {path}")
+    run.compile_all(
+        values.experiment,
+        values.set,
+        values.topology,
+        values.input_size,
+        values.data_dir,
+        _path(values.dump) if values.dump else None,
+        values.write,
+    )
 
 
 def _path(text: str) -> Path:

@@ -102,7 +102,7 @@ FLAGS = {
     "topology": Flag(
         flags.DEFINE_string,
         REQUIRED,
-        "the devices to compile for: cpu; a TPU's slice, as v5e:2x2; or GPUs, as h100, h100:8 or h100:2x8",
+        "the devices to compile for: cpu, a slice as v5e:2x2, or GPUs as h100, h100:8 or h100:2x8",
     ),
     "dump": Flag(flags.DEFINE_string, None, "a file to which the compiled text is written"),
     "networks": Flag(

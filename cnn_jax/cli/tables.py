@@ -16,9 +16,6 @@ from cnn_jax.analysis.predict import Prediction
 from cnn_jax.config.serialize import to_json
 from cnn_jax.config.types import Description
 from cnn_jax.models.summary import Summary
-from cnn_jax.studies.compile import hlo
-from cnn_jax.studies.compile.programs import Compiled
-from cnn_jax.studies.compile.targets import Target
 
 
 class _Console(rich.console.Console):
@@ -245,16 +242,3 @@ def _print_lines(lines: Sequence[str]) -> None:
     console = _console()
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
-
-
-def print_compiled(compiled: Compiled, target: Target) -> None:
-    """Prints what XLA made of a step: time, memory, FLOPs, what a step runs."""
-    memory = compiled.memory
-    console = _console()
-    console.print(
-        f"{compiled.name}, batch {compiled.batch_size:,} on {compiled.devices} x {target.topology}: "
-        f"compiled in {compiled.seconds:.1f} s"
-    )
-    console.print(f"  {memory} {compiled.flops}")
-    collectives = [i for i, _, _ in compiled.program.launched() if i.kind in hlo.COLLECTIVES]
-    console.print(f"  {[(i.kind, i.bytes) for i in collectives]}")
