@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 BROKEN_IMAGES_EXIT_CODE = DataError.exit_code
 # The output of a layer of 256 channels without stride then takes 4 GB.
 MAX_MAP_PIXELS = 2048 * 2048
-# Files of Windows and macOS in folders and archives. Patterns skip names that start with a dot.
-LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "__macosx"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,7 @@ def predict(
         probabilities, class_map = jax.device_get(scores(run.variables, image[None]))
         best = np.argsort(-probabilities, kind="stable")[:top_k]
         prediction = Prediction(
-            os.fsencode(file).decode(errors="backslashreplace"),  # Linux allows any bytes in a name
+            outputs.printable(file),
             tuple(run.class_names[i] for i in best),
             tuple(float(probabilities[i]) for i in best),
         )
@@ -119,7 +117,7 @@ def find_images(patterns: Sequence[str]) -> list[str]:
     for text in patterns:
         files |= dict.fromkeys(_find_all(text))
     if not files:
-        raise DataError("--images: names no file")
+        raise DataError("--images: must name at least one file, folder or glob pattern")
     return list(files)
 
 
@@ -148,7 +146,7 @@ def _find(pattern: str) -> list[str]:
     if not os.path.isdir(path):
         return sorted({p for p in _matches(path) if os.path.isfile(p)})
     try:
-        names = [name for name in os.listdir(path) if not name.startswith(".")]
+        names = [name for name in os.listdir(path) if not outputs.is_left_out(name)]
     except OSError as error:
         raise DataError(f"--images={path}: cannot be read ({error.strerror})") from None
     inside = [Path(path, name) for name in names if Path(name).suffix.lower() in decode.suffixes()]
@@ -168,7 +166,7 @@ def _inside(folder: str, part: str) -> list[str]:
     if os.path.lexists(written := os.path.join(folder, part)):
         return [written]
     matches = glob.glob(part, root_dir=folder or None, recursive=True)
-    kept = [m for m in matches if LEFT_BY_SYSTEMS.isdisjoint(Path(m.lower()).parts)]
+    kept = [m for m in matches if outputs.LEFT_BY_SYSTEMS.isdisjoint(Path(m.lower()).parts)]
     return [os.path.join(folder, m) for m in (["", *kept] if part == "**" else kept)]
 
 

@@ -12,6 +12,8 @@ from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
 # Compared with the image's header before decoding.
 MAX_PIXELS = 50_000_000
+# For smaller images, several threads are slower than one.
+PIXELS_WORTH_A_THREAD = 96 * 96
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 BACKGROUND = "white"
 # Pillow recognises these formats but cannot decode them; for EPS it would start another program.
@@ -28,6 +30,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = {TURNS[k] for k in (5, 6, 7, 8)}
+GREY_MODES = ("1", "L", "LA", "La")
 # The distance of neighbouring greys of 2 or 4 bits after Pillow has converted them to 8 bits.
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF and one of its values
@@ -93,6 +97,26 @@ def decode(file: BinaryIO, channels: int) -> Image.Image:
     except Exception as error:  # Pillow raises many types for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Damaged(reason) from error
+
+
+def header(file: BinaryIO) -> tuple[int, int, bool]:
+    """(height, width) of the upright image, and whether it is grey, without decoding it.
+
+    Grey means stored as grey, with or without transparency. A palette counts as colour.
+
+    Raises:
+      Unsuitable: it is not an image.
+    """
+    try:
+        picture = _open(file)
+        # For the EXIF block of a PNG without one, Pillow would decode the pixels.
+        known = picture.format != "PNG" or "exif" in picture.info
+        width, height = picture.size
+        if known and _turn(picture) in SIDEWAYS:
+            width, height = height, width
+        return height, width, picture.mode in GREY_MODES or picture.mode.startswith("I")
+    except Exception as error:  # as in `decode`
+        raise Unsuitable("not an image of a format that Pillow decodes") from error
 
 
 def pixels(picture: Image.Image, height: int, width: int) -> np.ndarray:

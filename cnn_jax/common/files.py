@@ -13,6 +13,18 @@ from cnn_jax.common.errors import CnnJaxError, ConfigError
 # pattern and a backslash as a separator, refuse a component that ends in .__lock, need valid UTF-8.
 _LITERAL = re.compile(r"[\w ./+=,~:-]*")
 _OPEN_FOLDERS = Path("/proc/self/fd")
+# Files of Windows and macOS in folders and archives.
+LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "__macosx"}
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or was left by a system beside images."""
+    return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
+
+
+def printable(path: str) -> str:
+    """`path` as text that can be printed: Linux allows any bytes in a name."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def user_path(text: str) -> Path:
@@ -46,7 +58,8 @@ def library_path(folder: Path) -> Path:
         return real
     if not _OPEN_FOLDERS.is_dir():
         raise ConfigError(
-            f"{real}: must be a path of letters, digits, spaces and . / + = , ~ : - _ on this system"
+            f"{real}: on this system, a path must consist of letters, digits, spaces and "
+            ". / + = , ~ : - _"
         )
     status = os.stat(real)
     return _OPEN_FOLDERS / str(_opened(real, status.st_dev, status.st_ino))
@@ -72,7 +85,7 @@ def check_folder(output: Path, new: bool = False) -> None:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--output={output}: {path} is a file; name a folder")
     if new and output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"--output={output}: holds something already; name a new folder")
+        raise ConfigError(f"--output={output}: must be a new or an empty folder; name another one")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Examples of a TFDS dataset: all in memory, or decoded on demand if memory is too small.
+"""Examples of a TFDS dataset or of a user's own images.
 
-Nothing is downloaded unless `download` is true. TensorFlow Datasets is imported only if the cache
-has no decoded copy of the split.
+All are in memory, or decoded on demand if memory is too small. Nothing is downloaded unless
+`download` is true. TensorFlow Datasets is imported only if the cache has no decoded copy of the split.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ import numpy as np
 from cnn_jax.common import cache, decode
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
-from cnn_jax.data import decoded_cache, tfds_builder
+from cnn_jax.config.paths import is_path
+from cnn_jax.data import decoded_cache, folders, tfds_builder
 
 if typing.TYPE_CHECKING:
     from cnn_jax.data.tfds_records import Records
@@ -26,10 +27,14 @@ log = logging.getLogger(__name__)
 
 
 class Examples(typing.Protocol):
-    """A split: `examples[indices]` is {"image": uint8 [n, H, W, C], "label": int32 [n]}."""
+    """A split: `examples[indices]` is {"image": uint8 [n, H, W, C], "label": int32 [n]}.
+
+    `files` has the paths of a user's own images, relative to their folder; it is empty for others.
+    """
 
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    files: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -45,6 +50,7 @@ class InMemory:
     image: np.ndarray
     label: np.ndarray
     class_names: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -57,14 +63,15 @@ class InMemory:
         return {"image": self.image[indices], "label": self.label[indices]}
 
     def take(self, indices: np.ndarray) -> "InMemory":
-        return InMemory(self.image[indices], self.label[indices], self.class_names)
+        files = tuple(self.files[i] for i in indices) if self.files else ()
+        return InMemory(self.image[indices], self.label[indices], self.class_names, files)
 
 
 @dataclasses.dataclass(frozen=True)
 class OnDemand:
     """Examples that are read and decoded when they are requested."""
 
-    records: "Records"
+    records: "Records | folders.FileRecords"
     indices: np.ndarray
 
     @property
@@ -74,6 +81,10 @@ class OnDemand:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.records.image_shape
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(self.records.files[i] for i in self.indices) if self.records.files else ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -104,6 +115,10 @@ class Relabelled:
     def image_shape(self) -> tuple[int, int, int]:
         return self.examples.image_shape
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.examples.files
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -121,7 +136,8 @@ def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
         return examples
     new_label = np.array([class_names.index(name) for name in examples.class_names], np.int32)
     if isinstance(examples, InMemory):
-        return InMemory(examples.image, new_label[examples.label], class_names)
+        label = new_label[examples.label]
+        return dataclasses.replace(examples, label=label, class_names=class_names)
     return Relabelled(examples, class_names, new_label)
 
 
@@ -151,8 +167,11 @@ def load_examples(
       DataError: the dataset or the split is unknown, not prepared, not of labelled images, or
         damaged; the message says which.
     """
-    if split == "validation" and not data.validation_examples:
-        raise DataError("split=validation: this run has none (data.validation_examples=0)")
+    own = split == "validation" and not data.validation_examples and has_validation(data)
+    if split == "validation" and not data.validation_examples and not own:
+        raise DataError(
+            "split=validation: this run has no validation split (data.validation_examples=0)"
+        )
     if memory_bytes is None:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     load = functools.partial(
@@ -160,13 +179,22 @@ def load_examples(
     )
     if split == "test":
         return load(data.test_split, field="data.test_split")
-    if split not in ("train", "validation"):
+    if own or split not in ("train", "validation"):
         return load(split, field="split")
     examples = load(data.train_split, field="data.train_split")
     if not data.validation_examples:
         return examples
     kept, held_out = _hold_out(data, len(examples))
     return examples.take(kept if split == "train" else held_out)
+
+
+def has_validation(data: DataConfig) -> bool:
+    """Whether the run has a validation split.
+
+    Raises:
+      ConfigError: the dataset has one, and data.validation_examples asks for another one.
+    """
+    return (is_path(data.name) and folders.has_validation(data)) or bool(data.validation_examples)
 
 
 def image_shape(data: DataConfig, data_dir: str | None = None) -> tuple[int, int, int]:
@@ -176,6 +204,8 @@ def image_shape(data: DataConfig, data_dir: str | None = None) -> tuple[int, int
       DataError: there is no such dataset, it is not of labelled images, or they differ in size and
         data.image_size is not set.
     """
+    if is_path(data.name):
+        return folders.open_dataset(data).image_shape(data)
     builder = tfds_builder.open_builder(data.name, _folder(data, data_dir))
     return tfds_builder.layout(builder, data).image_shape
 
@@ -223,6 +253,8 @@ def _load(
     memory_bytes: int,
 ) -> Examples:
     """The examples of a split in TFDS's notation; errors name it as `field`."""
+    if is_path(data.name):
+        return _load_files(data, split, field, memory_bytes)
     folder = _folder(data, data_dir)
     key = _cache_key(data, split, folder)
     if key and (found := decoded_cache.read(key, memory_bytes)):
@@ -245,7 +277,61 @@ def _load(
     return examples
 
 
-def _decode_all(records: "Records") -> InMemory:
+def _load_files(data: DataConfig, split: str, field: str, memory_bytes: int) -> Examples:
+    """The same for a user's own images."""
+    dataset = folders.open_dataset(data)
+    images = dataset.select(split, field)
+    key = {
+        "dataset": Path(data.name).name[:40],
+        "split": split,
+        "image_size": list(data.image_size) if data.image_size else None,
+        "data_dir": data.name,
+        "files": [dataset.digest(modified=True), decode.fingerprint()],
+    }
+    if found := decoded_cache.read(key, memory_bytes):
+        examples = InMemory(**found)
+    else:
+        records = folders.FileRecords(dataset, images, data)
+        if len(records) * int(np.prod(records.image_shape)) > memory_bytes:
+            log.info("%s is decoded on demand: it does not fit in memory", data.name)
+            return OnDemand(records, _readable(records, data))
+        examples = _decode_all(records)
+    examples = dataclasses.replace(examples, files=tuple(image.file for image in images))
+    broken = examples.label == folders.BROKEN
+    if broken.any():
+        _report_broken(folders.FileRecords(dataset, images, data), np.flatnonzero(broken), data)
+    if not found:
+        decoded_cache.write(key, examples.image, examples.label, examples.class_names)
+    return examples.take(np.flatnonzero(~broken)) if broken.any() else examples
+
+
+def _readable(records: "folders.FileRecords", data: DataConfig) -> np.ndarray:
+    """The indices of the images that can be decoded. Looks for others only if they may be skipped."""
+    if not data.skip_broken:
+        return np.arange(len(records))
+    log.info("decoding all %s images once, to find broken ones", f"{len(records):,}")
+    label = np.concatenate([label for _, label in records.chunks()])
+    if len(broken := np.flatnonzero(label == folders.BROKEN)):
+        _report_broken(records, broken, data)
+    return np.flatnonzero(label != folders.BROKEN)
+
+
+def _report_broken(records: "folders.FileRecords", broken: np.ndarray, data: DataConfig) -> None:
+    """Says how many images cannot be decoded, and which is the first.
+
+    Raises:
+      DataError: they must not be skipped, or there are no others.
+    """
+    first = records.problem(broken[0])
+    more = f" ({len(broken)} images are broken)" if len(broken) > 1 else ""
+    if not data.skip_broken:
+        raise DataError(f"{first}{more}; mend it, or leave it out with --set data.skip_broken=true")
+    if len(broken) == len(records):
+        raise DataError(f"{first}{more}; no image is left")
+    log.warning("warning: %d broken images are left out; the first: %s", len(broken), first)
+
+
+def _decode_all(records: "Records | folders.FileRecords") -> InMemory:
     log.info("decoding %s examples of %s", f"{len(records):,}", records.name)
     image = np.empty((len(records), *records.image_shape), np.uint8)
     label = np.empty(len(records), np.int32)
@@ -255,7 +341,7 @@ def _decode_all(records: "Records") -> InMemory:
         label[done : done + len(labels)] = labels
         done += len(labels)
     names = records.class_names
-    absent = np.flatnonzero(np.bincount(label, minlength=len(names)) == 0)
+    absent = np.flatnonzero(np.bincount(label[label >= 0], minlength=len(names)) == 0)
     if len(absent):
         shown = ", ".join(names[i] for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
         log.warning("warning: %s has no example of: %s", records.name, shown)

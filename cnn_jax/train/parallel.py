@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnn_jax.common import gpu
+from cnn_jax.common import cpu, gpu
 from cnn_jax.common.errors import ConfigError
 
 AXIS = "data"
@@ -140,21 +140,32 @@ _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
+# oneDNN's matmuls and convolutions, for which `ops.bfloat16` writes its passes. In float32, the
+# formulations of `ops.formulations` are faster without them.
+_ONEDNN = {"xla_cpu_use_onednn": True, "xla_cpu_experimental_onednn_custom_call": True}
 
 
-def jit(function: Callable, platform: str | None = None, **options: Any) -> Callable:
+def jit(
+    function: Callable, compute_dtype: str = "float32", platform: str | None = None, **options: Any
+) -> Callable:
     """`jax.jit` for programs that compute a network, with the platform's compiler options.
 
     Args:
       function: what to compile.
+      compute_dtype: as in `Config`.
       platform: for which; by default JAX's.
       **options: of `jax.jit`.
     """
-    on_cpu = (platform or jax.default_backend()) == "cpu"
-    return jax.jit(function, compiler_options=_CPU_OPTIONS if on_cpu else None, **options)
+    if (platform or jax.default_backend()) != "cpu":
+        return jax.jit(function, **options)
+    narrow = compute_dtype == "bfloat16" and cpu.multiplies_bfloat16()
+    compiler_options = _CPU_OPTIONS | (_ONEDNN if narrow else {})
+    return jax.jit(function, compiler_options=compiler_options, **options)
 
 
-def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
+def jit_step(
+    step: Callable, mesh: Mesh, donate: bool = True, compute_dtype: str = "float32"
+) -> Callable:
     """`step(state, batch)` compiled over the mesh; the state's buffers are reused for the result.
 
     One call is one step. In a scan over eight steps, XLA:CPU computes convolutions in scalar loops:
@@ -162,6 +173,7 @@ def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
     """
     return jit(
         step,
+        compute_dtype,
         platform=mesh.devices.flat[0].platform,
         in_shardings=(replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))),
         out_shardings=replicated(mesh),
@@ -169,7 +181,13 @@ def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
     )
 
 
-def compile_step(step: Callable, mesh: Mesh, state: Any, batch: dict[str, np.ndarray]) -> Callable:
+def compile_step(
+    step: Callable,
+    mesh: Mesh,
+    state: Any,
+    batch: dict[str, np.ndarray],
+    compute_dtype: str = "float32",
+) -> Callable:
     """`jit_step(step, mesh)` compiled ahead of time for a state and a batch like these.
 
     With JAX_DISABLE_JIT nothing is compiled, so that each operation can be inspected.
@@ -177,7 +195,7 @@ def compile_step(step: Callable, mesh: Mesh, state: Any, batch: dict[str, np.nda
     Raises:
       ConfigError: as `lower`.
     """
-    jitted = jit_step(step, mesh)
+    jitted = jit_step(step, mesh, compute_dtype=compute_dtype)
     if jax.config.jax_disable_jit:
         return jitted
     return lower(jitted, state, shard(batch, mesh)).compile()

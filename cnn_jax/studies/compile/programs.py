@@ -102,7 +102,8 @@ def compile_steps(
     order = np.arange(config.batch_size)
     batch = _shapes(next(loader.training_batches(examples, order, config.batch_size)))
     compiled = functools.partial(_compiled, mesh, target, config.compute_dtype)
-    yield compiled("training", parallel.jit_step(step, mesh), state, batch)
+    trained = parallel.jit_step(step, mesh, compute_dtype=config.compute_dtype)
+    yield compiled("training", trained, state, batch)
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
     batch = _shapes(next(loader.evaluation_batches(examples, size)))
     evaluate = evaluation.make_eval_step(config.model, config.data, config.compute_dtype, mesh)

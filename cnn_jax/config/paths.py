@@ -1,0 +1,42 @@
+"""Datasets that are the user's own images: when data.name is a path, and which one."""
+
+import dataclasses
+import os
+import re
+
+from cnn_jax.common import decode, files
+from cnn_jax.config.schema import Config, DataConfig
+
+TABLES = (".csv", ".tsv", ".jsonl")
+_WRITTEN_AS_PATH = re.compile(r"(/|~|\.\.?(/|$)).*", re.DOTALL)
+
+
+def is_path(name: str) -> bool:
+    """Whether a `data.name` that `resolved` has returned is a path: these alone begin with a slash."""
+    return name.startswith("/")
+
+
+def resolved(data: DataConfig) -> DataConfig:
+    """`data` with the whole path in `name` if that is a path, so that it holds in any folder.
+
+    A name is a path if it begins with /, ./, ../ or ~, ends in .csv, .tsv or .jsonl, or is that of a
+    folder that holds images. All others are names of TFDS's datasets.
+    """
+    name = data.name
+    written = _WRITTEN_AS_PATH.fullmatch(name) or name.lower().endswith(TABLES)
+    if is_path(name) or not (written or _holds_images(name)):
+        return data
+    return dataclasses.replace(data, name=os.path.abspath(files.user_path(name)))
+
+
+def resolve(config: Config) -> Config:
+    """`config` with its data `resolved`."""
+    return dataclasses.replace(config, data=resolved(config.data))
+
+
+def _holds_images(folder: str) -> bool:
+    return os.path.isdir(folder) and any(
+        os.path.splitext(name)[1].lower() in decode.suffixes() and not files.is_left_out(name)
+        for _, _, names in os.walk(folder)
+        for name in names
+    )
