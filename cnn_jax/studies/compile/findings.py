@@ -26,8 +26,8 @@ class Findings:
       convolutions: how often, by who computes them and by the order in memory, as in
         ("cuDNN", "NHWC").
       library: calls of libraries by name, without those convolutions.
-      copies: (number, bytes) of copies of arrays, without prefetches.
-      transpositions: (number, bytes) of those, and of transpositions, that change the order in memory.
+      copies: the bytes of each copy of an array, without prefetches.
+      transpositions: of those, and of transpositions, that change the order in memory.
       scatters: where each is from, as in "MaxPool_0 select_and_scatter".
       host: the exchanges with the host's memory.
       aliased: how many outputs reuse the memory of an argument.
@@ -40,8 +40,8 @@ class Findings:
     collectives: tuple[tuple[str, int], ...]
     convolutions: dict[tuple[str, str], int]
     library: dict[str, int]
-    copies: tuple[int, int]
-    transpositions: tuple[int, int]
+    copies: tuple[int, ...]
+    transpositions: tuple[int, ...]
     scatters: tuple[str, ...]
     host: tuple[str, ...]
     aliased: int
@@ -89,8 +89,8 @@ def find(program: hlo.Program) -> Findings:
         tuple(collectives),
         dict(convolutions),
         dict(library),
-        (len(copies), sum(copies)),
-        (len(transpositions), sum(transpositions)),
+        tuple(copies),
+        tuple(transpositions),
         tuple(scatters),
         tuple(host),
         program.aliased,

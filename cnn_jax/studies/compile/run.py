@@ -71,6 +71,6 @@ def _section(topology: str, command: str, rows: Sequence[Sequence[str]]) -> str:
         f"## Compiled for {topology}, not measured\n\n"
         f"`./launch.sh {command}`\n\n"
         f"JAX {jax.__version__}; the figures are those of one device. Traffic: bytes that kernels read "
-        "from and write to its main memory. Bound: what the longest of arithmetic, traffic and exchange "
-        "takes at the device's peak rates.\n\n" + markdown.markdown_table(table.HEAD, rows)
+        "from and write to its main memory. Bound: what the longest of arithmetic, traffic and "
+        "exchange takes at the device's peak rates.\n\n" + markdown.markdown_table(table.HEAD, rows)
     )

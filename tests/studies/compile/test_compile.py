@@ -14,7 +14,7 @@ from cnn_jax.studies.compile import programs, table, targets
 from cnn_jax.studies.compile.findings import Findings
 from tests.networks import Linear
 
-NOTHING = Findings(0, 0, 0, (), {}, {}, (0, 0), (0, 0), (), (), 0, False)
+NOTHING = Findings(0, 0, 0, (), {}, {}, (), (), (), (), 0, False)
 RATES = targets.Rates(2e12, 4e12, 1e9, 1e11, 1e10, "")
 
 

@@ -93,8 +93,8 @@ def test_a_program_for_a_tpu():
         collectives=(("all-reduce", kernel + 4),),
         convolutions={("XLA", "HWCN"): 1, ("XLA", "kernel gradient"): 1},
         library={},
-        copies=(1, kernel),
-        transpositions=(0, 0),  # swaps a dimension of size 1 with another: no byte moves
+        copies=(kernel,),
+        transpositions=(),  # swaps a dimension of size 1 with another: no byte moves
         scatters=("MaxPool_1 select_and_scatter",),
         host=(),
         aliased=1,
@@ -122,8 +122,8 @@ def test_a_program_for_a_gpu():
         collectives=(("all-reduce", 400),),
         convolutions={("cuDNN", "NHWC"): 1},
         library={"cuBLAS": 3},
-        copies=(1, image),
-        transpositions=(1, kernel),
+        copies=(image,),
+        transpositions=(kernel,),
         scatters=("take_along_axis scatter-add",),
         host=("xla_ffi_python_cpu_callback",),
         aliased=0,
