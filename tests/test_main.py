@@ -118,7 +118,7 @@ MISTAKES = [  # command line, exit code, what is said
     (
         "summary --workdir=x --set epochs=3",
         2,
-        "--set epochs=3: a run that was trained cannot be changed",
+        "--set epochs=3: must not be given with --workdir",
     ),
     ("train --experiment", 2, "Missing value for flag --experiment"),
     ("train --experiment=", 2, "--experiment=: is empty"),
