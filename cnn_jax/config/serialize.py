@@ -70,7 +70,7 @@ def _with_fields(own: nn.Module, saved: dict) -> nn.Module:
     name, current = type(own).__name__, to_json(own)
     if name != saved.get("class"):
         raise ConfigError(
-            f"--experiment: its model is {name}, that of the run {saved.get('class')}"
+            f"--experiment: its model is {name}, must be {saved.get('class')} as in the run"
         )
     changed = {
         key: saved[key] for key in saved.keys() & current.keys() if saved[key] != current[key]
@@ -78,7 +78,8 @@ def _with_fields(own: nn.Module, saved: dict) -> nn.Module:
     for key, value in changed.items():
         if isinstance(value, dict) or callable(getattr(own, key)):
             raise ConfigError(
-                f"model.{key}: is {current[key]} in the file of --experiment, was {value} in the run"
+                f"model.{key}={current[key]} in the file of --experiment: must be {value}, as in "
+                "the run"
             )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()}
     own = own.clone(**values)

@@ -36,7 +36,8 @@ def dry_run(
         name: examples and examples.take(np.arange(min(len(examples), 2 * config.batch_size)))
         for name, examples in vars(splits).items()
     }
-    config = dataclasses.replace(config, epochs=1, warmup_epochs=0.0)
+    schedule = {"schedule": "constant", "warmup_epochs": 0.0, "final_learning_rate": 0.0}
+    config = dataclasses.replace(config, epochs=1, milestones=(), **schedule)
     with tempfile.TemporaryDirectory() as scratch:
         lines = train(config, Path(scratch), splits=Splits(**few), init_from=init_from)
         run = Checkpoints(Path(scratch)).newest()

@@ -20,11 +20,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from cnn_jax.config import Config
 from cnn_jax.config.paths import resolve
 from cnn_jax.config.validate import validate
 from cnn_jax.data import balance, loader, statistics
+from cnn_jax.data.sources import Examples
 from cnn_jax.data.splits import Splits, check_splits, load_splits
 from cnn_jax.train import (
     agreement,
@@ -72,6 +74,7 @@ def train(
       NotFiniteError: the loss, the parameters or an evaluation became infinite or NaN.
       Preempted: a signal asked the run to end; its state is saved, the same call resumes it.
     """
+    # `experiment.load` has checked a command's configuration; nobody has checked one made in Python.
     config = resolve(validate(config))
     mesh = parallel.make_mesh(config.devices)
     parallel.check_divides(mesh, config.batch_size)
@@ -98,6 +101,37 @@ def train(
                 write_config(workdir, config, experiment, metadata)
             run.epochs()
     return metrics(workdir)
+
+
+def first_state(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    examples: Examples,
+    mesh: Any,
+    source: pretrained.Source | None = None,
+    arrays: checkpoint.Arrays | None = None,
+) -> TrainState:
+    """The state before the first step, on every device of the mesh.
+
+    Args:
+      config: the run.
+      optimizer: from `optim.make_optimizer`.
+      examples: of training.
+      mesh: the devices.
+      source: the checkpoint whose parameters are taken where they fit.
+      arrays: from `source.arrays`.
+    """
+    make = _maker(config, optimizer, examples.image_shape)
+    given = preprocess.first_images(config, examples)
+    if source:
+        wanted = checkpoint.names(jax.eval_shape(make))
+        given = [*(given or [None]), pretrained.fitting(source, arrays, wanted)]
+    return parallel.make_replicated(make, mesh, *given)
+
+
+def _maker(config: Config, optimizer: optax.GradientTransformation, shape: tuple) -> Callable:
+    more = {"freeze": config.freeze, "ema_decay": config.ema_decay}
+    return functools.partial(init_state, config.model, optimizer, shape, config.seed, **more)
 
 
 class _Run:
@@ -141,17 +175,13 @@ class _Run:
           verify: compares what is restored with its checksums.
           source: the checkpoint whose parameters the initialisation takes where they fit.
         """
-        config, shape = self.config, self.splits.train.image_shape
-        make = functools.partial(init_state, config.model, self.optimizer, shape, config.seed)
+        config, examples = self.config, self.splits.train
         restored = self.saver.checkpoints.newest(verify=verify)
         if restored is None:
-            seen = preprocess.first_images(config, self.splits.train)
-            if source:
-                wanted = checkpoint.names(jax.eval_shape(make))
-                given = pretrained.fitting(source, source.arrays(verify), wanted)
-                seen = [*(seen or [None]), given]
-            self.state = parallel.make_replicated(make, self.mesh, *seen)
+            arrays = source and source.arrays(verify)
+            self.state = first_state(config, self.optimizer, examples, self.mesh, source, arrays)
             return None
+        make = _maker(config, self.optimizer, examples.image_shape)
         state = checkpoint.fill(jax.eval_shape(make), restored)
         self.state = parallel.replicate(state, self.mesh)
         self.epoch_seconds = restored.notes["epoch_seconds"]
@@ -184,10 +214,14 @@ class _Run:
             if epoch >= config.epochs:
                 progress.message(f"nothing left to do: {int(self.state.step)} steps are done")
                 return
+            if self._is_over():
+                return
             train = self._compile()
             self.signals.let_finish(config.grace_seconds)
             for remaining in range(epoch, config.epochs):
                 self._epoch(remaining, train)
+                if self._is_over():
+                    return
 
     def _epoch(self, epoch: int, train: Callable) -> None:
         config = self.config
@@ -247,10 +281,34 @@ class _Run:
         saver.check_lock()
         self.reporter.epoch(line)
         self.line_is_missing = False
-        if last:
+        if last or self._stale_epochs():
             saver.save_and_wait(self.state, self.epoch_seconds)
         elif stop := saver.asked_to_stop(step):
             saver.stop(self.state, self.epoch_seconds, stop)
+
+    def _is_over(self) -> bool:
+        """Whether the run ends before its last epoch; prints why."""
+        if stale := self._stale_epochs():
+            epoch = int(self.state.step) // self.steps_per_epoch
+            self.reporter.progress.message(
+                f"stopped early after epoch {epoch}: the best validation accuracy is that of epoch "
+                f"{epoch - stale}; a larger early_stopping_epochs continues the run"
+            )
+        return bool(stale)
+
+    def _stale_epochs(self) -> int:
+        """The epochs since the best validation accuracy if they end the run, else 0."""
+        patience = self.config.early_stopping_epochs
+        if patience is None:
+            return 0
+        scores = {
+            line["epoch"]: line["validation_accuracy"]
+            for line in metrics(self.saver.folder)
+            if "validation_accuracy" in line
+        }
+        # The main process decides: another may not see its last line yet.
+        stale = max(scores) - max(scores, key=scores.get) if scores else 0
+        return parallel.largest(stale * (stale >= patience) if parallel.is_main_process() else 0)
 
     def _evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the validation and test splits."""

@@ -61,8 +61,8 @@ class Saver:
         step = restored.step if restored else None
         if not parallel.agree(-1 if step is None else step):
             raise CheckpointError(
-                f"workdir={self.folder}: the processes found different checkpoints in it; all must see "
-                "one and the same folder"
+                f"workdir={self.folder}: the processes found different checkpoints in it; all "
+                "processes must use the same shared folder"
             )
         self.saved_step = step
         if parallel.is_main_process():  # all processes have read the workdir by now
