@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
+from cnn_jax.config.schema import AUTO
 from cnn_jax.data import loader
 from cnn_jax.data.sources import InMemory
 from cnn_jax.studies.compile import hlo
@@ -87,6 +88,7 @@ def compile_steps(
     Raises:
       ConfigError: the batch cannot be split over the devices, or does not fit into their memory.
     """
+    config = _in_numbers(config)
     mesh = parallel.make_mesh(config.devices, target.devices)
     parallel.check_divides(mesh, config.batch_size)
     optimizer = optim.make_optimizer(config, _STEPS_PER_EPOCH)
@@ -108,6 +110,16 @@ def compile_steps(
     batch = _shapes(next(loader.evaluation_batches(examples, size)))
     evaluate = evaluation.make_eval_step(config.model, config.data, config.compute_dtype, mesh)
     yield compiled("evaluation", evaluate, state.variables, batch)
+
+
+def _in_numbers(config: Config) -> Config:
+    """`config` with some numbers for "auto" and "balanced", which enter the program as constants."""
+    data = config.data
+    values = {name: (0.5,) for name in ("mean", "std") if getattr(data, name) == AUTO}
+    weights = (1.0, 2.0) if config.class_weights == "balanced" else config.class_weights
+    return dataclasses.replace(
+        config, data=dataclasses.replace(data, **values), class_weights=weights
+    )
 
 
 def _compiled(
