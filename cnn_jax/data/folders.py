@@ -101,7 +101,9 @@ class Dataset:
         """
         sizes, grey = self.headers.sizes, self.headers.grey[self.headers.size[:, 0] > 0]
         if not len(sizes):
-            raise DataError(f"data.name={self.name}: none of its {len(grey)} images can be read")
+            raise DataError(
+                f"data.name={self.name}: none of its {len(self.images)} images can be read"
+            )
         channels = 1 if grey.all() else 3
         if data.image_size:
             return (*data.image_size, channels)
@@ -213,7 +215,7 @@ def size_range(sizes: np.ndarray) -> str:
     """Sizes [n, 2] in words: smallest, median and largest, by their area, or the only one."""
     if len(np.unique(sizes, axis=0)) == 1:
         return "all {}x{}".format(*sizes[0])
-    ordered = sizes[np.argsort(sizes.prod(1, dtype=np.int64), kind="stable")]
+    ordered = sizes[np.lexsort((sizes[:, 0], sizes.prod(1, dtype=np.int64)))]
     shown = ("x".join(map(str, ordered[i])) for i in (0, len(ordered) // 2, -1))
     return "{} the smallest, {} the median, {} the largest (height x width)".format(*shown)
 

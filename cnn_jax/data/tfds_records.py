@@ -35,10 +35,7 @@ class Records:
       class_names: in the order of the labels.
       image_shape: (H, W, C) of the decoded images.
       random_access: whether `fetch` works.
-      files: none, as the records of many images share a file.
     """
-
-    files = ()
 
     def __init__(self, builder: Any, data: DataConfig, split: str, field: str = "split"):
         """Opens `split` of a prepared `builder`; errors name it as `field`.

@@ -192,7 +192,12 @@ RANGES = [  # field, values that are allowed, values that are not
     ("data.crop_padding", [0, 4], [-1]),
     ("init_examples", [0, 1, 5000], [-1]),
     ("data.image_size", [None, (1, 1)], [(0, 8), (8, 0), (-1, 8)]),
-    ("data.mean", [(0.0,), (1.0, 0.5, 0.0)], [(), (math.nan,), (0.0, math.inf), (72.9,), (-0.1,)]),
+    ("data.test_fraction", [None, 0.01, 0.99], [0.0, 1.0, -0.1, math.nan]),
+    (
+        "data.mean",
+        [(0.0,), (1.0, 0.5, 0.0), "auto"],
+        [(), (math.nan,), (0.0, math.inf), (72.9,), (-0.1,)],
+    ),
     (
         "data.std",
         [(1.0,), (0.1, 0.5)],
@@ -273,7 +278,7 @@ def test_two_kinds_of_flips_at_once():
 def test_every_field_has_a_range_or_a_type_of_few_values():
     named = {field for field, _, _ in RANGES}
     free = {"model", "data", "optimizer", "schedule", "compute_dtype", "data.flip"}
-    free |= {"data.alternating_flip", "data.test_time_augmentation"}
+    free |= {"data.alternating_flip", "data.test_time_augmentation", "data.skip_broken"}
     fields = {f.name for f in dataclasses.fields(Config)}
     fields |= {f"data.{f.name}" for f in dataclasses.fields(DataConfig)}
     assert fields - free == named - {"model.num_classes"}
@@ -359,6 +364,8 @@ def test_data_survives_its_json_form():
         "train[:1%]",
         "train[1%:]",
         5,
+        0.3,
+        True,
         (8, 9),
         (0.5, 0.25),
         (2.0, 3.0),
