@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     log.setLevel(logging.INFO)
     # Errors in Orbax's threads are raised here too, and printed in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
+    # Of several writes that fail at once Orbax raises the first; asyncio prints the others.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     debug = any(re.fullmatch(r"--?debug(=(true|t|1))?", text, re.IGNORECASE) for text in argv)
     code = 128 + signal.SIGPIPE  # if the reader of our output closes it early
     try:

@@ -18,7 +18,7 @@ from cnn_jax.config.paths import is_path, resolved
 from cnn_jax.data import folders, sources
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
-from cnn_jax.train import evaluation, parallel, step
+from cnn_jax.train import apply, evaluation, parallel
 from cnn_jax.train.workdir import write_json
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def evaluate(
     if not np.isfinite(result.loss):
         raise NotFiniteError(
             f"checkpoint {run.step} of {run.workdir} on {data.name}/{split}: loss={result.loss} is not "
-            "finite, so its accuracy says nothing; choose another one with --checkpoint"
+            "finite, so its accuracy means nothing; choose another checkpoint with --checkpoint"
         )
     return {
         "checkpoint": run.step,
@@ -101,7 +101,9 @@ def write(report: dict, run: RestoredRun, output: Path | None = None) -> Path | 
         write_json(path, report)
     except OSError as error:
         reason = error.strerror
-        log.warning("warning: %s: cannot be written: %s; --output names a folder", path, reason)
+        log.warning(
+            "warning: %s: cannot be written: %s; name another folder with --output", path, reason
+        )
         return None
     return path
 
@@ -121,8 +123,8 @@ def fitting(run: RestoredRun, examples: sources.Examples, name: str) -> sources.
     unknown = [c for c in examples.class_names if c not in run.class_names]
     if unknown:
         raise DataError(
-            f"dataset={name}: its classes {_listed(unknown)} are none of those that {run.workdir} was "
-            f"trained on: {_listed(run.class_names)}"
+            f"dataset={name}: {run.workdir} was not trained on its classes {_listed(unknown)}; it was "
+            f"trained on {_listed(run.class_names)}"
         )
     _check_shape(run, examples, name)
     return sources.with_classes(examples, run.class_names)
@@ -150,22 +152,22 @@ def _check_shape(run: RestoredRun, examples: sources.Examples, name: str) -> Non
 
     if examples.image_shape[2] != run.image_shape[2]:
         raise DataError(
-            f"dataset={name}: its images have {examples.image_shape[2]} channels, "
-            f"{run.workdir} was trained on {run.image_shape[2]}"
+            f"dataset={name}: its images have {examples.image_shape[2]} channels, must have "
+            f"{run.image_shape[2]} as those that {run.workdir} was trained on"
         )
     if examples.image_shape == run.image_shape:
         return
     sizes = (
-        f"dataset={name}: images of {shown(examples.image_shape)}, {run.workdir} was trained on "
+        f"dataset={name}: its images are {shown(examples.image_shape)}, {run.workdir} was trained on "
         f"{shown(run.image_shape)}"
     )
     if takes_one_image_size(run.model):
         raise DataError(
-            f"{sizes}, and {type(run.model).__name__} takes no other size; FullyConvCNN does, and "
-            f"so does what {PROGRAM} convert makes of this run"
+            f"{sizes}, and {type(run.model).__name__} takes no other size; use FullyConvCNN, or "
+            f"{PROGRAM} convert on this run"
         )
     try:
         image = jax.ShapeDtypeStruct((1, *examples.image_shape), jnp.float32)
-        jax.eval_shape(functools.partial(step.forward, run.model), run.variables, image)
+        jax.eval_shape(functools.partial(apply.forward, run.model), run.variables, image)
     except ValueError as error:
         raise DataError(f"{sizes} ({error})") from None

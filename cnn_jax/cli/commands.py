@@ -70,6 +70,7 @@ def list_(values: flags.FlagValues) -> None:
     "experiment",
     "set",
     "workdir",
+    "init_from",
     "data_dir",
     "download",
     "dry_run",
@@ -97,13 +98,19 @@ def train(values: flags.FlagValues) -> None:
     if values.dry_run:
         from cnn_jax.train import dry_run
 
-        dry_run.dry_run(config, values.data_dir, values.download)
+        dry_run.dry_run(config, values.data_dir, values.download, values.init_from)
         return
     name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
     with processes.naming_the_lost():
         lines = loop.train(
-            config, workdir, name, values.data_dir, values.download, verify=values.verify
+            config,
+            workdir,
+            name,
+            values.data_dir,
+            values.download,
+            values.verify,
+            init_from=values.init_from,
         )
     if not parallel.is_main_process():
         return
@@ -219,7 +226,8 @@ def summary(values: flags.FlagValues) -> None:
     if values.workdir:
         if values.set:
             raise ConfigError(
-                f"--set {values.set[0]}: a run that was trained cannot be changed; leave it out"
+                f"--set {values.set[0]}: must not be given with --workdir, as a trained run "
+                "cannot be changed; leave it out"
             )
         run = load_run(_path(values.workdir), model=config and config.model)
         config, shape = Config(run.model, run.data), run.image_shape
@@ -251,9 +259,37 @@ def benchmark(values: flags.FlagValues) -> None:
     )
 
 
+@command(
+    "experiment",
+    "topology",
+    "set",
+    "input_size",
+    "data_dir",
+    "dump",
+    "write",
+    experiment=SEVERAL,
+    words="experiment",
+)
+def compile_(values: flags.FlagValues) -> None:
+    """Compiles the steps of an experiment for a TPU, GPU or CPU, which need not be there."""
+    from cnn_jax.studies.compile import run
+
+    run.compile_all(
+        values.experiment,
+        values.set,
+        values.topology,
+        values.input_size,
+        values.data_dir,
+        _path(values.dump) if values.dump else None,
+        values.write,
+    )
+
+
 def _path(text: str) -> Path:
     if "://" in text:
-        raise ConfigError(f"{text}: must be a local or a mounted folder")
+        raise ConfigError(
+            f"{text}: must be a folder of this machine or a mounted one; URLs are not read"
+        )
     return files.user_path(text)
 
 
@@ -420,13 +456,15 @@ def reproduce(values: flags.FlagValues) -> int:
     from cnn_jax.studies.reproduce import plan, run, table
 
     if values["only"].present and not values.only:
-        raise ConfigError("--only=: is empty; leave it out, or give it names")
+        raise ConfigError("--only=: must name at least one experiment; leave it out for all")
     rows = plan.choose(plan.ROWS, values.only, values.seeds)
     output = _path(values.output) if values.output else experiment.RESULTS
     if values.rebuild:
         for name in ("only", "seeds", "download"):
             if values[name].present:
-                raise ConfigError(f"--{name}: has no use with --rebuild, which trains nothing")
+                raise ConfigError(
+                    f"--{name}: must not be given with --rebuild, which trains nothing; leave it out"
+                )
         table.rebuild(output)
         print(f"written to {output / 'RESULTS.md'}")
         return 0
@@ -456,6 +494,33 @@ def sweep(values: flags.FlagValues) -> int:
     return sweeps.sweep(
         values.experiment, values.set, values.seeds, workdir, values.data_dir, values.download
     )
+
+
+@command(
+    "experiment",
+    "set",
+    "steps",
+    "init_from",
+    "output",
+    "data_dir",
+    "download",
+    words="experiment",
+)
+def lr_finder(values: flags.FlagValues) -> None:
+    """Raises the learning rate step by step, draws the loss, and suggests a rate."""
+    from cnn_jax.config import experiment
+    from cnn_jax.studies import lr_finder as finder
+
+    config = experiment.load(values.experiment, values.set)
+    environment.check_devices()
+    name = experiment.short_name(values.experiment)
+    output = _path(values.output or f"runs/lr_finder/{name}.png")
+    found = finder.find(
+        config, values.steps, values.data_dir, values.download, values.init_from, output
+    )
+    print(f"the loss falls fastest near {found.rate:.2g}, and is lowest near {found.lowest:.2g}")
+    print(f"written to {output}")
+    print(f"next: {PROGRAM} train {values.experiment} --set learning_rate={found.rate:.2g}")
 
 
 @command()

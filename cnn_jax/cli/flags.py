@@ -54,6 +54,11 @@ FLAGS = {
         "changes a field of the configuration, as in --set batch_size=128 --set model.num_classes=20",
     ),
     "workdir": Flag(flags.DEFINE_string, REQUIRED, "the folder of a run"),
+    "init_from": Flag(
+        flags.DEFINE_string,
+        None,
+        "WORKDIR[:STEP] of a trained run: its parameters are the first ones of this run",
+    ),
     "data_dir": Flag(
         flags.DEFINE_string,
         None,
@@ -94,10 +99,19 @@ FLAGS = {
     ),
     "processes": Flag(flags.DEFINE_integer, 1, "how many processes take part in the run", least=1),
     "process": Flag(flags.DEFINE_integer, 0, "which of them this is, from 0"),
+    "topology": Flag(
+        flags.DEFINE_string,
+        REQUIRED,
+        "the devices to compile for: cpu, a slice as v5e:2x2, or GPUs as h100, h100:8 or h100:2x8",
+    ),
+    "dump": Flag(flags.DEFINE_string, None, "a file to which the compiled text is written"),
     "networks": Flag(
         flags.DEFINE_list, [], "which to measure, separated by commas; all by default"
     ),
     "batch_size": Flag(flags.DEFINE_integer, 128, "examples a step", least=1),
+    "steps": Flag(
+        flags.DEFINE_integer, None, "training steps; by default an epoch, at most 1000", least=20
+    ),
     "peers": Flag(
         flags.DEFINE_bool, False, "measures PyTorch and Keras too, installed into .venv-peers"
     ),
@@ -175,7 +189,7 @@ class Command:
             if default in (REQUIRED, SEVERAL) and value in (None, []):
                 raise ConfigError(f"--{flag}: {self.name} needs it ({FLAGS[flag].help})")
             if "" in (value if self._takes_several(flag) else [value]):
-                raise ConfigError(f"--{flag}=: is empty; leave it out, or give it a value")
+                raise ConfigError(f"--{flag}=: must not be empty; leave it out, or give it a value")
         return values
 
     def _assign(self, values: flags.FlagValues, alone: Sequence[str]) -> None:
@@ -190,12 +204,12 @@ class Command:
             if not values[flag].present:
                 values[flag].value = left.pop(0)
         if left:
-            takes = " ".join(flag.upper() for flag in self.positional) or "no words"
+            takes = " ".join(flag.upper() for flag in self.positional) or "no word"
             given = [flag for flag in self.positional if values[flag].present]
             raise ConfigError(
-                f"{left[0]}: unexpected; {self.name} takes {takes} and flags, which are written "
-                "--name=value"
-                + "".join(f"; --{flag}={values[flag].value} is given" for flag in given)
+                f"{left[0]}: {self.name} cannot use this word; it takes {takes} and flags, which are "
+                "written --name=value"
+                + "".join(f"; --{flag}={values[flag].value} is given already" for flag in given)
             )
 
     def _takes_several(self, flag: str) -> bool:

@@ -125,15 +125,17 @@ def print_summary(summary: Summary) -> None:
 
 
 def print_fields(parts: Mapping[str, Sequence[Description]]) -> None:
-    """Prints each field's name, default, range and meaning; `parts` maps a prefix to its fields."""
+    """Prints each field's name, type, default, range and meaning; `parts` maps a prefix to its fields."""
     table = rich.table.Table(box=None, pad_edge=False)
     table.add_column("field", no_wrap=True)
+    table.add_column("type", max_width=10)
     table.add_column("default", no_wrap=True)
-    table.add_column("may be", max_width=28)
+    table.add_column("may be", max_width=24)
     table.add_column("what it is")
     for prefix, fields in parts.items():
         for field in fields:
-            table.add_row(prefix + field.name, _default(field), field.allowed, field.help)
+            row = (field.type_name, _default(field), field.allowed, field.help)
+            table.add_row(prefix + field.name, *row)
     console = _Console(highlight=False)
     # A pipe or a log has no width. In a narrower table, each line of text would hold one word.
     width = max(console.width, 100) if console.is_terminal else 120

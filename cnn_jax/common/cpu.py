@@ -4,6 +4,8 @@ import os
 import platform
 from pathlib import Path
 
+import jaxlib
+
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -20,6 +22,15 @@ def features() -> set[str]:
     return {
         word for line in lines if line.startswith(("flags", "Features")) for word in line.split()
     }
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether XLA can multiply bfloat16 in hardware: by AVX512_BF16 or AMX, through oneDNN.
+
+    Versions of jaxlib before 0.12 contain oneDNN and do not use it.
+    """
+    version = tuple(map(int, jaxlib.__version__.split(".")[:2]))
+    return version >= (0, 12) and bool({"avx512_bf16", "amx_bf16"} & features())
 
 
 def identity() -> str:

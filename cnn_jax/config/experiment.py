@@ -60,7 +60,7 @@ def find(experiment: str) -> Path:
         raise ConfigError(
             f"--experiment={experiment}: no such experiment; "
             f"{'nearest' if near else 'there are'}: {', '.join(near or known)} "
-            f"({PROGRAM} list shows all; a file of your own ends in .py)"
+            f"({PROGRAM} list shows all; the path to a file of your own must end in .py)"
         )
     return FOLDER / f"{experiment}.py"
 

@@ -34,7 +34,14 @@ AT_LEAST_0 = Range("0 or more", lambda value: value >= 0)
 POSITIVE = Range("greater than 0 and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.inf)
 SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
+PROBABILITY = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+ANGLE = Range("from 0 to 180", lambda value: 0 <= value <= 180)
 GIVEN = Range("given", bool)
+PATTERNS = Range("patterns such as Conv_*, separated by commas", lambda value: all(value))
+ASCENDING = Range(
+    "epochs greater than 0, in ascending order",
+    lambda value: all(map(lambda a, b: a < b < math.inf, (0, *value), value)),
+)
 SIZE = Range("at least 1,1", lambda value: min(value) >= 1)
 MEANS = Range(
     "finite numbers, or auto",
@@ -45,6 +52,37 @@ DEVIATIONS = Range(
     lambda value: value == AUTO or (value and all(0 < one < math.inf for one in value)),
 )
 TEST_SHARE = Range("in (0, 1)", lambda value: 0 < value < 1)
+WEIGHTS = Range(
+    "balanced, or numbers of 0 or more, one a class and not all 0",
+    lambda value: value == "balanced" or (all(0 <= one < math.inf for one in value) and any(value)),
+)
+
+
+def rate_factors(entries: tuple[str, ...]) -> dict[str, float]:
+    """The factor of each pattern in `learning_rate_of`, whose entries are "PATTERN=FACTOR".
+
+    Raises:
+      ValueError: an entry has no pattern, or no positive number after its last "=".
+    """
+    found = {}
+    for entry in entries:
+        pattern, _, factor = entry.rpartition("=")
+        found[pattern] = float(factor)
+        if not pattern or not 0 < found[pattern] < math.inf:
+            raise ValueError(entry)
+    return found
+
+
+def _are_factors(entries: tuple[str, ...]) -> bool:
+    try:
+        return len(rate_factors(entries)) == len(entries)
+    except ValueError:
+        return False
+
+
+FACTORS = Range(
+    "PATTERN=FACTOR, as Conv_*=0.1, separated by commas; a factor is greater than 0", _are_factors
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +116,11 @@ class DataConfig:
     skip_broken: Annotated[
         bool, "leaves out those of your own images that cannot be decoded, instead of ending"
     ] = False
+    balanced: Annotated[
+        bool,
+        "draws the examples of an epoch so that each class is as frequent as the others; the number of "
+        "steps stays",
+    ] = False
     image_size: Annotated[
         tuple[int, int] | None,
         SIZE,
@@ -103,6 +146,40 @@ class DataConfig:
         AT_LEAST_0,
         "pixels of reflected border from which a training image is cropped at random",
     ] = 0
+    rotation: Annotated[
+        float,
+        ANGLE,
+        "degrees up to which a training image is turned at random, either way; its border is mirrored",
+    ] = 0.0
+    erasing: Annotated[
+        float,
+        PROBABILITY,
+        "probability that a rectangle of a training image is filled with random pixels "
+        "(arXiv 1708.04896)",
+    ] = 0.0
+    colour_jitter: Annotated[
+        float,
+        PROBABILITY,
+        "brightness, contrast and saturation of a training image are each multiplied by a random "
+        "factor from 1 - this to 1 + this; grey images have no saturation to change",
+    ] = 0.0
+    trivial_augment: Annotated[
+        bool,
+        "TrivialAugment: one of 14 changes of place or colour, of random strength, for each training "
+        "image (arXiv 2103.10158)",
+    ] = False
+    mixup: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "alpha: training images and their labels are averaged in pairs, with a share drawn from "
+        "Beta(alpha, alpha); 0 is off (arXiv 1710.09412)",
+    ] = 0.0
+    cutmix: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "alpha of CutMix: a rectangle comes from another image, and its share of the label too; with "
+        "mixup, each image gets one of the two (arXiv 1905.04899)",
+    ] = 0.0
     test_time_augmentation: Annotated[
         Literal["none", "mirror", "mirror_shift"],
         "the views of an image whose logits are averaged in evaluation and prediction: the image "
@@ -141,19 +218,62 @@ class Config:
     ] = optax.adam
     learning_rate: Annotated[float, POSITIVE, "the highest one of the schedule"] = 1e-3
     schedule: Annotated[
-        Literal["constant", "cosine", "linear"], "the course of the rate after the warm-up"
+        Literal["constant", "cosine", "linear", "step", "one_cycle"],
+        "the course of the rate after the warm-up; step: multiplied by step_factor at each of the "
+        "milestones; one_cycle: rises from learning_rate / 25 and falls along cosines "
+        "(arXiv 1708.07120), momentum stays",
     ] = "constant"
-    warmup_epochs: Annotated[float, NOT_NEGATIVE, "epochs of linear rise from 0"] = 0.0
-    final_learning_rate: Annotated[
-        float, NOT_NEGATIVE, "where the cosine and linear schedules end"
+    warmup_epochs: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "epochs of linear rise from 0; of one_cycle, epochs of its rise, where 0 is 0.3 of the run",
     ] = 0.0
+    final_learning_rate: Annotated[
+        float, NOT_NEGATIVE, "where the cosine, linear and one_cycle schedules end"
+    ] = 0.0
+    milestones: Annotated[
+        tuple[float, ...], ASCENDING, "epochs after which the step schedule lowers the rate"
+    ] = ()
+    step_factor: Annotated[
+        float, POSITIVE, "by which the step schedule multiplies the rate at a milestone"
+    ] = 0.1
+    learning_rate_of: Annotated[
+        tuple[str, ...],
+        FACTORS,
+        "parameters with another rate: PATTERN=FACTOR multiplies their updates, also the decoupled "
+        "weight decay; patterns as of freeze, the first that fits counts",
+    ] = ()
+    freeze: Annotated[
+        tuple[str, ...],
+        PATTERNS,
+        "patterns of parameters (Conv_0/kernel) or modules (Conv_*) that are not trained: no gradient, "
+        "no weight decay; a frozen BatchNorm uses its running statistics and keeps them",
+    ] = ()
     weight_decay: Annotated[
         float,
         NOT_NEGATIVE,
         "of kernels, not of biases and scales; decoupled where the optimizer takes weight_decay and a "
         "mask (adamw, lion, ...), otherwise an L2 term in the gradient",
     ] = 0.0
+    ema_decay: Annotated[
+        float,
+        SHARE,
+        "of the mean of the parameters over the steps, each step weighted by this power of its age; "
+        "the mean is evaluated and predicts, BatchNorm's statistics are those of training; 0: no mean",
+    ] = 0.0
+    accumulate_steps: Annotated[
+        int,
+        AT_LEAST_1,
+        "equal parts of a batch whose gradients are computed one after the other, in less memory, and "
+        "averaged; BatchNorm sees one part at a time",
+    ] = 1
     clip_norm: Annotated[float | None, POSITIVE, "limit of the gradient's global norm"] = None
+    class_weights: Annotated[
+        Literal["balanced"] | tuple[float, ...] | None,
+        WEIGHTS,
+        "one number a class, by which the loss of its training examples is multiplied before the mean "
+        "over the batch; balanced: examples / (classes * examples of the class). Evaluation has none",
+    ] = None
     label_smoothing: Annotated[float, SHARE, "share of a label that is spread over all classes"] = (
         0.0
     )
@@ -173,6 +293,11 @@ class Config:
     eval_every_epochs: Annotated[
         int, AT_LEAST_1, "epochs between evaluations; the last epoch is always evaluated"
     ] = 1
+    early_stopping_epochs: Annotated[
+        int | None,
+        AT_LEAST_1,
+        "epochs without a new best validation accuracy after which the run ends; none: never",
+    ] = None
     checkpoint_every_epochs: Annotated[
         int, AT_LEAST_1, "epochs between checkpoints; the last epoch is always saved"
     ] = 1
@@ -211,6 +336,7 @@ CHANGEABLE_ON_RESUME = frozenset(
     {
         "devices",
         "eval_every_epochs",
+        "early_stopping_epochs",
         "checkpoint_every_epochs",
         "checkpoint_every_steps",
         "checkpoint_every_minutes",

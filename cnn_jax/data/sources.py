@@ -170,7 +170,9 @@ def load_examples(
     """
     own = split == "validation" and not data.validation_examples and has_validation(data)
     if split == "validation" and not data.validation_examples and not own:
-        raise DataError("split=validation: this run has none (data.validation_examples=0)")
+        raise DataError(
+            "split=validation: this run has no validation split (data.validation_examples=0)"
+        )
     if memory_bytes is None:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     load = functools.partial(

@@ -72,10 +72,20 @@ def check_splits(config: Config, splits: Splits) -> dict:
             f"batch_size={config.batch_size}: must be at most the {len(splits.train)} training "
             f"examples; add --set batch_size={len(splits.train)}, or less"
         )
+    if config.early_stopping_epochs and splits.validation is None:
+        raise ConfigError(
+            f"early_stopping_epochs={config.early_stopping_epochs}: needs a validation split, as the "
+            "test split chooses nothing; set data.validation_examples"
+        )
     check_images(config.data, shape)
     if splits.test.image_shape != shape:
         raise DataError(f"data.test_split: images of {splits.test.image_shape}, not {shape}")
     logits = check_model(config.model, shape, len(names))
+    weights = config.class_weights
+    if weights is not None and len(weights) != len(names):
+        raise ConfigError(
+            f"class_weights={list(weights)}: must be one number for each of the {len(names)} classes"
+        )
     metadata = {
         "class_names": [*names, *(f"class {i}" for i in range(len(names), logits))],
         "image_shape": shape,

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from cnn_jax.common import cpu
+from cnn_jax.ops import bfloat16
 from cnn_jax.ops.formulations import DIMENSIONS, FORMULATIONS, Geometry, xla
 from cnn_jax.ops.rule import formulations_for
 
@@ -25,9 +27,10 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 # The three passes. Each is linear in both arguments, and the gradients of each are the other two.
 def _run(
-    formulation: str, bilinear: Callable[[Callable], Callable], g: Geometry, a: Array, b: Array
+    name: str, bilinear: Callable[[Callable], Callable], g: Geometry, a: Array, b: Array
 ) -> Array:
-    """Evaluates `bilinear(convolution)(a, b)`, on CPU with the given formulation of the convolution."""
+    """Evaluates `bilinear(convolution)(a, b)`, on CPU with the formulation of the pass `name`."""
+    formulation = getattr(formulations_for(g), name)
     wide = jnp.promote_types(a.dtype, jnp.float32)
 
     def fast(a: Array, b: Array) -> Array:
@@ -36,6 +39,9 @@ def _run(
         return bilinear(convolution)(a.astype(wide), b.astype(wide)).astype(a.dtype)
 
     plain = bilinear(functools.partial(xla, g))
+    if a.dtype == jnp.bfloat16 and cpu.multiplies_bfloat16():
+        narrow = functools.partial(getattr(bfloat16, name), g)
+        return lax.platform_dependent(a, b, cpu=narrow, default=plain)
     if formulation == "xla":
         return plain(a, b)
     return lax.platform_dependent(a, b, cpu=fast, default=plain)
@@ -44,7 +50,7 @@ def _run(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward(g: Geometry, image: Array, kernel: Array) -> Array:
     """[N, H, W, C], [KH, KW, C, O] -> [N, OH, OW, O]."""
-    return _run(formulations_for(g).forward, lambda convolution: convolution, g, image, kernel)
+    return _run("forward", lambda convolution: convolution, g, image, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -57,7 +63,7 @@ def _image_gradient(g: Geometry, cotangent: Array, kernel: Array) -> Array:
             lambda image: convolution(image, kernel), shape, cotangent
         )
 
-    return _run(formulations_for(g).image_gradient, transposed, g, cotangent, kernel)
+    return _run("image_gradient", transposed, g, cotangent, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -70,7 +76,7 @@ def _kernel_gradient(g: Geometry, cotangent: Array, image: Array) -> Array:
             lambda kernel: convolution(image, kernel), shape, cotangent
         )
 
-    return _run(formulations_for(g).kernel_gradient, transposed, g, cotangent, image)
+    return _run("kernel_gradient", transposed, g, cotangent, image)
 
 
 def _transpose(linear: Callable, shape: tuple[int, ...], cotangent: Array) -> Array:

@@ -4,6 +4,7 @@ Each process computes a part of every sum. If one used another learning rate, co
 error would occur, but the results would be wrong.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import sys
@@ -20,6 +21,7 @@ from cnn_jax.config import Config
 from cnn_jax.config.serialize import differences, to_json
 from cnn_jax.data.splits import Splits
 from cnn_jax.train import parallel, workdir
+from cnn_jax.train.pretrained import Source
 
 # The number of examples compared in a split. Reading a whole large dataset is slow.
 EXAMPLES = 256
@@ -47,8 +49,10 @@ def check_program(config: Config) -> None:
     )
 
 
-def check_data(splits: Splits) -> None:
-    """Compares the splits of all processes: sizes, classes, pixels and labels of some examples.
+def check_data(splits: Splits, source: Source | None = None) -> None:
+    """Compares what all processes have read.
+
+    Of a split: its size, classes, pixels and labels of some examples. Of `source`: its SHA-256.
 
     Raises:
       ConfigError: as `check_program`.
@@ -67,7 +71,7 @@ def check_data(splits: Splits) -> None:
                 "pixels": hashlib.sha256(batch["image"].tobytes()).hexdigest()[:12],
                 "labels": hashlib.sha256(batch["label"].tobytes()).hexdigest()[:12],
             }
-    _compare({"data": found})
+    _compare({"data": found, "init_from": source and dataclasses.asdict(source)})
 
 
 def _compare(mine: dict[str, Any]) -> None:

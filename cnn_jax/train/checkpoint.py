@@ -132,13 +132,20 @@ class Checkpoints:
             )
         return None
 
-    def select(self, which: str, training: bool = False, verify: bool = True) -> Restored:
-        """The checkpoint that --checkpoint names.
+    def select(
+        self,
+        which: str,
+        training: bool = False,
+        verify: bool = True,
+        flag: str = "--checkpoint=",
+    ) -> Restored:
+        """The checkpoint that a flag names.
 
         Args:
           which: "latest", "best" (by validation accuracy) or a step.
           training: as in `read`.
           verify: as in `read`.
+          flag: for the error: what stands before `which`.
 
         Raises:
           CheckpointError: there is no such checkpoint, or it is damaged.
@@ -152,13 +159,13 @@ class Checkpoints:
             best = self.best()
             if best is None:
                 raise CheckpointError(
-                    f"--checkpoint=best: {self.folder} has no validation accuracy to choose by; "
-                    "train with --set data.validation_examples=N"
+                    f"{flag}best: no checkpoint in {self.folder} has a validation accuracy; "
+                    "choose latest, or train with --set data.validation_examples=N"
                 )
             return self.read(best, training, verify)
         if which not in map(str, steps):
             raise CheckpointError(
-                f"--checkpoint={which}: {self.folder} has latest, best or "
+                f"{flag}{which}: must be latest, best or a step in {self.folder}: "
                 + ", ".join(map(str, steps))
             )
         return self.read(int(which), training, verify)

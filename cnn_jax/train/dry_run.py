@@ -17,7 +17,12 @@ from cnn_jax.train.loop import train
 log = logging.getLogger(__name__)
 
 
-def dry_run(config: Config, data_dir: str | None = None, download: bool = False) -> list[dict]:
+def dry_run(
+    config: Config,
+    data_dir: str | None = None,
+    download: bool = False,
+    init_from: str | None = None,
+) -> list[dict]:
     """Trains, evaluates, saves and restores two batches in a temporary workdir.
 
     Raises:
@@ -31,9 +36,10 @@ def dry_run(config: Config, data_dir: str | None = None, download: bool = False)
         name: examples and examples.take(np.arange(min(len(examples), 2 * config.batch_size)))
         for name, examples in vars(splits).items()
     }
-    config = dataclasses.replace(config, epochs=1, warmup_epochs=0.0)
+    schedule = {"schedule": "constant", "warmup_epochs": 0.0, "final_learning_rate": 0.0}
+    config = dataclasses.replace(config, epochs=1, milestones=(), **schedule)
     with tempfile.TemporaryDirectory() as scratch:
-        lines = train(config, Path(scratch), splits=Splits(**few))
+        lines = train(config, Path(scratch), splits=Splits(**few), init_from=init_from)
         run = Checkpoints(Path(scratch)).newest()
         log.info("dry run: two batches trained, evaluated, saved and restored (step %d)", run.step)
     return lines

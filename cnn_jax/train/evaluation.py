@@ -42,7 +42,7 @@ class Metrics:
 def make_eval_step(model: nn.Module, data: DataConfig, compute_dtype: str, mesh: Any) -> Callable:
     """The compiled `step.eval_step` over a mesh: eval_step(variables, batch)."""
     pure = functools.partial(eval_step, model=model, data=data, compute_dtype=compute_dtype)
-    return parallel.jit_step(pure, mesh, donate=False)
+    return parallel.jit_step(pure, mesh, donate=False, compute_dtype=compute_dtype)
 
 
 def evaluate_examples(

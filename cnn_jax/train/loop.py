@@ -9,6 +9,7 @@ A line depends only on the state after the epoch's last step. If a run is restor
 its line is missing, the run first evaluates and writes the line. So no line is lost or repeated.
 """
 
+import dataclasses
 import functools
 import time
 from collections import deque
@@ -19,13 +20,23 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from cnn_jax.config import Config
 from cnn_jax.config.paths import resolve
 from cnn_jax.config.validate import validate
-from cnn_jax.data import loader, statistics
+from cnn_jax.data import balance, loader, statistics
+from cnn_jax.data.sources import Examples
 from cnn_jax.data.splits import Splits, check_splits, load_splits
-from cnn_jax.train import agreement, checkpoint, evaluation, optim, parallel, preprocess
+from cnn_jax.train import (
+    agreement,
+    checkpoint,
+    evaluation,
+    optim,
+    parallel,
+    preprocess,
+    pretrained,
+)
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
@@ -41,6 +52,7 @@ def train(
     download: bool = False,
     verify: bool = True,
     splits: Splits | None = None,
+    init_from: str | None = None,
 ) -> list[dict]:
     """Trains to the last epoch; resumes where an earlier call on `workdir` stopped.
 
@@ -52,6 +64,7 @@ def train(
       download: downloads the dataset if it is not prepared.
       verify: compares a restored checkpoint with its checksums.
       splits: the examples, if they are loaded already.
+      init_from: WORKDIR[:STEP] of the run from which a new run takes its first parameters.
 
     Returns:
       The lines of metrics.jsonl.
@@ -61,6 +74,7 @@ def train(
       NotFiniteError: the loss, the parameters or an evaluation became infinite or NaN.
       Preempted: a signal asked the run to end; its state is saved, the same call resumes it.
     """
+    # `experiment.load` has checked a command's configuration; nobody has checked one made in Python.
     config = resolve(validate(config))
     mesh = parallel.make_mesh(config.devices)
     parallel.check_divides(mesh, config.batch_size)
@@ -70,18 +84,54 @@ def train(
         prepare(workdir)
     with StopSignals() as signals, locked(workdir) as check_lock:
         check_same_run(workdir, config, metadata={})  # before the data is loaded, which takes time
+        source = pretrained.find(init_from, workdir, verify)
         splits = splits or load_splits(config, data_dir, download)
-        agreement.check_data(splits)
+        agreement.check_data(splits, source)
         config = statistics.in_numbers(config, splits.train)
+        config = balance.with_class_weights(config, splits.train)
         metadata = check_splits(config, splits)
+        if source:
+            metadata["init_from"] = dataclasses.asdict(source)
         check_same_run(workdir, config, metadata)
-        saver = Saver(config, workdir, len(splits.train), signals, check_lock)
+        order = loader.make_order(config, splits.train)
+        saver = Saver(config, workdir, len(splits.train), order, signals, check_lock)
         with _Run(config, mesh, splits, signals, saver) as run:
-            saver.start(run.restore(verify))
+            saver.start(run.restore(verify, source))
             if parallel.is_main_process():
                 write_config(workdir, config, experiment, metadata)
             run.epochs()
     return metrics(workdir)
+
+
+def first_state(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    examples: Examples,
+    mesh: Any,
+    source: pretrained.Source | None = None,
+    arrays: checkpoint.Arrays | None = None,
+) -> TrainState:
+    """The state before the first step, on every device of the mesh.
+
+    Args:
+      config: the run.
+      optimizer: from `optim.make_optimizer`.
+      examples: of training.
+      mesh: the devices.
+      source: the checkpoint whose parameters are taken where they fit.
+      arrays: from `source.arrays`.
+    """
+    make = _maker(config, optimizer, examples.image_shape)
+    given = preprocess.first_images(config, examples)
+    if source:
+        wanted = checkpoint.names(jax.eval_shape(make))
+        given = [*(given or [None]), pretrained.fitting(source, arrays, wanted)]
+    return parallel.make_replicated(make, mesh, *given)
+
+
+def _maker(config: Config, optimizer: optax.GradientTransformation, shape: tuple) -> Callable:
+    more = {"freeze": config.freeze, "ema_decay": config.ema_decay}
+    return functools.partial(init_state, config.model, optimizer, shape, config.seed, **more)
 
 
 class _Run:
@@ -116,15 +166,22 @@ class _Run:
 
     # ------------------------------------------------------------------------------ before
 
-    def restore(self, verify: bool) -> checkpoint.Restored | None:
-        """Restores `state` from the newest valid checkpoint and returns that, or initialises it."""
-        config, shape = self.config, self.splits.train.image_shape
-        make = functools.partial(init_state, config.model, self.optimizer, shape, config.seed)
+    def restore(
+        self, verify: bool, source: pretrained.Source | None = None
+    ) -> checkpoint.Restored | None:
+        """Restores `state` from the newest valid checkpoint and returns that, or initialises it.
+
+        Args:
+          verify: compares what is restored with its checksums.
+          source: the checkpoint whose parameters the initialisation takes where they fit.
+        """
+        config, examples = self.config, self.splits.train
         restored = self.saver.checkpoints.newest(verify=verify)
         if restored is None:
-            seen = preprocess.first_images(config, self.splits.train)
-            self.state = parallel.make_replicated(make, self.mesh, *seen)
+            arrays = source and source.arrays(verify)
+            self.state = first_state(config, self.optimizer, examples, self.mesh, source, arrays)
             return None
+        make = _maker(config, self.optimizer, examples.image_shape)
         state = checkpoint.fill(jax.eval_shape(make), restored)
         self.state = parallel.replicate(state, self.mesh)
         self.epoch_seconds = restored.notes["epoch_seconds"]
@@ -141,7 +198,7 @@ class _Run:
         )
         order = np.arange(len(self.splits.train))
         batch = next(loader.training_batches(self.splits.train, order, config.batch_size))
-        compiled = parallel.compile_step(step, self.mesh, self.state, batch)
+        compiled = parallel.compile_step(step, self.mesh, self.state, batch, config.compute_dtype)
         self.reporter.compiled(time.perf_counter() - began, self.mesh.size)
         return compiled
 
@@ -157,14 +214,18 @@ class _Run:
             if epoch >= config.epochs:
                 progress.message(f"nothing left to do: {int(self.state.step)} steps are done")
                 return
+            if self._is_over():
+                return
             train = self._compile()
             self.signals.let_finish(config.grace_seconds)
             for remaining in range(epoch, config.epochs):
                 self._epoch(remaining, train)
+                if self._is_over():
+                    return
 
     def _epoch(self, epoch: int, train: Callable) -> None:
         config = self.config
-        order = loader.epoch_order(config.seed, epoch, len(self.splits.train))
+        order = self.saver.order(epoch)
         first = epoch * self.steps_per_epoch
         start = int(self.state.step) - first
         if start == 0:
@@ -220,10 +281,34 @@ class _Run:
         saver.check_lock()
         self.reporter.epoch(line)
         self.line_is_missing = False
-        if last:
+        if last or self._stale_epochs():
             saver.save_and_wait(self.state, self.epoch_seconds)
         elif stop := saver.asked_to_stop(step):
             saver.stop(self.state, self.epoch_seconds, stop)
+
+    def _is_over(self) -> bool:
+        """Whether the run ends before its last epoch; prints why."""
+        if stale := self._stale_epochs():
+            epoch = int(self.state.step) // self.steps_per_epoch
+            self.reporter.progress.message(
+                f"stopped early after epoch {epoch}: the best validation accuracy is that of epoch "
+                f"{epoch - stale}; a larger early_stopping_epochs continues the run"
+            )
+        return bool(stale)
+
+    def _stale_epochs(self) -> int:
+        """The epochs since the best validation accuracy if they end the run, else 0."""
+        patience = self.config.early_stopping_epochs
+        if patience is None:
+            return 0
+        scores = {
+            line["epoch"]: line["validation_accuracy"]
+            for line in metrics(self.saver.folder)
+            if "validation_accuracy" in line
+        }
+        # The main process decides: another may not see its last line yet.
+        stale = max(scores) - max(scores, key=scores.get) if scores else 0
+        return parallel.largest(stale * (stale >= patience) if parallel.is_main_process() else 0)
 
     def _evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the validation and test splits."""

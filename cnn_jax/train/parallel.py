@@ -5,7 +5,7 @@ Only this file creates meshes and shardings or calls pmap. One device is a mesh 
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnn_jax.common import gpu
+from cnn_jax.common import cpu, gpu
 from cnn_jax.common.errors import ConfigError
 
 AXIS = "data"
@@ -34,17 +34,22 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
+def make_mesh(devices: int | None = None, described: Sequence[jax.Device] = ()) -> Mesh:
     """A mesh over the first `devices` devices, None for all of them.
+
+    Args:
+      devices: their number.
+      described: devices for which programs are only compiled; by default, the devices of JAX.
 
     Raises:
       ConfigError: there are fewer, or a run of several processes would not use all of them.
     """
-    visible = jax.devices()
-    gpu.tell_unused()
+    visible = described or jax.devices()
+    if not described:
+        gpu.tell_unused()
     count = devices or len(visible)
     if count > len(visible):
-        raise ConfigError(f"devices={count}: only {len(visible)} visible ({jax.default_backend()})")
+        raise ConfigError(f"devices={count}: only {len(visible)} visible ({visible[0].platform})")
     if jax.process_count() > 1 and count != len(visible):
         raise ConfigError(f"devices={count}: a run of several processes uses all {len(visible)}")
     # Not jax.make_mesh: it refuses several slices, and two machines with GPUs count as two slices.
@@ -135,15 +140,32 @@ _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
+# oneDNN's matmuls and convolutions, for which `ops.bfloat16` writes its passes. In float32, the
+# formulations of `ops.formulations` are faster without them.
+_ONEDNN = {"xla_cpu_use_onednn": True, "xla_cpu_experimental_onednn_custom_call": True}
 
 
-def jit(function: Callable, **options: Any) -> Callable:
-    """`jax.jit` for programs that compute a network, with this platform's compiler options."""
-    on_cpu = jax.default_backend() == "cpu"
-    return jax.jit(function, compiler_options=_CPU_OPTIONS if on_cpu else None, **options)
+def jit(
+    function: Callable, compute_dtype: str = "float32", platform: str | None = None, **options: Any
+) -> Callable:
+    """`jax.jit` for programs that compute a network, with the platform's compiler options.
+
+    Args:
+      function: what to compile.
+      compute_dtype: as in `Config`.
+      platform: for which; by default JAX's.
+      **options: of `jax.jit`.
+    """
+    if (platform or jax.default_backend()) != "cpu":
+        return jax.jit(function, **options)
+    narrow = compute_dtype == "bfloat16" and cpu.multiplies_bfloat16()
+    compiler_options = _CPU_OPTIONS | (_ONEDNN if narrow else {})
+    return jax.jit(function, compiler_options=compiler_options, **options)
 
 
-def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
+def jit_step(
+    step: Callable, mesh: Mesh, donate: bool = True, compute_dtype: str = "float32"
+) -> Callable:
     """`step(state, batch)` compiled over the mesh; the state's buffers are reused for the result.
 
     One call is one step. In a scan over eight steps, XLA:CPU computes convolutions in scalar loops:
@@ -151,25 +173,47 @@ def jit_step(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
     """
     return jit(
         step,
+        compute_dtype,
+        platform=mesh.devices.flat[0].platform,
         in_shardings=(replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate else (),
     )
 
 
-def compile_step(step: Callable, mesh: Mesh, state: Any, batch: dict[str, np.ndarray]) -> Callable:
+def compile_step(
+    step: Callable,
+    mesh: Mesh,
+    state: Any,
+    batch: dict[str, np.ndarray],
+    compute_dtype: str = "float32",
+) -> Callable:
     """`jit_step(step, mesh)` compiled ahead of time for a state and a batch like these.
 
     With JAX_DISABLE_JIT nothing is compiled, so that each operation can be inspected.
 
     Raises:
-      ConfigError: the model uses a named axis, which training does not have.
+      ConfigError: as `lower`.
     """
-    jitted = jit_step(step, mesh)
+    jitted = jit_step(step, mesh, compute_dtype=compute_dtype)
     if jax.config.jax_disable_jit:
         return jitted
+    return lower(jitted, state, shard(batch, mesh)).compile()
+
+
+def lower(jitted: Callable, state: Any, batch: Any) -> jax.stages.Lowered:
+    """The program of a `jit_step`, before it is compiled.
+
+    Args:
+      jitted: from `jit_step`.
+      state: its state, or its shapes and types.
+      batch: likewise.
+
+    Raises:
+      ConfigError: the model uses a named axis, which training does not have.
+    """
     try:
-        return jitted.lower(state, shard(batch, mesh)).compile()
+        return jitted.lower(state, batch)
     except NameError as error:
         if "axis name" not in str(error):
             raise

@@ -23,8 +23,8 @@ import numpy as np
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.train import parallel
+from cnn_jax.train.apply import forward
 from cnn_jax.train.preprocess import normalise
-from cnn_jax.train.step import forward
 
 # Of more windows, a sample is taken: networks without strides have a score for each pixel.
 MOST_WINDOWS = 4096

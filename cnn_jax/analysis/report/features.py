@@ -13,8 +13,8 @@ from cnn_jax.common import images
 from cnn_jax.models.convolutional import replaces
 from cnn_jax.models.summary import Summary
 from cnn_jax.train import parallel
+from cnn_jax.train.apply import forward
 from cnn_jax.train.preprocess import normalise
-from cnn_jax.train.step import forward
 
 MAPS = 8
 MOST_UNITS = 1024

@@ -1,0 +1,1 @@
+"""Programs of the steps, compiled for devices that this machine need not have."""
