@@ -151,7 +151,9 @@ def _draw(config: Config, train: Examples) -> np.ndarray:
     labels, random = _labels(train), np.random.default_rng(config.seed)
     found = np.unique(labels)[:MOST_ROWS]
     chosen = [random.permutation(np.flatnonzero(labels == label))[:COLUMNS] for label in found]
-    seen = _as_the_step_sees(config, train, np.concatenate(chosen))
+    index = np.concatenate(chosen)
+    order = random.permutation(len(index))  # as in a batch, where images of all classes are mixed
+    seen = _as_the_step_sees(config, train, index[order])[np.argsort(order)]
     blank = np.full((1, *seen.shape[1:]), 255, np.uint8)
     starts = np.cumsum([0, *map(len, chosen)])
     rows = [

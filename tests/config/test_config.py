@@ -202,7 +202,12 @@ RANGES = [  # field, values that are allowed, values that are not
     ),
     ("init_examples", [0, 1, 5000], [-1]),
     ("data.image_size", [None, (1, 1)], [(0, 8), (8, 0), (-1, 8)]),
-    ("data.mean", [(0.0,), (1.0, 0.5, 0.0)], [(), (math.nan,), (0.0, math.inf), (72.9,), (-0.1,)]),
+    ("data.test_fraction", [None, 0.01, 0.99], [0.0, 1.0, -0.1, math.nan]),
+    (
+        "data.mean",
+        [(0.0,), (1.0, 0.5, 0.0), "auto"],
+        [(), (math.nan,), (0.0, math.inf), (72.9,), (-0.1,)],
+    ),
     (
         "data.std",
         [(1.0,), (0.1, 0.5)],
@@ -284,7 +289,7 @@ def test_every_field_has_a_range_or_a_type_of_few_values():
     named = {field for field, _, _ in RANGES}
     free = {"model", "data", "optimizer", "schedule", "compute_dtype", "data.flip"}
     free |= {"data.alternating_flip", "data.test_time_augmentation"}
-    free |= {"data.trivial_augment", "data.balanced"}
+    free |= {"data.trivial_augment", "data.balanced", "data.skip_broken"}
     fields = {f.name for f in dataclasses.fields(Config)}
     fields |= {f"data.{f.name}" for f in dataclasses.fields(DataConfig)}
     assert fields - free == named - {"model.num_classes"}
