@@ -24,7 +24,15 @@ from cnn_jax.studies.reproduce import plan
 from tests.quick import unoptimised
 from tests.tiny import REPOSITORY, make_examples
 
-FOLDERS = ("", "experiments", "cnn_jax", "cnn_jax/analysis", "cnn_jax/train", "cnn_jax/ops")
+FOLDERS = (
+    "",
+    "experiments",
+    "cnn_jax",
+    "cnn_jax/analysis",
+    "cnn_jax/data",
+    "cnn_jax/train",
+    "cnn_jax/ops",
+)
 PAGES = {folder: (REPOSITORY / folder / "README.md").read_text() for folder in FOLDERS}
 # Commands that take hours; of them everything is checked that is checked before the first step.
 CHECKED = {
@@ -164,7 +172,7 @@ def test_commands_run_and_print_what_is_shown(runs, capsys):
                 continue
             seen.append(arguments)
             name, *rest = arguments
-            if name == "train" and "--data_dir=data" in rest:
+            if name == "train" and {"--data_dir=data", "data.name=photos"} & {*rest}:
                 rest += TINY.split()
             elif name in (*CHECKED, "setup", "test"):
                 continue

@@ -76,9 +76,9 @@ class _Mending:
                     entry.unlink()
         if not self._told:
             what = (
-                "a damaged entry is removed; its program is compiled anew"
+                "removed a damaged entry; its program is compiled again"
                 if entries
-                else "cannot be used; CNN_JAX_CACHE_DIR chooses another, CNN_JAX_CACHE=off does without"
+                else "cannot be used; set CNN_JAX_CACHE_DIR to another folder, or CNN_JAX_CACHE=off"
             )
             reason = " ".join(found[3].split())[:120]
             log.warning("warning: compilation cache %s: %s (%s)", self._folder, what, reason)

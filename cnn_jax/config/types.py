@@ -47,6 +47,11 @@ class Description:
     help: str
 
     @property
+    def type_name(self) -> str:
+        """Its type in a word, without None; "ints" and "floats" for lists of them."""
+        return _named(self.hint)
+
+    @property
     def allowed(self) -> str:
         """Its range in words that follow "must be"."""
         words = self.range.allowed if self.range else _described(self.hint)
@@ -108,8 +113,8 @@ def parse(text: str, hint: Any, old: Any) -> Any:
     if hint is str:
         return text
     inside = ", ".join(fields_of(old))
-    advice = f"; set one of its fields: {inside}" if inside else ""
-    raise ValueError(f"an experiment file chooses this, --set does not{advice}")
+    advice = f", or set one of its fields: {inside}" if inside else ""
+    raise ValueError(f"--set cannot change this field; change it in an experiment file{advice}")
 
 
 def check_types(value: Any, prefix: str) -> None:
@@ -146,6 +151,17 @@ def _kinds(hint: Any, count: int) -> tuple:
     arguments = typing.get_args(hint)
     several = typing.get_origin(hint) is not tuple or Ellipsis in arguments
     return arguments[:1] * count if several else arguments
+
+
+def _named(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        return " or ".join(_named(kind) for kind in arguments if kind is not types.NoneType)
+    if origin is Literal:
+        return "str"
+    if origin in _LISTS:
+        return f"{_named(arguments[0])}s"
+    return "function" if origin is collections.abc.Callable else hint.__name__
 
 
 def _described(hint: Any) -> str:

@@ -40,7 +40,7 @@ def validate(config: Config, trained: bool = False) -> Config:
         "callable as optimizer(learning_rate=0.001)",
     )
     fixed = getattr(config.optimizer, "keywords", {}).keys() & {"learning_rate", "weight_decay"}
-    check(not fixed, "optimizer", f"without {', '.join(sorted(fixed))}: set the field of that name")
+    check(not fixed, "optimizer", f"without {', '.join(sorted(fixed))}; set the field of this name")
     classes = getattr(config.model, "num_classes", 1)
     check(not isinstance(classes, int) or classes >= 1, "model.num_classes", "at least 1")
     _check_axis_names(config.model, "model.")
@@ -82,13 +82,13 @@ def _check_together(config: Config, check: Callable[[bool, str, str], None]) -> 
         check(
             config.schedule not in ("constant", "step"),
             "final_learning_rate",
-            f"0 with schedule={config.schedule}, which does not end elsewhere; choose cosine, linear "
-            "or one_cycle",
+            f"0 with schedule={config.schedule}, which has no final rate; choose cosine, linear or "
+            "one_cycle",
         )
         check(
             warmup < epochs,
             "final_learning_rate",
-            f"0 with warmup_epochs={warmup:g} of epochs={epochs}, as the schedule begins after them",
+            f"0 with warmup_epochs={warmup:g} of epochs={epochs}: no epoch is left for the schedule",
         )
 
 
@@ -99,7 +99,7 @@ def _check_axis_names(value: object, prefix: str) -> None:
         if name.endswith("axis_name") and inside is not None:
             raise ConfigError(
                 f"{prefix}{name}={inside}: must be none; only parallel.pmap_step has a named axis, "
-                "and statistics over the whole batch need none in training"
+                "and training needs none: its statistics are those of the whole batch"
             )
         _check_axis_names(inside, f"{prefix}{name}.")
 

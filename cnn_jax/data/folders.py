@@ -210,7 +210,9 @@ def check_training(data: DataConfig) -> None:
 
 
 def size_range(sizes: np.ndarray) -> str:
-    """Sizes [n, 2] in words: smallest, median and largest, by their area."""
+    """Sizes [n, 2] in words: smallest, median and largest, by their area, or the only one."""
+    if len(np.unique(sizes, axis=0)) == 1:
+        return "all {}x{}".format(*sizes[0])
     ordered = sizes[np.argsort(sizes.prod(1, dtype=np.int64), kind="stable")]
     shown = ("x".join(map(str, ordered[i])) for i in (0, len(ordered) // 2, -1))
     return "{} the smallest, {} the median, {} the largest (height x width)".format(*shown)
@@ -233,17 +235,19 @@ class FileRecords:
         Raises:
           DataError: as `Dataset.image_shape`.
         """
-        self.name, self.root, self.images = dataset.name, dataset.root, images
+        self.name, self.root = dataset.name, dataset.root
         self.class_names, self.image_shape = dataset.class_names, dataset.image_shape(data)
+        self.files = tuple(image.file for image in images)
         self.any_size = data.image_size is not None
         index = {name: i for i, name in enumerate(self.class_names)}
         self.labels = np.array([index[image.class_name] for image in images], np.int32)
-        small = self.image_shape[0] * self.image_shape[1] < decode.PIXELS_WORTH_A_THREAD
+        pixels = np.median(dataset.headers.sizes.prod(1, dtype=np.int64))
+        small = pixels < decode.PIXELS_WORTH_A_THREAD
         self.threads = 1 if small else cpu.cores()
         self.workers = ThreadPoolExecutor(self.threads)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.files)
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All examples: image uint8 [n, H, W, C], label int32 [n], BROKEN where it is not decoded."""
@@ -263,13 +267,13 @@ class FileRecords:
             raise errors[0]
         return image, label
 
-    def error(self, index: int) -> str:
-        """Why the image at `index` is not decoded, with its file's name."""
+    def problem(self, index: int) -> str:
+        """Why the image at `index` cannot be decoded, with its file's name; empty if it can."""
         errors = self._decode([index])[2]
-        return str(errors[0]) if errors else f"{self._path(index)}: was damaged before"
+        return str(errors[0]) if errors else ""
 
     def _path(self, index: int) -> str:
-        return os.path.join(self.root, self.images[index].file)
+        return os.path.join(self.root, self.files[index])
 
     def _decode(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[DataError]]:
         image = np.zeros((len(indices), *self.image_shape), np.uint8)

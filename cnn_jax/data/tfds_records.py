@@ -35,7 +35,10 @@ class Records:
       class_names: in the order of the labels.
       image_shape: (H, W, C) of the decoded images.
       random_access: whether `fetch` works.
+      files: none, as the records of many images share a file.
     """
+
+    files = ()
 
     def __init__(self, builder: Any, data: DataConfig, split: str, field: str = "split"):
         """Opens `split` of a prepared `builder`; errors name it as `field`.
@@ -50,12 +53,14 @@ class Records:
         file_format = builder.info.file_format.value
         if file_format not in ("array_record", "tfrecord"):
             raise DataError(
-                f"{self.folder}: {file_format} files; array_record and tfrecord are read"
+                f"{self.folder}: its files have the format {file_format}, must have array_record or "
+                "tfrecord; prepare the dataset again in one of these"
             )
         self.random_access = file_format == "array_record"
         if not self.random_access and not tfds_builder.tensorflow_is_installed():
             raise DataError(
-                f"{self.folder}: TFRECORD files; reading them {tfds_builder.NO_TENSORFLOW}"
+                f"{self.folder}: its files have the format tfrecord; reading them "
+                f"{tfds_builder.NO_TENSORFLOW}"
             )
         with tfds_builder.quiet():
             try:
@@ -64,14 +69,17 @@ class Records:
                 known, reason = ", ".join(builder.info.splits), str(error).partition("\n")[0]
                 reason = "" if reason.startswith("Unknown split") else f" ({reason})"
                 raise DataError(
-                    f"{field}={split}: {data.name} has {known}, and slices such as train[:10%]{reason}"
+                    f"{field}={split}: must be a split of {data.name} ({known}) or a slice of one, "
+                    f"such as train[:10%]{reason}"
                 ) from None
         self.ends = list(itertools.accumulate(shard.take for shard in self.shards))
         if not len(self):
-            raise DataError(f"{field}={split}: {data.name} has no examples there")
+            raise DataError(f"{field}={split}: this part of {data.name} has no examples")
         for shard in self.shards:
             if not tfds.core.Path(shard.filename).exists():
-                raise DataError(f"{tfds_builder.shown(shard.filename)}: absent; {self._remedy()}")
+                raise DataError(
+                    f"{tfds_builder.shown(shard.filename)}: no such file; {self._remedy()}"
+                )
         self.source = self._open_array_records() if self.random_access else None
         height, width = self.layout.stored_size
         small = height and width and height * width < decode.PIXELS_WORTH_A_THREAD

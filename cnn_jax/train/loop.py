@@ -25,7 +25,7 @@ import optax
 from cnn_jax.config import Config
 from cnn_jax.config.paths import resolve
 from cnn_jax.config.validate import validate
-from cnn_jax.data import loader, statistics
+from cnn_jax.data import balance, loader, statistics
 from cnn_jax.data.sources import Examples
 from cnn_jax.data.splits import Splits, check_splits, load_splits
 from cnn_jax.train import (
@@ -74,6 +74,7 @@ def train(
       NotFiniteError: the loss, the parameters or an evaluation became infinite or NaN.
       Preempted: a signal asked the run to end; its state is saved, the same call resumes it.
     """
+    # `experiment.load` has checked a command's configuration; nobody has checked one made in Python.
     config = resolve(validate(config))
     mesh = parallel.make_mesh(config.devices)
     parallel.check_divides(mesh, config.batch_size)
@@ -87,11 +88,13 @@ def train(
         splits = splits or load_splits(config, data_dir, download)
         agreement.check_data(splits, source)
         config = statistics.in_numbers(config, splits.train)
+        config = balance.with_class_weights(config, splits.train)
         metadata = check_splits(config, splits)
         if source:
             metadata["init_from"] = dataclasses.asdict(source)
         check_same_run(workdir, config, metadata)
-        saver = Saver(config, workdir, len(splits.train), signals, check_lock)
+        order = loader.make_order(config, splits.train)
+        saver = Saver(config, workdir, len(splits.train), order, signals, check_lock)
         with _Run(config, mesh, splits, signals, saver) as run:
             saver.start(run.restore(verify, source))
             if parallel.is_main_process():
@@ -222,7 +225,7 @@ class _Run:
 
     def _epoch(self, epoch: int, train: Callable) -> None:
         config = self.config
-        order = loader.epoch_order(config.seed, epoch, len(self.splits.train))
+        order = self.saver.order(epoch)
         first = epoch * self.steps_per_epoch
         start = int(self.state.step) - first
         if start == 0:

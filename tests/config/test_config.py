@@ -143,10 +143,10 @@ def test_fields_of_a_users_own_module():
         ("data.std=__import__('os')", "is not a number"),
         (
             "model=LeNet",
-            "an experiment file chooses this, --set does not; set one of its fields: n",
+            "change it in an experiment file, or set one of its fields: n",
         ),
         ("data=mnist", "set one of its fields: name, train_split, "),
-        ("optimizer=optax.sgd", "an experiment file chooses this, --set does not"),
+        ("optimizer=optax.sgd", "--set cannot change this field"),
     ],
 )
 def test_what_set_refuses(assignment, said):
@@ -395,8 +395,8 @@ def test_a_module_of_ones_own_gets_the_fields_it_was_trained_with():
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        (models.LeNet(), "--experiment: its model is LeNet, that of the run Widths"),
-        (Widths(act=nn.gelu), r"model.act: is jax.gelu in the file of --experiment, was jax.relu"),
+        (models.LeNet(), "--experiment: its model is LeNet, must be Widths as in the run"),
+        (Widths(act=nn.gelu), r"model.act=jax.gelu in the file of --experiment: must be jax.relu"),
     ],
 )
 def test_a_module_that_is_not_the_trained_one_is_refused(own, message):

@@ -235,7 +235,9 @@ def test_the_default_is_keras_adam():
 
 def test_what_returns_no_optimizer():
     config = validate(dataclasses.replace(BASE, optimizer=lambda learning_rate: 3))
-    with pytest.raises(ConfigError, match=r"^optimizer: returns int, must return an optax"):
+    with pytest.raises(
+        ConfigError, match=r"^optimizer: must return an optax.GradientTransformation, not int"
+    ):
         make_optimizer(config, STEPS)
 
 

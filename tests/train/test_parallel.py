@@ -208,7 +208,6 @@ def test_more_devices_than_there_are():
         ("host:80", 2, 2, "--process=2: must be from 0 to 1"),
         ("host:80", 2, -1, "--process=-1: must be from 0 to 1"),
         (None, 1, 1, "--process=1: must be from 0 to 0"),
-        ("host:80", 0, 0, "--processes=0: must be at least 1"),
     ],
 )
 def test_flags_of_several_processes(coordinator, processes, process, said):
