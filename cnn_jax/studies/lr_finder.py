@@ -152,8 +152,8 @@ def picture(found: Found) -> plotting.Chart:
         axes.grid(axis="y")
         axes.plot(found.rates, found.losses, color=theme.rule, linewidth=0.8, label="each step")
         axes.plot(found.rates, found.smooth, color=theme.series[0], label="smoothed")
-        span = f"steepest to lowest: {found.steepest:.1e} to {found.lowest:.1e}"
-        axes.axvspan(found.steepest, found.lowest, color=theme.series[0], alpha=0.12, label=span)
+        span = (found.steepest, found.lowest)
+        axes.axvspan(*span, color=theme.series[0], alpha=0.12, label="steepest to lowest")
         axes.axvline(
             found.rate, color=theme.series[1], linestyle="--", label=f"suggestion: {found.rate:.1e}"
         )
@@ -166,7 +166,7 @@ def picture(found: Found) -> plotting.Chart:
         axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
     alt = (
-        f"Training loss by learning rate: it falls fastest near {found.steepest:.2g} and is lowest near "
-        f"{found.lowest:.2g}."
+        f"Training loss by learning rate: it falls fastest near {found.steepest:.2g} and is lowest "
+        f"near {found.lowest:.2g}."
     )
     return plotting.draw("lr_finder", alt, 2.6, paint)
