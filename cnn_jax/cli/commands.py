@@ -522,7 +522,7 @@ def lr_finder(values: flags.FlagValues) -> None:
         f"the loss falls fastest near {found.steepest:.2g}, and is lowest near {found.lowest:.2g}"
     )
     print(f"written to {output}")
-    print(f"next: {PROGRAM} train {values.experiment} --set learning_rate={found.rate:.2g}")
+    print(f"to use their geometric mean: --set learning_rate={found.rate:.2g}")
 
 
 @command()

@@ -24,7 +24,7 @@ from cnn_jax.train import loop, optim, parallel, pretrained
 from cnn_jax.train.step import train_step
 
 LOWEST, HIGHEST = 1e-6, 10.0
-MOST_STEPS = 1000
+LEAST_STEPS, MOST_STEPS = 100, 1000
 FEWEST = 10  # losses, below which there is no curve to read
 
 
@@ -66,7 +66,7 @@ def find(
 
     Args:
       config: the run whose rate is sought; its own rate and schedule are not used.
-      steps: of the whole rise; None: an epoch, at most MOST_STEPS.
+      steps: of the whole rise; None: an epoch, within LEAST_STEPS and MOST_STEPS.
       data_dir: the folder of the dataset.
       download: downloads the dataset if it is not prepared.
       init_from: as in `loop.train`.
@@ -88,7 +88,7 @@ def find(
     config = statistics.in_numbers(config, splits.train)
     check_splits(config, splits)
     epoch = len(splits.train) // config.batch_size
-    rates = np.geomspace(LOWEST, HIGHEST, steps or max(min(epoch, MOST_STEPS), 2 * FEWEST))
+    rates = np.geomspace(LOWEST, HIGHEST, steps or min(max(epoch, LEAST_STEPS), MOST_STEPS))
     losses = train(config, rates, splits.train, source)
     if len(losses) < FEWEST:
         raise NotFiniteError(

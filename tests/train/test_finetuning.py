@@ -95,7 +95,7 @@ def test_a_head_of_another_size_is_made_anew_and_said(source, splits, caplog):
 
 def test_a_model_with_nothing_in_common_is_refused(source, splits):
     with pytest.raises(ConfigError, match=r":5: not one of its parameters fits, by name and shape"):
-        first_state_from(source, make_config(model=Linear()), splits)
+        first_state_from(source, make_config(model=Linear(12)), splits)
 
 
 def test_the_parameters_that_are_evaluated_are_taken(source):
@@ -114,13 +114,15 @@ def test_a_run_records_its_source_and_keeps_it(source, splits, tmp_path):
     run(dataclasses.replace(more, epochs=3))  # or left out
     assert workdirs.read_config(tmp_path / "run")["init_from"] == first
     with pytest.raises(ConfigError, match=rf"run:10: the run in .* began from {source}:5, with"):
-        run(more, init_from=f"{tmp_path / 'run'}:10")
+        run(dataclasses.replace(more, epochs=3), init_from=f"{tmp_path / 'run'}:10")
     with pytest.raises(ConfigError, match=r"began without it"):
         loop.train(make_config(), source, splits=splits, init_from=str(tmp_path / "run"))
 
 
 def test_sources_that_cannot_be_used(source, tmp_path):
-    with pytest.raises(CheckpointError, match=r"^--init_from=\S+:6: \S+ has latest, best or 5$"):
+    with pytest.raises(
+        CheckpointError, match=r"^--init_from=\S+:6: must be latest, best or a step in \S+: 5$"
+    ):
         pretrained.find(f"{source}:6")
     with pytest.raises(CheckpointError, match=r"^--init_from=\S+nowhere:3: no such folder"):
         pretrained.find(f"{tmp_path}/nowhere:3")
@@ -140,7 +142,7 @@ def test_a_source_that_was_damaged_or_changed(source, tmp_path):
     for path in (copy / "checkpoints/5/variables").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(CheckpointError, match="damaged|is valid"):
+    with pytest.raises(CheckpointError, match=r"damaged|is valid"):
         pretrained.find(str(copy))
 
 
@@ -323,8 +325,7 @@ def test_batch_norm_sees_one_part_after_the_other():
 # ------------------------------------------------------------------------------ early stopping
 
 
-def test_a_run_ends_where_validation_no_longer_improves(splits, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_a_run_ends_where_validation_no_longer_improves(splits, tmp_path, capsys):
     held = dataclasses.replace(splits, validation=make_examples(40, seed=2))
     config = make_config(
         model=Linear(), epochs=9, learning_rate=1e-9, early_stopping_epochs=2
@@ -333,9 +334,9 @@ def test_a_run_ends_where_validation_no_longer_improves(splits, tmp_path, caplog
     assert [line["epoch"] for line in train(config)] == [1, 2, 3]
     assert Checkpoints(tmp_path).newest().step == 15
     said = "stopped early after epoch 3: the best validation accuracy is that of epoch 1; "
-    assert caplog.text.count(said) == 1
+    assert said in capsys.readouterr().out
     assert len(train(config)) == 3
-    assert caplog.text.count(said) == 2
+    assert said in capsys.readouterr().out
     assert len(train(dataclasses.replace(config, early_stopping_epochs=4))) == 5
     with pytest.raises(ConfigError, match=r"^early_stopping_epochs=2: needs a validation split"):
         loop.train(config, tmp_path / "other", splits=splits)
