@@ -114,6 +114,13 @@ MISTAKES = [  # command line, exit code, what is said
     ("predict --workdir=x", 2, "--images: predict needs it"),
     ("summary", 2, "--experiment: summary needs it"),
     ("verify", 2, "--workdir: verify needs it"),
+    ("lr_finder", 2, "--experiment: lr_finder needs it"),
+    ("lr_finder quickstart --steps=3", 2, "--steps=3: must be at least 20"),
+    (
+        "train quickstart --workdir=x --init_from=nowhere:3",
+        4,
+        "--init_from=nowhere:3: no such folder; give the workdir of a run",
+    ),
     ("convert --workdir=x", 2, "--output: convert needs it"),
     (
         "summary --workdir=x --set epochs=3",

@@ -110,7 +110,7 @@ FLAGS = {
     ),
     "batch_size": Flag(flags.DEFINE_integer, 128, "examples a step", least=1),
     "steps": Flag(
-        flags.DEFINE_integer, None, "training steps; by default an epoch, at most 1000", least=20
+        flags.DEFINE_integer, None, "training steps; by default an epoch, but 100 to 1000", least=20
     ),
     "peers": Flag(
         flags.DEFINE_bool, False, "measures PyTorch and Keras too, installed into .venv-peers"

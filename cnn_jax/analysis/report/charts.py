@@ -82,8 +82,8 @@ def learning_rate(config: Config, steps_per_epoch: int) -> plotting.Chart | None
         axes.set_ylim(bottom=0)
 
     alt = (
-        f"Learning rate by epoch, schedule {config.schedule}: {rates[0]:.3g} at the first step, at most "
-        f"{rates.max():.3g}, {rates[-1]:.3g} at the last step."
+        f"Learning rate by epoch, {config.schedule} schedule: {rates[0]:.3g} at the first step, "
+        f"at most {rates.max():.3g}, {rates[-1]:.3g} at the last step."
     )
     return plotting.draw("learning-rate", alt, 1.7, paint)
 
