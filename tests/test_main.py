@@ -125,7 +125,7 @@ MISTAKES = [  # command line, exit code, what is said
     (
         "summary --workdir=x --set epochs=3",
         2,
-        "--set epochs=3: a run that was trained cannot be changed",
+        "--set epochs=3: must not be given with --workdir",
     ),
     ("train --experiment", 2, "Missing value for flag --experiment"),
     ("train --experiment=", 2, "--experiment=: is empty"),
@@ -286,7 +286,7 @@ def test_the_home_folder(folder, monkeypatch, caplog):
     assert main.main(["evaluate", "--workdir=~/empty"]) == 4
     assert errors(caplog)[0].startswith(f"error: workdir={folder}/empty: holds no config.json")
     assert main.main(["train", "--experiment=~/own.py", "--workdir=~/file"]) == 4
-    assert errors(caplog)[1].startswith(f"error: workdir={folder}/file: is a file")
+    assert errors(caplog)[1].startswith(f"error: workdir={folder}/file: this path or a part of it is a file")
     assert not Path("~").exists()
 
 

@@ -1,6 +1,7 @@
 """What a user should look at before training: counts, sizes, scaling, broken files, twins, pictures."""
 
 import dataclasses
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from cnn_jax.config.paths import is_path
 from cnn_jax.data import folders, sources, statistics
 from cnn_jax.data.sources import Examples
 from cnn_jax.data.tfds_builder import SizesDiffer
-from cnn_jax.train import step
+from cnn_jax.train.augmentation import augmented
 
 COLUMNS = 8
 MOST_ROWS = 20
@@ -150,7 +151,9 @@ def _draw(config: Config, train: Examples) -> np.ndarray:
     labels, random = _labels(train), np.random.default_rng(config.seed)
     found = np.unique(labels)[:MOST_ROWS]
     chosen = [random.permutation(np.flatnonzero(labels == label))[:COLUMNS] for label in found]
-    seen = _as_the_step_sees(config, train, np.concatenate(chosen))
+    index = np.concatenate(chosen)
+    order = random.permutation(len(index))  # as in a batch, where images of all classes are mixed
+    seen = _as_the_step_sees(config, train, index[order])[np.argsort(order)]
     blank = np.full((1, *seen.shape[1:]), 255, np.uint8)
     starts = np.cumsum([0, *map(len, chosen)])
     rows = [
@@ -179,7 +182,8 @@ def _as_the_step_sees(config: Config, train: Examples, index: np.ndarray) -> np.
     run_key = jax.random.split(jax.random.key(config.seed))[1]  # as in step.init_state
     key = jax.random.split(jax.random.fold_in(run_key, 0))[0]  # as in step.train_step
     data = config.data
-    image = step._augmented(run_key, key, batch, data)
+    seen = jax.jit(functools.partial(augmented, data=data))(run_key, key, batch)
+    image = seen["image"]
     image = np.asarray(image * jnp.array(data.std) + jnp.array(data.mean))[..., :3]
     image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     return np.broadcast_to(image, (*image.shape[:3], 3))

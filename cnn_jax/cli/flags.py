@@ -189,7 +189,7 @@ class Command:
             if default in (REQUIRED, SEVERAL) and value in (None, []):
                 raise ConfigError(f"--{flag}: {self.name} needs it ({FLAGS[flag].help})")
             if "" in (value if self._takes_several(flag) else [value]):
-                raise ConfigError(f"--{flag}=: must not be empty; leave it out, or give it a value")
+                raise ConfigError(f"--{flag}=: is empty; leave it out, or give it a value")
         return values
 
     def _assign(self, values: flags.FlagValues, alone: Sequence[str]) -> None:

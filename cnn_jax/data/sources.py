@@ -84,7 +84,8 @@ class OnDemand:
 
     @property
     def files(self) -> tuple[str, ...]:
-        return tuple(self.records.files[i] for i in self.indices) if self.records.files else ()
+        own = isinstance(self.records, folders.FileRecords)
+        return tuple(self.records.files[i] for i in self.indices) if own else ()
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -201,9 +201,24 @@ RANGES = [  # field, values that are allowed, values that are not
     ("data.test_split", ["validation"], [""]),
     ("data.validation_examples", [0, 5], [-1]),
     ("data.crop_padding", [0, 4], [-1]),
+    ("data.rotation", [0.0, 180.0], [-1.0, 180.5, math.nan]),
+    ("data.colour_jitter", [0.0, 1.0], [-0.1, 1.1, math.nan]),
+    ("data.erasing", [0.0, 1.0], [-0.1, 1.1, math.nan]),
+    ("data.mixup", [0.0, 2.0], [-0.1, math.inf, math.nan]),
+    ("data.cutmix", [0.0, 2.0], [-0.1, math.inf, math.nan]),
+    (
+        "class_weights",
+        [None, "balanced", (0.0, 2.5)],
+        [(), (0.0, 0.0), (1.0, -1.0), (1.0, math.inf), (1.0, math.nan)],
+    ),
     ("init_examples", [0, 1, 5000], [-1]),
     ("data.image_size", [None, (1, 1)], [(0, 8), (8, 0), (-1, 8)]),
-    ("data.mean", [(0.0,), (1.0, 0.5, 0.0)], [(), (math.nan,), (0.0, math.inf), (72.9,), (-0.1,)]),
+    ("data.test_fraction", [None, 0.01, 0.99], [0.0, 1.0, -0.1, math.nan]),
+    (
+        "data.mean",
+        [(0.0,), (1.0, 0.5, 0.0), "auto"],
+        [(), (math.nan,), (0.0, math.inf), (72.9,), (-0.1,)],
+    ),
     (
         "data.std",
         [(1.0,), (0.1, 0.5)],
@@ -285,6 +300,7 @@ def test_every_field_has_a_range_or_a_type_of_few_values():
     named = {field for field, _, _ in RANGES}
     free = {"model", "data", "optimizer", "schedule", "compute_dtype", "data.flip"}
     free |= {"data.alternating_flip", "data.test_time_augmentation"}
+    free |= {"data.trivial_augment", "data.balanced", "data.skip_broken"}
     fields = {f.name for f in dataclasses.fields(Config)}
     fields |= {f"data.{f.name}" for f in dataclasses.fields(DataConfig)}
     assert fields - free == named - {"model.num_classes"}
@@ -370,13 +386,22 @@ def test_data_survives_its_json_form():
         "train[:1%]",
         "train[1%:]",
         5,
-        (8, 9),
-        (0.5, 0.25),
-        (2.0, 3.0),
-        True,
-        True,
-        2,
-        "mirror",
+        test_fraction=0.3,
+        skip_broken=True,
+        balanced=True,
+        image_size=(8, 9),
+        mean=(0.5, 0.25),
+        std=(2.0, 3.0),
+        flip=True,
+        alternating_flip=True,
+        crop_padding=2,
+        rotation=5.0,
+        erasing=0.1,
+        colour_jitter=0.2,
+        trivial_augment=True,
+        mixup=0.3,
+        cutmix=0.4,
+        test_time_augmentation="mirror",
     )
     assert all(
         getattr(data, f.name) != f.default for f in dataclasses.fields(data)

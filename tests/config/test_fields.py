@@ -55,7 +55,7 @@ def test_the_types_of_fields():
         "schedule": "str",
         "optimizer": "function",
         "model": "Module",
-        "data.mean": "floats",
+        "data.mean": "floats or str",
         "data.image_size": "ints",
         "data.flip": "bool",
     }
