@@ -77,7 +77,7 @@ def learning_rate(config: Config, steps_per_epoch: int) -> plotting.Chart | None
         axes.grid(axis="y")
         axes.plot(steps / steps_per_epoch, rates, color=theme.series[0])
         axes.set_ylabel("learning rate")
-        axes.set_xlabel("epoch")
+        plotting.epoch_axis(axes, config.epochs)
         axes.set_xlim(0, config.epochs)
         axes.set_ylim(bottom=0)
 
