@@ -16,7 +16,7 @@ from cnn_jax.analysis import plotting
 from cnn_jax.common import files, images
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.paths import is_path
-from cnn_jax.data import folders, sources, statistics
+from cnn_jax.data import balance, folders, sources, statistics
 from cnn_jax.data.sources import Examples
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.train.augmentation import augmented
@@ -102,7 +102,7 @@ def describe(
         name=data.name,
         class_names=train.class_names,
         counts={
-            name: np.bincount(_labels(examples), minlength=len(train.class_names))
+            name: np.bincount(balance.labels(examples), minlength=len(train.class_names))
             for name, examples in splits.items()
         },
         image_shape=train.image_shape,
@@ -148,7 +148,7 @@ def save_contact_sheet(config: Config, train: Examples, output: Path) -> Path:
 
 def _draw(config: Config, train: Examples) -> np.ndarray:
     """A row for each class, with up to COLUMNS of its images: uint8 [h, w, 3]."""
-    labels, random = _labels(train), np.random.default_rng(config.seed)
+    labels, random = balance.labels(train), np.random.default_rng(config.seed)
     found = np.unique(labels)[:MOST_ROWS]
     chosen = [random.permutation(np.flatnonzero(labels == label))[:COLUMNS] for label in found]
     index = np.concatenate(chosen)
@@ -195,13 +195,6 @@ def _broken(dataset: folders.Dataset, data: DataConfig, splits: dict[str, Exampl
     left = [image for image in dataset.images if image.file not in decoded]
     records = folders.FileRecords(dataset, left, data)
     return [text for i in range(len(left)) if (text := records.problem(i))]
-
-
-def _labels(examples: Examples) -> np.ndarray:
-    """int [N]; reads the labels alone where the images are decoded on demand."""
-    if isinstance(examples, sources.InMemory):
-        return examples.label
-    return np.concatenate([batch["label"] for batch in statistics.chunks(examples)])
 
 
 def _place(splits: dict[str, Examples], split: str, index: int) -> str:

@@ -20,7 +20,7 @@ from cnn_jax.config.validate import validate
 from cnn_jax.data import loader, statistics
 from cnn_jax.data.sources import Examples
 from cnn_jax.data.splits import check_splits, load_splits
-from cnn_jax.train import loop, optim, parallel, pretrained
+from cnn_jax.train import initial, optim, parallel, pretrained
 from cnn_jax.train.step import train_step
 
 LOWEST, HIGHEST = 1e-6, 10.0
@@ -110,11 +110,11 @@ def train(
     # Not a lookup in an array: a factory may call its schedule with any number.
     rise = optax.exponential_decay(rates[0], 1, float(rates[1] / rates[0]))
     optimizer = optim.make_optimizer(config, len(rates), rise)
-    state = loop.first_state(config, optimizer, examples, mesh, source, source and source.arrays())
+    state = initial.first_state(config, optimizer, examples, mesh, source)
     pure = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
     step, losses = None, []
     for batch in itertools.islice(_batches(config, examples), len(rates)):
-        step = step or parallel.compile_step(pure, mesh, state, batch)
+        step = step or parallel.compile_step(pure, mesh, state, batch, config.compute_dtype)
         state, loss = step(state, parallel.shard(batch, mesh))
         losses.append(float(loss))
         recent = losses[-FEWEST:]
