@@ -27,6 +27,20 @@ from cnn_jax.data.prefetch import Workers, look_ahead
 CHUNK = 500
 
 
+def _shards(builder: Any, name: str, split: str, field: str) -> Any:
+    """The files and the parts of them that `split` of the dataset `name` consists of."""
+    with tfds_builder.quiet():
+        try:
+            return builder.info.splits[split].file_instructions
+        except Exception as error:  # TFDS raises KeyError, ValueError, AssertionError, ...
+            known, reason = ", ".join(builder.info.splits), str(error).partition("\n")[0]
+            reason = "" if reason.startswith("Unknown split") else f" ({reason})"
+            raise DataError(
+                f"{field}={split}: must be a split of {name} ({known}) or a slice of one, "
+                f"such as train[:10%]{reason}"
+            ) from None
+
+
 class Records:
     """The examples of one split, in the order of its files.
 
@@ -58,16 +72,7 @@ class Records:
                 f"{self.folder}: its files have the format tfrecord; reading them "
                 f"{tfds_builder.NO_TENSORFLOW}"
             )
-        with tfds_builder.quiet():
-            try:
-                self.shards = builder.info.splits[split].file_instructions
-            except Exception as error:  # TFDS raises KeyError, ValueError, AssertionError, ...
-                known, reason = ", ".join(builder.info.splits), str(error).partition("\n")[0]
-                reason = "" if reason.startswith("Unknown split") else f" ({reason})"
-                raise DataError(
-                    f"{field}={split}: must be a split of {data.name} ({known}) or a slice of one, "
-                    f"such as train[:10%]{reason}"
-                ) from None
+        self.shards = _shards(builder, data.name, split, field)
         self.ends = list(itertools.accumulate(shard.take for shard in self.shards))
         if not len(self):
             raise DataError(f"{field}={split}: this part of {data.name} has no examples")
