@@ -39,6 +39,7 @@ CHECKED = {
     "train": lambda values: experiment.load(values.experiment, values.set),
     "sweep": lambda values: sweep.settings(values.experiment, values.set),
     "reproduce": lambda values: plan.choose(plan.ROWS, values.only, values.seeds),
+    "compile": lambda values: [experiment.load(name, values.set) for name in values.experiment],
     "benchmark": lambda values: [NETWORKS[name] for name in values.networks],
 }
 # What makes the others quick.

@@ -1,6 +1,7 @@
 """What a user should look at before training: counts, sizes, scaling, broken files, twins, pictures."""
 
 import dataclasses
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -181,7 +182,8 @@ def _as_the_step_sees(config: Config, train: Examples, index: np.ndarray) -> np.
     run_key = jax.random.split(jax.random.key(config.seed))[1]  # as in step.init_state
     key = jax.random.split(jax.random.fold_in(run_key, 0))[0]  # as in step.train_step
     data = config.data
-    image = augmented(run_key, key, batch, data)["image"]
+    seen = jax.jit(functools.partial(augmented, data=data))(run_key, key, batch)
+    image = seen["image"]
     image = np.asarray(image * jnp.array(data.std) + jnp.array(data.mean))[..., :3]
     image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     return np.broadcast_to(image, (*image.shape[:3], 3))

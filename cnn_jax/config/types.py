@@ -96,7 +96,8 @@ def parse(text: str, hint: Any, old: Any) -> Any:
         return by_text[text]
     if origin in _LISTS:
         inside = text.strip("()[]").rstrip(", ")
-        items = [item.strip() for item in inside.split(",")] if inside else []
+        empty = not inside and arguments[:1] == (str,)
+        items = [] if empty else [item.strip() for item in inside.split(",")]
         kinds = _kinds(hint, len(items))
         if len(items) != len(kinds):
             raise ValueError(f"{text!r} is not a list of {len(kinds)} values")

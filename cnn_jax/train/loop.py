@@ -121,7 +121,7 @@ def first_state(
       source: the checkpoint whose parameters are taken where they fit.
       arrays: from `source.arrays`.
     """
-    make = _maker(config, optimizer, examples.image_shape)
+    make = state_maker(config, optimizer, examples.image_shape)
     given = preprocess.first_images(config, examples)
     if source:
         wanted = checkpoint.names(jax.eval_shape(make))
@@ -129,7 +129,8 @@ def first_state(
     return parallel.make_replicated(make, mesh, *given)
 
 
-def _maker(config: Config, optimizer: optax.GradientTransformation, shape: tuple) -> Callable:
+def state_maker(config: Config, optimizer: optax.GradientTransformation, shape: tuple) -> Callable:
+    """`init_state` of a run on images of this shape (H, W, C); it still takes `image` and `given`."""
     more = {"freeze": config.freeze, "ema_decay": config.ema_decay}
     return functools.partial(init_state, config.model, optimizer, shape, config.seed, **more)
 
@@ -181,7 +182,7 @@ class _Run:
             arrays = source and source.arrays(verify)
             self.state = first_state(config, self.optimizer, examples, self.mesh, source, arrays)
             return None
-        make = _maker(config, self.optimizer, examples.image_shape)
+        make = state_maker(config, self.optimizer, examples.image_shape)
         state = checkpoint.fill(jax.eval_shape(make), restored)
         self.state = parallel.replicate(state, self.mesh)
         self.epoch_seconds = restored.notes["epoch_seconds"]

@@ -6,6 +6,8 @@ import re
 
 from cnn_jax.studies.compile import hlo
 
+# On a TPU, copies into the memory on the chip, beside the computation.
+_PREFETCHES = ("copy-start", "slice-start")
 _LETTERS = {"b": "N", "f": "C", "0": "H", "1": "W"}
 # What JAX puts between the names of a layer and of its operation.
 _WRAPPERS = re.compile(r"cond|branch_\d+_fun|transpose\(\)|jvp\(\)|custom_\w+")
@@ -24,8 +26,8 @@ class Findings:
       convolutions: how often, by who computes them and by the order in memory, as in
         ("cuDNN", "NHWC").
       library: calls of libraries by name, without those convolutions.
-      copies: (number, bytes) of copies of arrays, without prefetches.
-      transpositions: (number, bytes) of those, and of transpositions, that change the order in memory.
+      copies: the bytes of each copy of an array, without prefetches.
+      transpositions: of those, and of transpositions, that change the order in memory.
       scatters: where each is from, as in "MaxPool_0 select_and_scatter".
       host: the exchanges with the host's memory.
       aliased: how many outputs reuse the memory of an argument.
@@ -38,8 +40,8 @@ class Findings:
     collectives: tuple[tuple[str, int], ...]
     convolutions: dict[tuple[str, str], int]
     library: dict[str, int]
-    copies: tuple[int, int]
-    transpositions: tuple[int, int]
+    copies: tuple[int, ...]
+    transpositions: tuple[int, ...]
     scatters: tuple[str, ...]
     host: tuple[str, ...]
     aliased: int
@@ -55,11 +57,13 @@ def find(program: hlo.Program) -> Findings:
     for instruction, times, name in program.launched():
         is_fusion = instruction.opcode == "fusion"
         is_scalar = not any(array.dims for array in instruction.arrays)
-        if is_fusion or not (is_scalar or instruction.opcode == "copy-start"):
+        if is_fusion or not (is_scalar or instruction.opcode in _PREFETCHES):
             kernels += times
         fusions += times * is_fusion
         results = _results(instruction)
         moved = [*results, *program.operands(instruction, name)]
+        if instruction.kind in ("slice", "dynamic-slice"):  # reads no more than it returns
+            moved = [*results, *(dataclasses.replace(array, space=0) for array in results)]
         traffic += times * sum(array.bytes for array in moved if not array.space)
         if instruction.kind in hlo.COLLECTIVES:
             collectives += [(instruction.kind, sum(array.bytes for array in results))] * times
@@ -85,8 +89,8 @@ def find(program: hlo.Program) -> Findings:
         tuple(collectives),
         dict(convolutions),
         dict(library),
-        (len(copies), sum(copies)),
-        (len(transpositions), sum(transpositions)),
+        tuple(copies),
+        tuple(transpositions),
         tuple(scatters),
         tuple(host),
         program.aliased,
@@ -106,7 +110,9 @@ def _results(instruction: hlo.Instruction) -> tuple[hlo.Array, ...]:
     arrays = instruction.arrays
     if instruction.opcode == "copy-start":  # (copy, original, context)
         return arrays[:1]
-    if instruction.opcode == "all-gather-start" or instruction.opcode == "all-reduce-start":
+    if instruction.opcode == "slice-start":  # (original, slice, context)
+        return arrays[1:2]
+    if instruction.opcode.endswith("-start"):
         return arrays[len(arrays) // 2 :]
     return arrays
 

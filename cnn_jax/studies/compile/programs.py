@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
-from cnn_jax.data import loader
+from cnn_jax.data import balance, loader, statistics
 from cnn_jax.data.sources import InMemory
 from cnn_jax.studies.compile import hlo
 from cnn_jax.studies.compile.findings import Findings, find
 from cnn_jax.studies.compile.targets import Target
-from cnn_jax.train import evaluation, optim, parallel
-from cnn_jax.train.step import init_state, train_step
+from cnn_jax.train import evaluation, loop, optim, parallel
+from cnn_jax.train.step import train_step
 
 # Enters the program only as a constant, in the schedule of the learning rate.
 _STEPS_PER_EPOCH = 1000
@@ -89,25 +89,30 @@ def compile_steps(
     """
     mesh = parallel.make_mesh(config.devices, target.devices)
     parallel.check_divides(mesh, config.batch_size)
+    examples = _examples(config.batch_size, image_shape)
+    # What a run takes from its data enters the program as constants.
+    config = statistics.in_numbers(config, examples)
+    config = balance.with_class_weights(config, examples)
     optimizer = optim.make_optimizer(config, _STEPS_PER_EPOCH)
-    init = functools.partial(init_state, config.model, optimizer, image_shape, config.seed)
     seen = [jax.ShapeDtypeStruct((config.init_examples, *image_shape), np.float32)]
+    init = loop.state_maker(config, optimizer, image_shape)
     state = jax.eval_shape(init, *(seen if config.init_examples else []))
-    step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-    examples = InMemory(
-        np.zeros((config.batch_size, *image_shape), np.uint8),
-        np.zeros(config.batch_size, np.int32),
-        (),
-    )
     order = np.arange(config.batch_size)
     batch = _shapes(next(loader.training_batches(examples, order, config.batch_size)))
+    step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
+    train = parallel.jit_step(step, mesh, compute_dtype=config.compute_dtype)
     compiled = functools.partial(_compiled, mesh, target, config.compute_dtype)
-    trained = parallel.jit_step(step, mesh, compute_dtype=config.compute_dtype)
-    yield compiled("training", trained, state, batch)
+    yield compiled("training", train, state, batch)
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
     batch = _shapes(next(loader.evaluation_batches(examples, size)))
     evaluate = evaluation.make_eval_step(config.model, config.data, config.compute_dtype, mesh)
     yield compiled("evaluation", evaluate, state.variables, batch)
+
+
+def _examples(count: int, image_shape: tuple[int, int, int]) -> InMemory:
+    """Noise of one class."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, *image_shape), np.uint8)
+    return InMemory(pixels, np.zeros(count, np.int32), ("noise",))
 
 
 def _compiled(

@@ -1,6 +1,6 @@
 """The command `compile`: experiments, one after the other, for one topology."""
 
-import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +13,6 @@ from cnn_jax.data.sources import input_shape
 from cnn_jax.studies import markdown
 from cnn_jax.studies.compile import table, targets
 from cnn_jax.studies.compile.programs import compile_steps
-
-log = logging.getLogger(__name__)
 
 
 def compile_all(
@@ -61,8 +59,18 @@ def compile_all(
         print(f"written to {dump}")
     if write:
         path = experiment.RESULTS / "RESULTS.md"
-        text = f"Compiled for {topology} with JAX {jax.__version__}, on each device:\n\n"
-        markdown.put_section(
-            path, f"compile {topology}", text + markdown.markdown_table(table.HEAD, rows)
-        )
+        command = shlex.join(["compile", *experiments, f"--topology={topology}", "--write"])
+        command += "".join(f" --set {assignment}" for assignment in assignments)
+        markdown.put_section(path, f"compile {topology}", _section(topology, command, rows))
         print(f"written to {path}")
+
+
+def _section(topology: str, command: str, rows: Sequence[Sequence[str]]) -> str:
+    """The training steps as a section of RESULTS.md."""
+    return (
+        f"## Compiled for {topology}, not measured\n\n"
+        f"`./launch.sh {command}`\n\n"
+        f"JAX {jax.__version__}; the figures are those of one device. Traffic: bytes that kernels read "
+        "from and write to its main memory. Bound: what the longest of arithmetic, traffic and "
+        "exchange takes at the device's peak rates.\n\n" + markdown.markdown_table(table.HEAD, rows)
+    )

@@ -14,7 +14,7 @@ HEAD = (
     "GFLOP",
     "traffic MB",
     "bound us",
-    "all-reduces of MB",
+    "all-reduces",
     "kernels",
     "convolutions",
     "copies",
@@ -29,7 +29,6 @@ def lines(compiled: Compiled, target: Target) -> list[str]:
     devices = f"{compiled.devices} device{'s' * (compiled.devices > 1)} of {target.topology}"
     has = f" of {size(rates.memory)}" if rates else ""
     rest = "optimizer and other state" if compiled.name == "training" else "other variables"
-    copies, moved = found.copies, found.transpositions
     rows = {
         "compiled in": f"{compiled.seconds:.1f} s",
         "peak memory": f"{size(memory.peak)}{has}: arguments {size(memory.arguments)}, temporaries "
@@ -42,8 +41,8 @@ def lines(compiled: Compiled, target: Target) -> list[str]:
         "kernels": f"{found.kernels:,}, of them {found.fusions:,} fusions",
         "convolutions": convolutions(compiled),
         "other calls": listed([f"{n} {name}" for name, n in found.library.items()]),
-        "copies": f"{copies[0]:,} ({size(copies[1])})",
-        "transpositions": f"{moved[0]:,} ({size(moved[1])})",
+        "copies": counted(found.copies),
+        "transpositions": counted(found.transpositions),
         "scatters": listed(found.scatters),
         "in place": f"{found.aliased:,} of {compiled.outputs:,} outputs reuse an argument's memory",
         "on the host": listed(found.host),
@@ -67,10 +66,11 @@ def cells(experiment: str, compiled: Compiled, target: Target) -> list[str]:
         f"{compiled.flops / 1e9:,.2f}",
         f"{found.traffic / 1e6:,.1f}",
         f"{1e6 * parts[longest]:,.0f} ({longest})",
-        ", ".join(f"{count / 1e6:.3g}" for _, count in found.collectives if count > 4) or "-",
+        counted([count for _, count in found.collectives]),
         f"{found.kernels:,}",
         convolutions(compiled),
-        *(f"{n:,} ({count / 1e6:,.1f} MB)" for n, count in (found.copies, found.transpositions)),
+        counted(found.copies),
+        counted(found.transpositions),
         listed([source.split()[0] for source in found.scatters]),
     ]
 
@@ -101,6 +101,11 @@ def _roofline(parts: dict[str, float]) -> str:
     longest = max(parts, key=parts.get)
     each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     return f"at least {duration(parts[longest])} a step ({each})"
+
+
+def counted(sizes: Sequence[int]) -> str:
+    """[1000, 2000] bytes -> "2 (3 kB)"; "none" of nothing."""
+    return f"{len(sizes):,} ({size(sum(sizes))})" if sizes else "none"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """`compile` for this machine's processor, what it refuses, and its arithmetic."""
 
+import dataclasses
 import importlib.util
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ from cnn_jax.studies.compile import programs, table, targets
 from cnn_jax.studies.compile.findings import Findings
 from tests.networks import Linear
 
-NOTHING = Findings(0, 0, 0, (), {}, {}, (0, 0), (0, 0), (), (), 0, False)
+NOTHING = Findings(0, 0, 0, (), {}, {}, (), (), (), (), 0, False)
 RATES = targets.Rates(2e12, 4e12, 1e9, 1e11, 1e10, "")
 
 
@@ -68,6 +69,18 @@ def test_the_state_is_reused_and_nothing_leaves_the_device(steps):
     assert sum(size for name, size in found.collectives if name == "all-reduce") >= 4 * 170
 
 
+def test_what_a_run_takes_from_its_data_is_a_constant():
+    """And freezing and averaging are in the state, as in a run."""
+    data = DataConfig("mine", mean="auto", std="auto")
+    fields = {"data": data, "class_weights": "balanced", "ema_decay": 0.9, "freeze": ("*/bias",)}
+    target = targets.Target("cpu", jax.devices()[:1], None)
+    changed = dataclasses.replace(config(batch_size=2), **fields)
+    training = next(programs.compile_steps(changed, (2, 2, 1), target))
+    # Adam's averages are of the kernel alone, the last one of all parameters.
+    kernel, bias = 4 * 4 * 10, 4 * 10
+    assert training.memory.state == 2 * kernel + (kernel + bias) + 4 * (2 + 1 + 2 + 5)
+
+
 def test_float64_is_found():
     class Wide(nn.Module):
         @nn.compact
@@ -84,7 +97,7 @@ def test_float64_is_found():
 def test_what_does_not_fit_is_refused():
     few = targets.Rates(1.0, 1.0, 2000.0, 1.0, 1.0, "")
     target = targets.Target("few", jax.devices()[:1], few)
-    with pytest.raises(ConfigError, match="training with a batch of 16: needs .* which has 2,000"):
+    with pytest.raises(ConfigError, match=r"batch of 16: needs .* which has 2,000"):
         next(programs.compile_steps(config(), (4, 4, 1), target))
 
 

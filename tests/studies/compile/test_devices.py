@@ -63,11 +63,13 @@ def test_the_steps_compile_for_four_devices(name, topology):
         assert 0 < step.memory.peak < 2e9
     # The loss is new; every array of the state takes its old place.
     assert found.aliased == training.outputs - 1
-    # One exchange for all gradients, not one a parameter; another for the number of correct answers.
-    large = [size for kind, size in found.collectives if size > 4]
+    # One exchange for all gradients, not one a parameter; for GPUs, XLA puts at most about 30 MB into
+    # one. The others are as small as the number of correct answers and, in the speedrun's network,
+    # BatchNorm's means over the whole batch.
     assert {kind for kind, _ in found.collectives} == {"all-reduce"}
-    assert sum(large) >= training.memory.parameters
-    assert len(large) == 1
+    gradients = [size for _, size in found.collectives if size > 50_000]
+    assert sum(gradients) >= 0.99 * training.memory.parameters
+    assert len(gradients) <= (2 if topology == "h100:4" else 1)
 
 
 @pytest.mark.parametrize("topology", MODULES)

@@ -30,6 +30,8 @@ ENTRY %main.1_spmd (param.1: f32[5,5,1,6], param.2: bf16[32,28,28,1], param.3: s
   %copy.1 = s32[]{:T(128)S(6)} copy(%param.3), backend_config={"flag_configs":[]}
   %copy-start.1 = (bf16[32,28,28,1]{0,3,2,1:T(2,128)(2,1)S(1)}, bf16[32,28,28,1]{0,3,2,1:T(2,128)(2,1)}, u32[]{:S(2)}) copy-start(%param.2)
   %copy-done.1 = bf16[32,28,28,1]{0,3,2,1:T(2,128)(2,1)S(1)} copy-done(%copy-start.1)
+  %slice-start.1 = ((f32[5,5,1,6]{3,2,1,0:T(1,128)}), f32[1,5,1,6]{3,2,1,0:T(1,128)S(1)}, s32[]{:S(2)}) slice-start(%param.1), slice={[0:1], [0:5], [0:1], [0:6]}
+  %slice-done.1 = f32[1,5,1,6]{3,2,1,0:T(1,128)S(1)} slice-done(%slice-start.1)
   %fusion.1 = (f32[32,28,28,6]{0,3,2,1:T(8,128)S(1)}, f32[32,28,28,6]{0,3,2,1:T(8,128)S(1)}) fusion(%copy-done.1, /*index=1*/%param.1), kind=kOutput, calls=%fused
   %get-tuple-element.1 = f32[32,28,28,6]{0,3,2,1:T(8,128)S(1)} get-tuple-element(%fusion.1), index=0
   %select-and-scatter = f32[32,28,28,6]{0,3,2,1:T(8,128)S(1)} select-and-scatter(%get-tuple-element.1, %get-tuple-element.1), window={size=1x2x2x1 stride=1x2x2x1}, select=%a, scatter=%b, metadata={op_name="jit(step)/transpose(jvp(LeNet))/MaxPool_1/cond/branch_0_fun/select_and_scatter"}
@@ -83,16 +85,16 @@ def test_a_program_for_a_tpu():
     found = findings.find(hlo.Program(TPU))
     kernel, image = 5 * 5 * 6 * 4, 32 * 28 * 28 * 2
     assert found == findings.Findings(
-        kernels=5,  # without the scalar's copy and the prefetch
+        kernels=5,  # without the scalar's copy and the prefetches
         fusions=1,
-        # The prefetch reads the image, the fusion the kernel; the exchange adds a scalar, and reads one
-        # as the copy does.
-        traffic=image + kernel + 4 + 4 + 4,
+        # The prefetches read the image and a fifth of the kernel, the fusion the kernel; the exchange
+        # writes a scalar, and reads one as the copy does.
+        traffic=image + kernel // 5 + kernel + 4 + 4 + 4,
         collectives=(("all-reduce", kernel + 4),),
         convolutions={("XLA", "HWCN"): 1, ("XLA", "kernel gradient"): 1},
         library={},
-        copies=(1, kernel),
-        transpositions=(0, 0),  # swaps a dimension of size 1 with another: no byte moves
+        copies=(kernel,),
+        transpositions=(),  # swaps a dimension of size 1 with another: no byte moves
         scatters=("MaxPool_1 select_and_scatter",),
         host=(),
         aliased=1,
@@ -120,8 +122,8 @@ def test_a_program_for_a_gpu():
         collectives=(("all-reduce", 400),),
         convolutions={("cuDNN", "NHWC"): 1},
         library={"cuBLAS": 3},
-        copies=(1, image),
-        transpositions=(1, kernel),
+        copies=(image,),
+        transpositions=(kernel,),
         scatters=("take_along_axis scatter-add",),
         host=("xla_ffi_python_cpu_callback",),
         aliased=0,
