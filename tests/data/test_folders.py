@@ -1,5 +1,6 @@
 """A user's own images: found in folders and tables, split, decoded, checked."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from cnn_jax.data import folders, sources, statistics
 from cnn_jax.data.splits import load_splits
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models import MLP
+from cnn_jax.train.loop import train
+from cnn_jax.train.workdir import read_config
 
 
 def noise(seed: int, *shape: int) -> Image.Image:
@@ -492,3 +495,23 @@ def test_mean_and_deviation():
     image[..., 1] = 7
     with pytest.raises(ConfigError, match=r"data.std=auto: is .*, 0.0, "):
         statistics.in_numbers(config, examples)
+
+
+def test_a_run_keeps_path_and_numbers_and_notices_other_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, *many("photos/a", 10), *many("photos/b", 10))
+    data = DataConfig("photos", mean="auto", std="auto")
+    config = Config(MLP(num_classes=2), data, epochs=1, batch_size=8, devices=1)
+    train(config, tmp_path / "run")
+    saved = read_config(tmp_path / "run")
+    pixels = sources.load_examples(resolved(data), "train").image.astype(np.float64) / 255
+    kept = saved["config"]["data"]
+    assert kept["name"] == str(tmp_path / "photos")
+    assert (kept["mean"], kept["std"]) == ([round(pixels.mean(), 4)], [round(pixels.std(), 4)])
+    monkeypatch.chdir("/")
+    again = dataclasses.replace(config, epochs=2, data=dataclasses.replace(data, name=kept["name"]))
+    lines = train(again, tmp_path / "run")
+    assert [line["epoch"] for line in lines] == [1, 2]
+    write(tmp_path, "photos/b/new.png")
+    with pytest.raises(ConfigError, match="images of the dataset were added, removed or changed"):
+        train(again, tmp_path / "run")
