@@ -286,7 +286,8 @@ def test_the_home_folder(folder, monkeypatch, caplog):
     assert main.main(["evaluate", "--workdir=~/empty"]) == 4
     assert errors(caplog)[0].startswith(f"error: workdir={folder}/empty: holds no config.json")
     assert main.main(["train", "--experiment=~/own.py", "--workdir=~/file"]) == 4
-    assert errors(caplog)[1].startswith(f"error: workdir={folder}/file: this path or a part of it is a file")
+    start = f"error: workdir={folder}/file: this path or a part of it is a file"
+    assert errors(caplog)[1].startswith(start)
     assert not Path("~").exists()
 
 

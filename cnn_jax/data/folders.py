@@ -133,7 +133,7 @@ class Dataset:
         with tfds_builder.quiet():
             from tensorflow_datasets.core import ReadInstruction
 
-            counts = {name: SimpleNamespace(num_examples=len(i)) for name, i in known.items()}
+            counts = {name: SimpleNamespace(num_examples=len(i)) for name, i in self.splits.items()}
             try:
                 parts = ReadInstruction.from_spec(split).to_absolute(counts)
             except Exception as error:  # as in tfds_records
