@@ -114,11 +114,18 @@ MISTAKES = [  # command line, exit code, what is said
     ("predict --workdir=x", 2, "--images: predict needs it"),
     ("summary", 2, "--experiment: summary needs it"),
     ("verify", 2, "--workdir: verify needs it"),
+    ("lr_finder", 2, "--experiment: lr_finder needs it"),
+    ("lr_finder quickstart --steps=3", 2, "--steps=3: must be at least 20"),
+    (
+        "train quickstart --workdir=x --init_from=nowhere:3",
+        4,
+        "--init_from=nowhere:3: no such folder; give the workdir of a run",
+    ),
     ("convert --workdir=x", 2, "--output: convert needs it"),
     (
         "summary --workdir=x --set epochs=3",
         2,
-        "--set epochs=3: a run that was trained cannot be changed",
+        "--set epochs=3: must not be given with --workdir",
     ),
     ("train --experiment", 2, "Missing value for flag --experiment"),
     ("train --experiment=", 2, "--experiment=: is empty"),
@@ -279,7 +286,8 @@ def test_the_home_folder(folder, monkeypatch, caplog):
     assert main.main(["evaluate", "--workdir=~/empty"]) == 4
     assert errors(caplog)[0].startswith(f"error: workdir={folder}/empty: holds no config.json")
     assert main.main(["train", "--experiment=~/own.py", "--workdir=~/file"]) == 4
-    assert errors(caplog)[1].startswith(f"error: workdir={folder}/file: is a file")
+    start = f"error: workdir={folder}/file: this path or a part of it is a file"
+    assert errors(caplog)[1].startswith(start)
     assert not Path("~").exists()
 
 

@@ -1,6 +1,7 @@
 """What a user should look at before training: counts, sizes, scaling, broken files, twins, pictures."""
 
 import dataclasses
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -15,10 +16,10 @@ from cnn_jax.analysis import plotting
 from cnn_jax.common import files, images
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.paths import is_path
-from cnn_jax.data import folders, sources, statistics
+from cnn_jax.data import balance, folders, sources, statistics
 from cnn_jax.data.sources import Examples
 from cnn_jax.data.tfds_builder import SizesDiffer
-from cnn_jax.train import step
+from cnn_jax.train.augmentation import augmented
 
 COLUMNS = 8
 MOST_ROWS = 20
@@ -101,7 +102,7 @@ def describe(
         name=data.name,
         class_names=train.class_names,
         counts={
-            name: np.bincount(_labels(examples), minlength=len(train.class_names))
+            name: np.bincount(balance.labels(examples), minlength=len(train.class_names))
             for name, examples in splits.items()
         },
         image_shape=train.image_shape,
@@ -147,10 +148,12 @@ def save_contact_sheet(config: Config, train: Examples, output: Path) -> Path:
 
 def _draw(config: Config, train: Examples) -> np.ndarray:
     """A row for each class, with up to COLUMNS of its images: uint8 [h, w, 3]."""
-    labels, random = _labels(train), np.random.default_rng(config.seed)
+    labels, random = balance.labels(train), np.random.default_rng(config.seed)
     found = np.unique(labels)[:MOST_ROWS]
     chosen = [random.permutation(np.flatnonzero(labels == label))[:COLUMNS] for label in found]
-    seen = _as_the_step_sees(config, train, np.concatenate(chosen))
+    index = np.concatenate(chosen)
+    order = random.permutation(len(index))  # as in a batch, where images of all classes are mixed
+    seen = _as_the_step_sees(config, train, index[order])[np.argsort(order)]
     blank = np.full((1, *seen.shape[1:]), 255, np.uint8)
     starts = np.cumsum([0, *map(len, chosen)])
     rows = [
@@ -179,7 +182,8 @@ def _as_the_step_sees(config: Config, train: Examples, index: np.ndarray) -> np.
     run_key = jax.random.split(jax.random.key(config.seed))[1]  # as in step.init_state
     key = jax.random.split(jax.random.fold_in(run_key, 0))[0]  # as in step.train_step
     data = config.data
-    image = step._augmented(run_key, key, batch, data)
+    seen = jax.jit(functools.partial(augmented, data=data))(run_key, key, batch)
+    image = seen["image"]
     image = np.asarray(image * jnp.array(data.std) + jnp.array(data.mean))[..., :3]
     image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     return np.broadcast_to(image, (*image.shape[:3], 3))
@@ -191,13 +195,6 @@ def _broken(dataset: folders.Dataset, data: DataConfig, splits: dict[str, Exampl
     left = [image for image in dataset.images if image.file not in decoded]
     records = folders.FileRecords(dataset, left, data)
     return [text for i in range(len(left)) if (text := records.problem(i))]
-
-
-def _labels(examples: Examples) -> np.ndarray:
-    """int [N]; reads the labels alone where the images are decoded on demand."""
-    if isinstance(examples, sources.InMemory):
-        return examples.label
-    return np.concatenate([batch["label"] for batch in statistics.chunks(examples)])
 
 
 def _place(splits: dict[str, Examples], split: str, index: int) -> str:

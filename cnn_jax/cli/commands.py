@@ -518,9 +518,11 @@ def lr_finder(values: flags.FlagValues) -> None:
     found = finder.find(
         config, values.steps, values.data_dir, values.download, values.init_from, output
     )
-    print(f"the loss falls fastest near {found.rate:.2g}, and is lowest near {found.lowest:.2g}")
+    print(
+        f"the loss falls fastest near {found.steepest:.2g}, and is lowest near {found.lowest:.2g}"
+    )
     print(f"written to {output}")
-    print(f"next: {PROGRAM} train {values.experiment} --set learning_rate={found.rate:.2g}")
+    print(f"to use their geometric mean: --set learning_rate={found.rate:.2g}")
 
 
 @command()

@@ -110,7 +110,7 @@ FLAGS = {
     ),
     "batch_size": Flag(flags.DEFINE_integer, 128, "examples a step", least=1),
     "steps": Flag(
-        flags.DEFINE_integer, None, "training steps; by default an epoch, at most 1000", least=20
+        flags.DEFINE_integer, None, "training steps; by default an epoch, but 100 to 1000", least=20
     ),
     "peers": Flag(
         flags.DEFINE_bool, False, "measures PyTorch and Keras too, installed into .venv-peers"
@@ -189,7 +189,7 @@ class Command:
             if default in (REQUIRED, SEVERAL) and value in (None, []):
                 raise ConfigError(f"--{flag}: {self.name} needs it ({FLAGS[flag].help})")
             if "" in (value if self._takes_several(flag) else [value]):
-                raise ConfigError(f"--{flag}=: must not be empty; leave it out, or give it a value")
+                raise ConfigError(f"--{flag}=: is empty; leave it out, or give it a value")
         return values
 
     def _assign(self, values: flags.FlagValues, alone: Sequence[str]) -> None:

@@ -125,7 +125,7 @@ def print_summary(summary: Summary) -> None:
 
 
 def print_fields(parts: Mapping[str, Sequence[Description]]) -> None:
-    """Prints each field's name, type, default, range and meaning; `parts` maps a prefix to its fields."""
+    """Prints each field, with its type, default, range and meaning; `parts` maps prefixes to fields."""
     table = rich.table.Table(box=None, pad_edge=False)
     table.add_column("field", no_wrap=True)
     table.add_column("type", max_width=10)

@@ -76,7 +76,7 @@ class _Mending:
                     entry.unlink()
         if not self._told:
             what = (
-                "removed a damaged entry; its program is compiled again"
+                "a damaged entry is removed; its program is compiled anew"
                 if entries
                 else "cannot be used; set CNN_JAX_CACHE_DIR to another folder, or CNN_JAX_CACHE=off"
             )

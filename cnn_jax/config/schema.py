@@ -127,13 +127,13 @@ class DataConfig:
         "height, width to which every image is resized, in pixels; needed where sizes differ",
     ] = None
     mean: Annotated[
-        Literal["auto"] | tuple[float, ...],
+        tuple[float, ...] | Literal["auto"],
         MEANS,
         "subtracted from the pixels in [0, 1], one value or one a channel; auto: those of the training "
         "split, which config.json keeps as numbers",
     ] = (0.0,)
     std: Annotated[
-        Literal["auto"] | tuple[float, ...], DEVIATIONS, "divides them after that, likewise"
+        tuple[float, ...] | Literal["auto"], DEVIATIONS, "divides them after that, likewise"
     ] = (1.0,)
     flip: Annotated[bool, "mirrors half of the training images, at random"] = False
     alternating_flip: Annotated[

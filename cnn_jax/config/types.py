@@ -83,7 +83,8 @@ def parse(text: str, hint: Any, old: Any) -> Any:
     if origin in _UNIONS:
         if text.lower() == "none" and type(None) in arguments:
             return None
-        *others, last = (kind for kind in arguments if kind is not type(None))
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        *others, last = sorted(kinds, key=lambda kind: typing.get_origin(kind) is not Literal)
         for kind in others:
             with contextlib.suppress(ValueError):
                 return parse(text, kind, old)
@@ -95,7 +96,8 @@ def parse(text: str, hint: Any, old: Any) -> Any:
         return by_text[text]
     if origin in _LISTS:
         inside = text.strip("()[]").rstrip(", ")
-        items = [item.strip() for item in inside.split(",")] if inside else []
+        empty = not inside and arguments[:1] == (str,)
+        items = [] if empty else [item.strip() for item in inside.split(",")]
         kinds = _kinds(hint, len(items))
         if len(items) != len(kinds):
             raise ValueError(f"{text!r} is not a list of {len(kinds)} values")
@@ -169,7 +171,7 @@ def _described(hint: Any) -> str:
     if origin in _UNIONS:
         return " or ".join(map(_described, arguments))
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin in _LISTS:
         return str(hint)
     if hint is types.NoneType:

@@ -5,18 +5,14 @@ import dataclasses
 import numpy as np
 
 from cnn_jax.config import Config
-from cnn_jax.data.sources import Examples, InMemory
-
-CHUNK = 500
+from cnn_jax.data.sources import Examples, InMemory, chunks
 
 
 def labels(examples: Examples) -> np.ndarray:
     """int32 [N]; examples that are not in memory are read and decoded for it."""
     if isinstance(examples, InMemory):
         return examples.label
-    places = np.arange(len(examples))
-    parts = [places[start : start + CHUNK] for start in range(0, len(places), CHUNK)]
-    return np.concatenate([examples[part]["label"] for part in parts])
+    return np.concatenate([batch["label"] for batch in chunks(examples)])
 
 
 def with_class_weights(config: Config, examples: Examples) -> Config:

@@ -24,7 +24,7 @@ from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import image_files, tfds_builder
 from cnn_jax.data.image_files import ImageFile
-from cnn_jax.data.prefetch import look_ahead
+from cnn_jax.data.prefetch import Workers, look_ahead
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,9 @@ class Dataset:
         """
         sizes, grey = self.headers.sizes, self.headers.grey[self.headers.size[:, 0] > 0]
         if not len(sizes):
-            raise DataError(f"data.name={self.name}: none of its {len(grey)} images can be read")
+            raise DataError(
+                f"data.name={self.name}: none of its {len(self.images)} images can be read"
+            )
         channels = 1 if grey.all() else 3
         if data.image_size:
             return (*data.image_size, channels)
@@ -131,15 +133,15 @@ class Dataset:
         with tfds_builder.quiet():
             from tensorflow_datasets.core import ReadInstruction
 
-            counts = {name: SimpleNamespace(num_examples=len(i)) for name, i in known.items()}
+            counts = {name: SimpleNamespace(num_examples=len(i)) for name, i in self.splits.items()}
             try:
                 parts = ReadInstruction.from_spec(split).to_absolute(counts)
             except Exception as error:  # as in tfds_records
                 reason = str(error).partition("\n")[0]
                 reason = "" if reason.startswith("Unknown split") else f" ({reason})"
                 raise DataError(
-                    f"{field}={split}: {self.name} has {', '.join(known)}, and slices such as "
-                    f"train[:10%]{reason}"
+                    f"{field}={split}: must be a split of {self.name} ({', '.join(known)}) or a slice "
+                    f"of one, such as train[:10%]{reason}"
                 ) from None
         return [known[part.splitname][part.from_ : part.to] for part in parts]
 
@@ -213,7 +215,7 @@ def size_range(sizes: np.ndarray) -> str:
     """Sizes [n, 2] in words: smallest, median and largest, by their area, or the only one."""
     if len(np.unique(sizes, axis=0)) == 1:
         return "all {}x{}".format(*sizes[0])
-    ordered = sizes[np.argsort(sizes.prod(1, dtype=np.int64), kind="stable")]
+    ordered = sizes[np.lexsort((sizes[:, 0], sizes.prod(1, dtype=np.int64)))]
     shown = ("x".join(map(str, ordered[i])) for i in (0, len(ordered) // 2, -1))
     return "{} the smallest, {} the median, {} the largest (height x width)".format(*shown)
 
@@ -241,10 +243,7 @@ class FileRecords:
         self.any_size = data.image_size is not None
         index = {name: i for i, name in enumerate(self.class_names)}
         self.labels = np.array([index[image.class_name] for image in images], np.int32)
-        pixels = np.median(dataset.headers.sizes.prod(1, dtype=np.int64))
-        small = pixels < decode.PIXELS_WORTH_A_THREAD
-        self.threads = 1 if small else cpu.cores()
-        self.workers = ThreadPoolExecutor(self.threads)
+        self.workers = Workers(np.median(dataset.headers.sizes.prod(1, dtype=np.int64)))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -280,19 +279,14 @@ class FileRecords:
         label = self.labels[list(indices)]
         errors: list[DataError] = []
 
-        def decode_some(places: np.ndarray) -> None:
-            for i in places:
-                try:
-                    image[i] = self._read(self._path(indices[i]))
-                except DataError as error:
-                    label[i] = BROKEN
-                    errors.append(error)
+        def decode_one(i: int) -> None:
+            try:
+                image[i] = self._read(self._path(indices[i]))
+            except DataError as error:
+                label[i] = BROKEN
+                errors.append(error)
 
-        if self.threads == 1:
-            decode_some(np.arange(len(indices)))
-        else:
-            parts = np.array_split(np.arange(len(indices)), self.threads)
-            list(self.workers.map(decode_some, parts))
+        self.workers.each(decode_one, len(indices))
         return image, label, errors
 
     def _read(self, path: str) -> np.ndarray:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.config.paths import is_path
 from cnn_jax.data import decoded_cache, folders, tfds_builder
+from cnn_jax.data.prefetch import look_ahead
 
 if typing.TYPE_CHECKING:
     from cnn_jax.data.tfds_records import Records
 
 log = logging.getLogger(__name__)
+
+_CHUNK = 500
 
 
 class Examples(typing.Protocol):
@@ -84,7 +88,8 @@ class OnDemand:
 
     @property
     def files(self) -> tuple[str, ...]:
-        return tuple(self.records.files[i] for i in self.indices) if self.records.files else ()
+        own = isinstance(self.records, folders.FileRecords)
+        return tuple(self.records.files[i] for i in self.indices) if own else ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -139,6 +144,14 @@ def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
         label = new_label[examples.label]
         return dataclasses.replace(examples, label=label, class_names=class_names)
     return Relabelled(examples, class_names, new_label)
+
+
+def chunks(examples: Examples) -> Iterator[dict[str, np.ndarray]]:
+    """All examples in order, a few at a time."""
+    starts = range(0, len(examples), _CHUNK)
+    return look_ahead(
+        examples[np.arange(start, min(start + _CHUNK, len(examples)))] for start in starts
+    )
 
 
 def default_data_dir() -> str:

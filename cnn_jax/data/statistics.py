@@ -2,28 +2,30 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
 from cnn_jax.config.schema import AUTO
-from cnn_jax.data.prefetch import look_ahead
-from cnn_jax.data.sources import Examples
+from cnn_jax.data import balance
+from cnn_jax.data.sources import Examples, chunks
 
 Place = tuple[str, int]  # a split, and the index of an example in it
 
-CHUNK = 500
 DIGITS = 4
 
 
 def in_numbers(config: Config, examples: Examples) -> Config:
-    """`config` with numbers for a data.mean or data.std of "auto", from the training `examples`.
+    """`config` with numbers for what the training `examples` decide.
+
+    These are a data.mean or data.std of "auto", and class weights that are "balanced".
 
     Raises:
       ConfigError: a channel has the same value everywhere, so that its deviation is 0.
     """
+    config = balance.with_class_weights(config, examples)
     data = config.data
     if AUTO not in (data.mean, data.std):
         return config
@@ -73,11 +75,3 @@ def twins(splits: Mapping[str, Examples]) -> list[tuple[Place, Place]]:
                     found.append((before, (name, place)))
                 place += 1
     return found
-
-
-def chunks(examples: Examples) -> Iterator[dict[str, np.ndarray]]:
-    """All examples in order, a few at a time."""
-    starts = range(0, len(examples), CHUNK)
-    return look_ahead(
-        examples[np.arange(start, min(start + CHUNK, len(examples)))] for start in starts
-    )

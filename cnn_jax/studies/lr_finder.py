@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from cnn_jax.analysis import plotting
 from cnn_jax.common import files
@@ -19,11 +20,11 @@ from cnn_jax.config.validate import validate
 from cnn_jax.data import loader, statistics
 from cnn_jax.data.sources import Examples
 from cnn_jax.data.splits import check_splits, load_splits
-from cnn_jax.train import loop, optim, parallel, pretrained
+from cnn_jax.train import initial, optim, parallel, pretrained
 from cnn_jax.train.step import train_step
 
 LOWEST, HIGHEST = 1e-6, 10.0
-MOST_STEPS = 1000
+LEAST_STEPS, MOST_STEPS = 100, 1000
 FEWEST = 10  # losses, below which there is no curve to read
 
 
@@ -35,15 +36,20 @@ class Found:
       rates: float64 [steps done], the rate of each step.
       losses: float64 [steps done], before each step.
       smooth: float64 [steps done], centred means of the losses.
-      rate: the suggestion: where `smooth` falls fastest over the logarithm of the rate.
-      lowest: where it is lowest.
+      steepest: the rate at which `smooth` falls fastest over the logarithm of the rate.
+      lowest: the rate at which it is lowest.
     """
 
     rates: np.ndarray
     losses: np.ndarray
     smooth: np.ndarray
-    rate: float
+    steepest: float
     lowest: float
+
+    @property
+    def rate(self) -> float:
+        """The suggestion: the geometric mean of the two, a rule of thumb."""
+        return math.sqrt(self.steepest * self.lowest)
 
 
 def find(
@@ -60,7 +66,7 @@ def find(
 
     Args:
       config: the run whose rate is sought; its own rate and schedule are not used.
-      steps: of the whole rise; None: an epoch, at most MOST_STEPS.
+      steps: of the whole rise; None: an epoch, within LEAST_STEPS and MOST_STEPS.
       data_dir: the folder of the dataset.
       download: downloads the dataset if it is not prepared.
       init_from: as in `loop.train`.
@@ -77,12 +83,12 @@ def find(
     )
     validate(config)
     files.check_folder(output.parent)
-    source = pretrained.find(init_from, Path())
+    source = pretrained.find(init_from)
     splits = load_splits(config, data_dir, download)
     config = statistics.in_numbers(config, splits.train)
     check_splits(config, splits)
     epoch = len(splits.train) // config.batch_size
-    rates = np.geomspace(LOWEST, HIGHEST, steps or max(min(epoch, MOST_STEPS), 2 * FEWEST))
+    rates = np.geomspace(LOWEST, HIGHEST, steps or min(max(epoch, LEAST_STEPS), MOST_STEPS))
     losses = train(config, rates, splits.train, source)
     if len(losses) < FEWEST:
         raise NotFiniteError(
@@ -104,11 +110,11 @@ def train(
     # Not a lookup in an array: a factory may call its schedule with any number.
     rise = optax.exponential_decay(rates[0], 1, float(rates[1] / rates[0]))
     optimizer = optim.make_optimizer(config, len(rates), rise)
-    state = loop.first_state(config, optimizer, examples, mesh, source, source and source.arrays())
+    state = initial.first_state(config, optimizer, examples, mesh, source)
     pure = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
     step, losses = None, []
     for batch in itertools.islice(_batches(config, examples), len(rates)):
-        step = step or parallel.compile_step(pure, mesh, state, batch)
+        step = step or parallel.compile_step(pure, mesh, state, batch, config.compute_dtype)
         state, loss = step(state, parallel.shard(batch, mesh))
         losses.append(float(loss))
         recent = losses[-FEWEST:]
@@ -146,21 +152,21 @@ def picture(found: Found) -> plotting.Chart:
         axes.grid(axis="y")
         axes.plot(found.rates, found.losses, color=theme.rule, linewidth=0.8, label="each step")
         axes.plot(found.rates, found.smooth, color=theme.series[0], label="smoothed")
+        span = (found.steepest, found.lowest)
+        axes.axvspan(*span, color=theme.series[0], alpha=0.12, label="steepest to lowest")
         axes.axvline(
-            found.rate, color=theme.series[1], linestyle="--", label=f"steepest: {found.rate:.2g}"
-        )
-        axes.axvline(
-            found.lowest, color=theme.muted, linestyle=":", label=f"lowest: {found.lowest:.2g}"
+            found.rate, color=theme.series[1], linestyle="--", label=f"suggestion: {found.rate:.1e}"
         )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
         axes.set_xlabel("learning rate")
         axes.set_ylabel("training loss")
         low, high = found.smooth.min(), found.smooth[: max(len(found.smooth) // 2, 1)].max()
         axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
-        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+        axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
     alt = (
-        f"Training loss by learning rate: it falls fastest near {found.rate:.2g} and is lowest near "
-        f"{found.lowest:.2g}."
+        f"Training loss by learning rate: it falls fastest near {found.steepest:.2g} and is lowest "
+        f"near {found.lowest:.2g}."
     )
-    return plotting.draw("lr_finder", alt, 3.0, paint)
+    return plotting.draw("lr_finder", alt, 2.6, paint)

@@ -20,27 +20,26 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from cnn_jax.config import Config
 from cnn_jax.config.paths import resolve
 from cnn_jax.config.validate import validate
-from cnn_jax.data import balance, loader, statistics
-from cnn_jax.data.sources import Examples
+from cnn_jax.data import loader, statistics
 from cnn_jax.data.splits import Splits, check_splits, load_splits
 from cnn_jax.train import (
     agreement,
     checkpoint,
+    early_stopping,
     evaluation,
+    initial,
     optim,
     parallel,
-    preprocess,
     pretrained,
 )
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
-from cnn_jax.train.step import TrainState, empty_sums, init_state, train_step
+from cnn_jax.train.step import TrainState, empty_sums, train_step
 from cnn_jax.train.workdir import check_same_run, locked, metrics, prepare, write_config
 
 
@@ -88,7 +87,6 @@ def train(
         splits = splits or load_splits(config, data_dir, download)
         agreement.check_data(splits, source)
         config = statistics.in_numbers(config, splits.train)
-        config = balance.with_class_weights(config, splits.train)
         metadata = check_splits(config, splits)
         if source:
             metadata["init_from"] = dataclasses.asdict(source)
@@ -101,38 +99,6 @@ def train(
                 write_config(workdir, config, experiment, metadata)
             run.epochs()
     return metrics(workdir)
-
-
-def first_state(
-    config: Config,
-    optimizer: optax.GradientTransformation,
-    examples: Examples,
-    mesh: Any,
-    source: pretrained.Source | None = None,
-    arrays: checkpoint.Arrays | None = None,
-) -> TrainState:
-    """The state before the first step, on every device of the mesh.
-
-    Args:
-      config: the run.
-      optimizer: from `optim.make_optimizer`.
-      examples: of training.
-      mesh: the devices.
-      source: the checkpoint whose parameters are taken where they fit.
-      arrays: from `source.arrays`.
-    """
-    make = state_maker(config, optimizer, examples.image_shape)
-    given = preprocess.first_images(config, examples)
-    if source:
-        wanted = checkpoint.names(jax.eval_shape(make))
-        given = [*(given or [None]), pretrained.fitting(source, arrays, wanted)]
-    return parallel.make_replicated(make, mesh, *given)
-
-
-def state_maker(config: Config, optimizer: optax.GradientTransformation, shape: tuple) -> Callable:
-    """`init_state` of a run on images of this shape (H, W, C); it still takes `image` and `given`."""
-    more = {"freeze": config.freeze, "ema_decay": config.ema_decay}
-    return functools.partial(init_state, config.model, optimizer, shape, config.seed, **more)
 
 
 class _Run:
@@ -179,10 +145,11 @@ class _Run:
         config, examples = self.config, self.splits.train
         restored = self.saver.checkpoints.newest(verify=verify)
         if restored is None:
-            arrays = source and source.arrays(verify)
-            self.state = first_state(config, self.optimizer, examples, self.mesh, source, arrays)
+            self.state = initial.first_state(
+                config, self.optimizer, examples, self.mesh, source, verify
+            )
             return None
-        make = state_maker(config, self.optimizer, examples.image_shape)
+        make = initial.state_maker(config, self.optimizer, examples.image_shape)
         state = checkpoint.fill(jax.eval_shape(make), restored)
         self.state = parallel.replicate(state, self.mesh)
         self.epoch_seconds = restored.notes["epoch_seconds"]
@@ -282,52 +249,36 @@ class _Run:
         saver.check_lock()
         self.reporter.epoch(line)
         self.line_is_missing = False
-        if last or self._stale_epochs():
+        if last or early_stopping.stale_epochs(config, saver.folder):
             saver.save_and_wait(self.state, self.epoch_seconds)
         elif stop := saver.asked_to_stop(step):
             saver.stop(self.state, self.epoch_seconds, stop)
 
     def _is_over(self) -> bool:
         """Whether the run ends before its last epoch; prints why."""
-        if stale := self._stale_epochs():
+        stale = early_stopping.stale_epochs(self.config, self.saver.folder)
+        if stale:
             epoch = int(self.state.step) // self.steps_per_epoch
-            self.reporter.progress.message(
-                f"stopped early after epoch {epoch}: the best validation accuracy is that of epoch "
-                f"{epoch - stale}; a larger early_stopping_epochs continues the run"
-            )
-        return bool(stale)
-
-    def _stale_epochs(self) -> int:
-        """The epochs since the best validation accuracy if they end the run, else 0."""
-        patience = self.config.early_stopping_epochs
-        if patience is None:
-            return 0
-        scores = {
-            line["epoch"]: line["validation_accuracy"]
-            for line in metrics(self.saver.folder)
-            if "validation_accuracy" in line
-        }
-        # The main process decides: another may not see its last line yet.
-        stale = max(scores) - max(scores, key=scores.get) if scores else 0
-        return parallel.largest(stale * (stale >= patience) if parallel.is_main_process() else 0)
+            self.reporter.progress.message(early_stopping.reason(epoch, stale))
+        return stale > 0
 
     def _evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the validation and test splits."""
-        line = {}
-        for name in ("validation", "test"):
-            if (examples := getattr(self.splits, name)) is not None:
-                found = evaluation.evaluate_examples(
-                    self.eval_step,
-                    self.state.variables,
-                    examples,
-                    self.config.eval_batch_size,
-                    self.mesh,
-                    before_each=self._stop_evaluating,
-                )
-                line |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy}
+        found = evaluation.evaluate_splits(
+            self.eval_step,
+            self.state.variables,
+            self.splits,
+            self.config.eval_batch_size,
+            self.mesh,
+            before_each=self._stop_evaluating,
+        )
         shape, step = self.splits.train.image_shape, int(self.state.step)
-        self.reporter.evaluated(found.confusion, self.state.params, shape, step)
-        return line
+        self.reporter.evaluated(found["test"].confusion, self.state.params, shape, step)
+        return {
+            f"{split}_{name}": getattr(one, name)
+            for split, one in found.items()
+            for name in ("loss", "accuracy")
+        }
 
     def _stop_evaluating(self) -> None:
         """Ends the run after a signal: an evaluation may take longer than `grace_seconds`."""

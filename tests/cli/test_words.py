@@ -33,6 +33,7 @@ def parsed(line: str):
         ("report runs/a runs/b", {"workdir": ["runs/a", "runs/b"]}),
         ("report --workdir=runs/a runs/b", {"workdir": ["runs/a", "runs/b"]}),
         ("summary fashion_mnist/lenet", {"experiment": "fashion_mnist/lenet"}),
+        ("data photos --set data.flip=true", {"dataset": "photos", "set": ["data.flip=true"]}),
         ("verify runs/x", {"workdir": "runs/x"}),
         ("export runs/x", {"workdir": "runs/x"}),
         ("convert runs/x --output=y", {"workdir": "runs/x", "output": "y"}),

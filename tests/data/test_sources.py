@@ -555,7 +555,7 @@ def test_wrong_split(pictures_dir: Path):
     line = refusal(data, pictures_dir, "test")
     assert line.startswith("data.test_split=train[40:50]: ")
     assert refusal("pictures", pictures_dir, "train[oops]").startswith("split=train[oops]: ")
-    assert "no examples there" in refusal("pictures", pictures_dir, "train[:0]")
+    assert "has no examples" in refusal("pictures", pictures_dir, "train[:0]")
 
 
 # ---------------------------------------------------------------------------- not prepared

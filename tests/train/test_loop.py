@@ -123,6 +123,21 @@ def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(
     assert_same_run(tmp_path, undisturbed(devices))
 
 
+def test_augmented_mixed_and_balanced_examples_are_the_same_after_a_stop(
+    splits, tmp_path, monkeypatch
+):
+    changes = {"rotation": 15.0, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
+    data = DataConfig("tiny", balanced=True, **changes)
+    config = simple(data=data, class_weights="balanced", devices=2)
+    loop.train(config, tmp_path / "whole", splits=splits)
+    with monkeypatch.context() as patch:
+        stop_at(patch, STEPS + 2)
+        with pytest.raises(Preempted):
+            loop.train(config, tmp_path / "stopped", splits=splits)
+    loop.train(config, tmp_path / "stopped", splits=splits)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(splits, undisturbed, tmp_path):
     loop.train(make_config(), tmp_path / "again", splits=splits)
     assert_same_run(tmp_path / "again", undisturbed())

@@ -27,7 +27,7 @@ SHAPE = (28, 28, 1)
 
 
 def make_config(**fields):
-    data = DataConfig("tiny", mean=(0.2,), std=(0.3,), flip=True, crop_padding=2)
+    data = DataConfig("tiny", mean=(0.2,), std=(0.3,), flip=True, crop_padding=2, mixup=0.4)
     # SGD: Adam would make steps of full size out of rounding noise.
     sgd = functools.partial(optax.sgd, momentum=0.9)
     fields = {"data": data, "optimizer": sgd, "learning_rate": 0.05, "batch_size": 16, **fields}

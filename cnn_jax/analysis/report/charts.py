@@ -77,13 +77,13 @@ def learning_rate(config: Config, steps_per_epoch: int) -> plotting.Chart | None
         axes.grid(axis="y")
         axes.plot(steps / steps_per_epoch, rates, color=theme.series[0])
         axes.set_ylabel("learning rate")
-        axes.set_xlabel("epoch")
+        plotting.epoch_axis(axes, config.epochs)
         axes.set_xlim(0, config.epochs)
         axes.set_ylim(bottom=0)
 
     alt = (
-        f"Learning rate by epoch, schedule {config.schedule}: {rates[0]:.3g} at the first step, at most "
-        f"{rates.max():.3g}, {rates[-1]:.3g} at the last step."
+        f"Learning rate by epoch, {config.schedule} schedule: {rates[0]:.3g} at the first step, "
+        f"at most {rates.max():.3g}, {rates[-1]:.3g} at the last step."
     )
     return plotting.draw("learning-rate", alt, 1.7, paint)
 

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
-from cnn_jax.data import balance, loader, statistics
+from cnn_jax.data import loader, statistics
 from cnn_jax.data.sources import InMemory
 from cnn_jax.studies.compile import hlo
 from cnn_jax.studies.compile.findings import Findings, find
 from cnn_jax.studies.compile.targets import Target
-from cnn_jax.train import evaluation, loop, optim, parallel
+from cnn_jax.train import evaluation, initial, optim, parallel
 from cnn_jax.train.step import train_step
 
 # Enters the program only as a constant, in the schedule of the learning rate.
@@ -92,10 +92,9 @@ def compile_steps(
     examples = _examples(config.batch_size, image_shape)
     # What a run takes from its data enters the program as constants.
     config = statistics.in_numbers(config, examples)
-    config = balance.with_class_weights(config, examples)
     optimizer = optim.make_optimizer(config, _STEPS_PER_EPOCH)
     seen = [jax.ShapeDtypeStruct((config.init_examples, *image_shape), np.float32)]
-    init = loop.state_maker(config, optimizer, image_shape)
+    init = initial.state_maker(config, optimizer, image_shape)
     state = jax.eval_shape(init, *(seen if config.init_examples else []))
     order = np.arange(config.batch_size)
     batch = _shapes(next(loader.training_batches(examples, order, config.batch_size)))
