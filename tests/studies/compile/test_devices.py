@@ -1,6 +1,6 @@
 """The programs for TPUs and GPUs, as their real compilers make them; nothing runs.
 
-`./launch.sh setup --with=compile-tpu --with=compile-cuda`, then `./launch.sh test -m compile`. The
+`./launch.sh setup --with=compile-tpu --with=compile-cuda`, then `./launch.sh test -mcompile`. The
 tests of a kind of device are skipped where its compiler is not installed.
 """
 
