@@ -135,9 +135,7 @@ def _compiled(
         + found.generated_code_size_in_bytes,
     )
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
-    return Compiled(
-        name, batch_size, mesh.size, seconds, memory, flops, text, hlo.Program(text)
-    )
+    return Compiled(name, batch_size, mesh.size, seconds, memory, flops, text, hlo.Program(text))
 
 
 @contextlib.contextmanager

@@ -108,4 +108,6 @@ def _gpus(topology: str, rates: Rates, shape: str) -> Sequence[jax.Device]:
 def _need(module: str, topology: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         adds = f"{PROGRAM} setup --with={extra}" if CHECKOUT else f"pip install 'cnn_jax[{extra}]'"
-        raise ConfigError(f"--topology={topology}: needs {module}, which is missing; {adds} adds it")
+        raise ConfigError(
+            f"--topology={topology}: needs {module}, which is missing; {adds} adds it"
+        )
