@@ -81,11 +81,17 @@ def test_a_program_does_not_grow_with_the_epochs(topology):
 
 @pytest.mark.parametrize("topology", MODULES)
 def test_a_batch_that_does_not_fit_is_refused(topology):
-    config = Config(Small(), DataConfig("mine"), batch_size=2**22)
+    config = Config(Small(), DataConfig("mine"), batch_size=4096)
     target = target_of(topology)
-    few = dataclasses.replace(target.rates, memory=1e6)
-    with pytest.raises(ConfigError, match="training with a batch of 4194304: needs "):
-        next(programs.compile_steps(config, (256, 256, 1), dataclasses.replace(target, rates=few)))
+    few = dataclasses.replace(target.rates, memory=1e5)
+    with pytest.raises(ConfigError, match="training with a batch of 4096: needs "):
+        next(programs.compile_steps(config, (28, 28, 1), dataclasses.replace(target, rates=few)))
+
+
+def test_the_compiler_refuses_what_a_tpu_cannot_hold():
+    config = Config(Small(), DataConfig("mine"), batch_size=2**22)
+    with pytest.raises(ConfigError, match=r"training with a batch of 4194304: needs [\d.]+G"):
+        next(programs.compile_steps(config, (256, 256, 1), target_of("v5e:2x2")))
 
 
 @pytest.mark.parametrize("topology", MODULES)
