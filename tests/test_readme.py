@@ -112,6 +112,9 @@ def check(name: str, rest: list[str]) -> None:
     """Fails where `./launch.sh NAME REST` would be refused."""
     if name in ("setup", "test"):
         launcher = (REPOSITORY / "launch.sh").read_text()
+        if rest[:1] == ["-m"]:
+            assert f"    {rest[1]}: " in (REPOSITORY / "setup.cfg").read_text()
+            rest = rest[2:]
         assert all(text in launcher for text in rest if text[0] == "-"), rest
         assert all((REPOSITORY / text).exists() for text in rest if text[0] != "-"), rest
     elif rest:

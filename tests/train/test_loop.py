@@ -441,12 +441,14 @@ def test_another_experiment_is_refused_with_the_difference(splits, tmp_path):
 
 
 def test_what_does_not_touch_the_mathematics_may_change(splits, tmp_path):
+    splits = dataclasses.replace(splits, validation=splits.test)
     loop.train(simple(epochs=1), tmp_path, splits=splits)
     changed = {
         "checkpoint_every_epochs": 3,
         "checkpoint_every_minutes": 9.0,
         "checkpoint_every_steps": 7,
         "devices": 2,
+        "early_stopping_epochs": 3,
         "eval_every_epochs": 2,
         "grace_seconds": 5.0,
         "heartbeat_seconds": 50,

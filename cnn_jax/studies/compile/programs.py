@@ -19,7 +19,7 @@ from cnn_jax.data.sources import InMemory
 from cnn_jax.studies.compile import hlo
 from cnn_jax.studies.compile.findings import Findings, find
 from cnn_jax.studies.compile.targets import Target
-from cnn_jax.train import evaluation, initial, optim, parallel
+from cnn_jax.train import evaluation, optim, parallel, start
 from cnn_jax.train.step import train_step
 
 # Enters the program only as a constant, in the schedule of the learning rate.
@@ -96,7 +96,7 @@ def compile_steps(
     config = statistics.in_numbers(config, examples)
     optimizer = optim.make_optimizer(config, _STEPS_PER_EPOCH)
     seen = [jax.ShapeDtypeStruct((config.init_examples, *image_shape), np.float32)]
-    init = initial.state_maker(config, optimizer, image_shape)
+    init = start.state_maker(config, optimizer, image_shape)
     state = jax.eval_shape(init, *(seen if config.init_examples else []))
     batch = next(loader.training_batches(examples, np.arange(_EXAMPLES), _EXAMPLES))
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
