@@ -8,6 +8,9 @@ and Fourier's sums, which `formulations.py` has for float32, would cost more tha
 Sums of several products are added in float32 and rounded once.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -21,8 +24,7 @@ def forward(g: Geometry, image: Array, kernel: Array) -> Array:
     """[N, H, W, C], [KH, KW, C, O] -> [N, OH, OW, O]."""
     if applies("dense", g):
         return formulations.FORMULATIONS["dense"](g, image, kernel)
-    # oneDNN has too few columns to work on at a time.
-    if g.out[1] < 4:
+    if g.out[1] < 4 or (g.strides != (1, 1) and g.in_channels >= 512):
         return formulations.FORMULATIONS["patches"](g, image, kernel)
     return xla(g, image, kernel)
 
@@ -42,12 +44,17 @@ def image_gradient(g: Geometry, cotangent: Array, kernel: Array) -> Array:
 
 def kernel_gradient(g: Geometry, cotangent: Array, image: Array) -> Array:
     """[N, OH, OW, O], [N, H, W, C] -> [KH, KW, C, O]."""
+    if g.out_channels < 32 and not applies("dense", g):
+        shape = (*g.kernel, g.in_channels, g.out_channels)
+        argument = jax.ShapeDtypeStruct(shape, image.dtype)
+        convolution = functools.partial(xla, g, _write(image))
+        return _write(jax.linear_transpose(convolution, argument)(cotangent)[0])
     cotangent = cotangent.reshape(-1, g.out_channels)
     if applies("dense", g):
         rows = image.reshape(len(cotangent), -1)
         return (rows.T @ cotangent).reshape(*g.kernel, g.in_channels, g.out_channels)
     kh, kw = g.kernel
-    image = formulations._pad(g, image)
+    image = formulations._pad(g, _write(image))
     if g.in_channels < 16:
         patches = formulations._im2col(image, 1, kh, g.out[0], g.strides[0])
         patches = _write(formulations._im2col(patches, 2, kw, g.out[1], g.strides[1]))
