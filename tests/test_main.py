@@ -114,11 +114,18 @@ MISTAKES = [  # command line, exit code, what is said
     ("predict --workdir=x", 2, "--images: predict needs it"),
     ("summary", 2, "--experiment: summary needs it"),
     ("verify", 2, "--workdir: verify needs it"),
+    ("lr_finder", 2, "--experiment: lr_finder needs it"),
+    ("lr_finder quickstart --steps=3", 2, "--steps=3: must be at least 20"),
+    (
+        "train quickstart --workdir=x --init_from=nowhere:3",
+        4,
+        "--init_from=nowhere:3: no such folder; give the workdir of a run",
+    ),
     ("convert --workdir=x", 2, "--output: convert needs it"),
     (
         "summary --workdir=x --set epochs=3",
         2,
-        "--set epochs=3: a run that was trained cannot be changed",
+        "--set epochs=3: must not be given with --workdir",
     ),
     ("train --experiment", 2, "Missing value for flag --experiment"),
     ("train --experiment=", 2, "--experiment=: is empty"),
@@ -135,16 +142,20 @@ MISTAKES = [  # command line, exit code, what is said
         2,
         "--batch_size: is a field of the configuration; write --set batch_size=VALUE",
     ),
-    ("train --experiment=own.py --workdir=gs://a/b", 2, "gs://a/b: must be a local or a mounted"),
+    (
+        "train --experiment=own.py --workdir=gs://a/b",
+        2,
+        "gs://a/b: must be a folder of this machine",
+    ),
     ("list --xyzzy", 2, "--xyzzy: list has no such flag; it has: --debug"),
     ("evaluate --workdir=x --set epochs=3", 2, "--set: evaluate has no such flag; "),
     (
         "list own.py",
         2,
-        "own.py: unexpected; list takes no words and flags, which are written --name=",
+        "own.py: list cannot use this word; it takes no word and flags, which are written --name=",
     ),
-    ("train --experiment=own.py epochs=3", 2, "epochs=3: unexpected"),
-    ("train --experiment=own.py --set epochs 3", 2, "3: unexpected"),
+    ("train --experiment=own.py epochs=3", 2, "epochs=3: train cannot use this word"),
+    ("train --experiment=own.py --set epochs 3", 2, "3: train cannot use this word"),
     ("predict --workdir=x --images a.png b.png", 4, "workdir=x: no such folder"),
     ("train --experiment=own.py --dry_run=maybe", 2, "--dry_run=maybe: must be true or false"),
     ("train --experiment=own.py --nodry_run=3", 2, "--nodry_run=3"),
@@ -218,12 +229,24 @@ MISTAKES = [  # command line, exit code, what is said
         "data.name=fashion_mnist: not prepared in data_dir=",
     ),
     # Workdirs. Tests may run as root, whom no permission stops: nobody can write to /proc.
-    ("train --experiment=own.py --workdir=file", 4, "workdir={}/file: is a file or below one"),
-    ("train --experiment=own.py --workdir=file/x", 4, "workdir={}/file/x: is a file or below one"),
+    (
+        "train --experiment=own.py --workdir=file",
+        4,
+        "workdir={}/file: this path or a part of it is",
+    ),
+    (
+        "train --experiment=own.py --workdir=file/x",
+        4,
+        "workdir={}/file/x: this path or a part of it is",
+    ),
     ("train --experiment=own.py --workdir=/proc/x", 4, "workdir=/proc/x: cannot be made: "),
     ("train --experiment=own.py --workdir=/proc", 4, "workdir=/proc: cannot be written: "),
-    ("evaluate --workdir=missing", 4, "workdir=missing: no such folder, so no run to read"),
-    ("evaluate --workdir=empty", 4, "workdir=empty: holds no config.json, so no run to read"),
+    ("evaluate --workdir=missing", 4, "workdir=missing: no such folder; name the folder of a run"),
+    (
+        "evaluate --workdir=empty",
+        4,
+        "workdir=empty: holds no config.json; name the folder of a run",
+    ),
     ("evaluate --workdir=file", 4, "file/config.json: "),
     ("predict --workdir=empty --images=x", 4, "workdir=empty: holds no config.json"),
     ("verify --workdir=missing", 4, "workdir=missing: no such folder"),
@@ -263,7 +286,8 @@ def test_the_home_folder(folder, monkeypatch, caplog):
     assert main.main(["evaluate", "--workdir=~/empty"]) == 4
     assert errors(caplog)[0].startswith(f"error: workdir={folder}/empty: holds no config.json")
     assert main.main(["train", "--experiment=~/own.py", "--workdir=~/file"]) == 4
-    assert errors(caplog)[1].startswith(f"error: workdir={folder}/file: is a file")
+    start = f"error: workdir={folder}/file: this path or a part of it is a file"
+    assert errors(caplog)[1].startswith(start)
     assert not Path("~").exists()
 
 

@@ -24,13 +24,22 @@ from cnn_jax.studies.reproduce import plan
 from tests.quick import unoptimised
 from tests.tiny import REPOSITORY, make_examples
 
-FOLDERS = ("", "experiments", "cnn_jax", "cnn_jax/analysis", "cnn_jax/train", "cnn_jax/ops")
+FOLDERS = (
+    "",
+    "experiments",
+    "cnn_jax",
+    "cnn_jax/analysis",
+    "cnn_jax/data",
+    "cnn_jax/train",
+    "cnn_jax/ops",
+)
 PAGES = {folder: (REPOSITORY / folder / "README.md").read_text() for folder in FOLDERS}
 # Commands that take hours; of them everything is checked that is checked before the first step.
 CHECKED = {
     "train": lambda values: experiment.load(values.experiment, values.set),
     "sweep": lambda values: sweep.settings(values.experiment, values.set),
     "reproduce": lambda values: plan.choose(plan.ROWS, values.only, values.seeds),
+    "compile": lambda values: [experiment.load(name, values.set) for name in values.experiment],
     "benchmark": lambda values: [NETWORKS[name] for name in values.networks],
 }
 # What makes the others quick.
@@ -103,6 +112,9 @@ def check(name: str, rest: list[str]) -> None:
     """Fails where `./launch.sh NAME REST` would be refused."""
     if name in ("setup", "test"):
         launcher = (REPOSITORY / "launch.sh").read_text()
+        if rest[:1] == ["-m"]:
+            assert f"    {rest[1]}: " in (REPOSITORY / "setup.cfg").read_text()
+            rest = rest[2:]
         assert all(text in launcher for text in rest if text[0] == "-"), rest
         assert all((REPOSITORY / text).exists() for text in rest if text[0] != "-"), rest
     elif rest:
@@ -164,7 +176,7 @@ def test_commands_run_and_print_what_is_shown(runs, capsys):
                 continue
             seen.append(arguments)
             name, *rest = arguments
-            if name == "train" and "--data_dir=data" in rest:
+            if name == "train" and {"--data_dir=data", "data.name=photos"} & {*rest}:
                 rest += TINY.split()
             elif name in (*CHECKED, "setup", "test"):
                 continue

@@ -65,9 +65,9 @@ def convert(run: RestoredRun, folder: Path) -> Converted:
     difference, largest = _compare(run, made)
     if not difference <= TOLERANCE * largest:
         raise ConfigError(
-            f"workdir={run.workdir}: {type(run.model).__name__} gives logits up to {largest:.3g}, and "
-            f"other ones by up to {difference:.3g} as convolutions; what stands between its dense "
-            "layers must treat each place of a map by itself"
+            f"workdir={run.workdir}: {type(run.model).__name__} cannot be converted: its logits (up to "
+            f"{largest:.3g}) differ by up to {difference:.3g} when it is made of convolutions; a layer "
+            "between its dense layers must not mix the places of a map"
         )
     _check_larger(run, made)
     saved = copy.deepcopy(run.saved)
@@ -110,7 +110,7 @@ def as_convolutions(run: RestoredRun) -> RestoredRun:
         )
     except ValueError as error:
         raise ConfigError(
-            f"workdir={run.workdir}: {type(run.model).__name__} cannot be converted ({error}); behind "
+            f"workdir={run.workdir}: {type(run.model).__name__} cannot be converted ({error}); after "
             "layers.Flatten, only dense layers may have parameters"
         ) from None
     return dataclasses.replace(run, model=model, variables={**run.variables, "params": params})
@@ -141,8 +141,8 @@ def _check_larger(run: RestoredRun, made: RestoredRun) -> None:
     rows, columns = logits.shape[:2]
     if high.shape[:2] != (rows, 1) or min(rows, columns) < 2:
         raise ConfigError(
-            f"{refused}its map does not grow where the image does; layers.Flatten must be given the "
-            "map as [N, H, W, C]"
+            f"{refused}its map stays as small as on a small one; the input of layers.Flatten must be "
+            "a map [N, H, W, C]"
         )
     if field := summary.summarise(made.model, image.shape).field:
         places = sliding_windows.spread(field.inside(image.shape[:2]))[: sliding_windows.BATCH]

@@ -14,8 +14,8 @@ from cnn_jax import PROGRAM
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import DataError, NotFiniteError
-from cnn_jax.config.paths import resolved
-from cnn_jax.data import sources
+from cnn_jax.config.paths import is_path, resolved
+from cnn_jax.data import folders, sources
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
 from cnn_jax.train import apply, evaluation, parallel
@@ -50,6 +50,8 @@ def evaluate(
     data = run.data
     if dataset:
         data = resolved(dataclasses.replace(data, name=dataset, test_fraction=None))
+    elif is_path(data.name):
+        _warn_of_changes(run)
     try:
         examples = sources.load_examples(data, split, data_dir)
     except SizesDiffer:
@@ -65,7 +67,7 @@ def evaluate(
     if not np.isfinite(result.loss):
         raise NotFiniteError(
             f"checkpoint {run.step} of {run.workdir} on {data.name}/{split}: loss={result.loss} is not "
-            "finite, so its accuracy says nothing; choose another one with --checkpoint"
+            "finite, so its accuracy means nothing; choose another checkpoint with --checkpoint"
         )
     return {
         "checkpoint": run.step,
@@ -99,7 +101,9 @@ def write(report: dict, run: RestoredRun, output: Path | None = None) -> Path | 
         write_json(path, report)
     except OSError as error:
         reason = error.strerror
-        log.warning("warning: %s: cannot be written: %s; --output names a folder", path, reason)
+        log.warning(
+            "warning: %s: cannot be written: %s; name another folder with --output", path, reason
+        )
         return None
     return path
 
@@ -119,11 +123,22 @@ def fitting(run: RestoredRun, examples: sources.Examples, name: str) -> sources.
     unknown = [c for c in examples.class_names if c not in run.class_names]
     if unknown:
         raise DataError(
-            f"dataset={name}: its classes {_listed(unknown)} are none of those that {run.workdir} was "
-            f"trained on: {_listed(run.class_names)}"
+            f"dataset={name}: {run.workdir} was not trained on its classes {_listed(unknown)}; it was "
+            f"trained on {_listed(run.class_names)}"
         )
     _check_shape(run, examples, name)
     return sources.with_classes(examples, run.class_names)
+
+
+def _warn_of_changes(run: RestoredRun) -> None:
+    """Warns if the user's images are not those of the training."""
+    dataset = folders.open_dataset(run.data)
+    if dataset.digest() != run.saved.get("data_files", dataset.digest()):
+        log.warning(
+            "warning: the images of %s have changed since the training%s",
+            run.data.name,
+            ", so that its test split may hold some that were trained on" * dataset.carved,
+        )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -137,19 +152,19 @@ def _check_shape(run: RestoredRun, examples: sources.Examples, name: str) -> Non
 
     if examples.image_shape[2] != run.image_shape[2]:
         raise DataError(
-            f"dataset={name}: its images have {examples.image_shape[2]} channels, "
-            f"{run.workdir} was trained on {run.image_shape[2]}"
+            f"dataset={name}: its images have {examples.image_shape[2]} channels, must have "
+            f"{run.image_shape[2]} as those that {run.workdir} was trained on"
         )
     if examples.image_shape == run.image_shape:
         return
     sizes = (
-        f"dataset={name}: images of {shown(examples.image_shape)}, {run.workdir} was trained on "
+        f"dataset={name}: its images are {shown(examples.image_shape)}, {run.workdir} was trained on "
         f"{shown(run.image_shape)}"
     )
     if takes_one_image_size(run.model):
         raise DataError(
-            f"{sizes}, and {type(run.model).__name__} takes no other size; FullyConvCNN does, and "
-            f"so does what {PROGRAM} convert makes of this run"
+            f"{sizes}, and {type(run.model).__name__} takes no other size; use FullyConvCNN, or "
+            f"{PROGRAM} convert on this run"
         )
     try:
         image = jax.ShapeDtypeStruct((1, *examples.image_shape), jnp.float32)

@@ -117,7 +117,7 @@ def find_images(patterns: Sequence[str]) -> list[str]:
     for text in patterns:
         files |= dict.fromkeys(_find_all(text))
     if not files:
-        raise DataError("--images: names no file")
+        raise DataError("--images: must name at least one file, folder or glob pattern")
     return list(files)
 
 

@@ -10,7 +10,7 @@ from absl import flags
 from cnn_jax import PROGRAM
 from cnn_jax.cli.flags import FLAGS, REQUIRED, SEVERAL, Command
 from cnn_jax.common import environment, files
-from cnn_jax.common.errors import ConfigError, WorkdirError
+from cnn_jax.common.errors import ConfigError
 
 COMMANDS: dict[str, Command] = {}
 
@@ -175,6 +175,30 @@ def predict(values: flags.FlagValues) -> int:
 
 
 @command(
+    "dataset",
+    "set",
+    "data_dir",
+    "download",
+    "output",
+    dataset=REQUIRED,
+    words="dataset",
+)
+def data(values: flags.FlagValues) -> None:
+    """Shows a dataset before training: counts, sizes, scaling, broken files, twins, pictures."""
+    from cnn_jax.analysis import dataset
+    from cnn_jax.cli import tables
+    from cnn_jax.config import experiment
+
+    environment.check_devices()
+    config = experiment.of_dataset(values.dataset, values.set)
+    output = _path(values.output) if values.output else dataset.default_output(config.data.name)
+    files.check_folder(output)
+    found, config, train = dataset.describe(config, values.data_dir, values.download)
+    tables.print_dataset(found)
+    print(f"written to {dataset.save_contact_sheet(config, train, output)}")
+
+
+@command(
     "experiment",
     "workdir",
     "set",
@@ -202,7 +226,8 @@ def summary(values: flags.FlagValues) -> None:
     if values.workdir:
         if values.set:
             raise ConfigError(
-                f"--set {values.set[0]}: a run that was trained cannot be changed; leave it out"
+                f"--set {values.set[0]}: must not be given with --workdir, as a trained run "
+                "cannot be changed; leave it out"
             )
         run = load_run(_path(values.workdir), model=config and config.model)
         config, shape = Config(run.model, run.data), run.image_shape
@@ -241,32 +266,30 @@ def benchmark(values: flags.FlagValues) -> None:
     "input_size",
     "data_dir",
     "dump",
+    "write",
+    experiment=SEVERAL,
     words="experiment",
 )
 def compile_(values: flags.FlagValues) -> None:
     """Compiles the steps of an experiment for a TPU, GPU or CPU, which need not be there."""
-    from cnn_jax.cli import tables
-    from cnn_jax.config import experiment
-    from cnn_jax.data.sources import input_shape
-    from cnn_jax.studies.compile import programs, targets
+    from cnn_jax.studies.compile import run
 
-    config = experiment.load(values.experiment, values.set)
-    target = targets.find(values.topology)
-    shape = input_shape(config.data, values.input_size, values.data_dir)
-    texts = []
-    for compiled in programs.compile_steps(config, shape, target):
-        tables.print_compiled(compiled, target)
-        texts.append(compiled.text)
-    if values.dump:
-        path = _path(values.dump)
-        with files.written(path, WorkdirError):
-            path.write_text("\n".join(texts), encoding="utf-8")
-        print(f"written to {path}")
+    run.compile_all(
+        values.experiment,
+        values.set,
+        values.topology,
+        values.input_size,
+        values.data_dir,
+        _path(values.dump) if values.dump else None,
+        values.write,
+    )
 
 
 def _path(text: str) -> Path:
     if "://" in text:
-        raise ConfigError(f"{text}: must be a local or a mounted folder")
+        raise ConfigError(
+            f"{text}: must be a folder of this machine or a mounted one; URLs are not read"
+        )
     return files.user_path(text)
 
 
@@ -433,13 +456,15 @@ def reproduce(values: flags.FlagValues) -> int:
     from cnn_jax.studies.reproduce import plan, run, table
 
     if values["only"].present and not values.only:
-        raise ConfigError("--only=: is empty; leave it out, or give it names")
+        raise ConfigError("--only=: must name at least one experiment; leave it out for all")
     rows = plan.choose(plan.ROWS, values.only, values.seeds)
     output = _path(values.output) if values.output else experiment.RESULTS
     if values.rebuild:
         for name in ("only", "seeds", "download"):
             if values[name].present:
-                raise ConfigError(f"--{name}: has no use with --rebuild, which trains nothing")
+                raise ConfigError(
+                    f"--{name}: must not be given with --rebuild, which trains nothing; leave it out"
+                )
         table.rebuild(output)
         print(f"written to {output / 'RESULTS.md'}")
         return 0
@@ -469,6 +494,35 @@ def sweep(values: flags.FlagValues) -> int:
     return sweeps.sweep(
         values.experiment, values.set, values.seeds, workdir, values.data_dir, values.download
     )
+
+
+@command(
+    "experiment",
+    "set",
+    "steps",
+    "init_from",
+    "output",
+    "data_dir",
+    "download",
+    words="experiment",
+)
+def lr_finder(values: flags.FlagValues) -> None:
+    """Raises the learning rate step by step, draws the loss, and suggests a rate."""
+    from cnn_jax.config import experiment
+    from cnn_jax.studies import lr_finder as finder
+
+    config = experiment.load(values.experiment, values.set)
+    environment.check_devices()
+    name = experiment.short_name(values.experiment)
+    output = _path(values.output or f"runs/lr_finder/{name}.png")
+    found = finder.find(
+        config, values.steps, values.data_dir, values.download, values.init_from, output
+    )
+    print(
+        f"the loss falls fastest near {found.steepest:.2g}, and is lowest near {found.lowest:.2g}"
+    )
+    print(f"written to {output}")
+    print(f"to use their geometric mean: --set learning_rate={found.rate:.2g}")
 
 
 @command()

@@ -75,7 +75,11 @@ FLAGS = {
     "split": Flag(
         flags.DEFINE_string, "test", "train, validation, test, or any split of the dataset"
     ),
-    "dataset": Flag(flags.DEFINE_string, None, "another dataset than the one of the training"),
+    "dataset": Flag(
+        flags.DEFINE_string,
+        None,
+        "one of TFDS's, or a folder or table of your own images; evaluate takes that of the training",
+    ),
     "images": Flag(
         flags.DEFINE_multi_string,
         REQUIRED,
@@ -98,13 +102,16 @@ FLAGS = {
     "topology": Flag(
         flags.DEFINE_string,
         REQUIRED,
-        "the devices to compile for: cpu; a TPU's slice, as v5e:2x2; or GPUs, as h100, h100:8 or h100:2x8",
+        "the devices to compile for: cpu, a slice as v5e:2x2, or GPUs as h100, h100:8 or h100:2x8",
     ),
     "dump": Flag(flags.DEFINE_string, None, "a file to which the compiled text is written"),
     "networks": Flag(
         flags.DEFINE_list, [], "which to measure, separated by commas; all by default"
     ),
     "batch_size": Flag(flags.DEFINE_integer, 128, "examples a step", least=1),
+    "steps": Flag(
+        flags.DEFINE_integer, None, "training steps; by default an epoch, but 100 to 1000", least=20
+    ),
     "peers": Flag(
         flags.DEFINE_bool, False, "measures PyTorch and Keras too, installed into .venv-peers"
     ),
@@ -197,12 +204,12 @@ class Command:
             if not values[flag].present:
                 values[flag].value = left.pop(0)
         if left:
-            takes = " ".join(flag.upper() for flag in self.positional) or "no words"
+            takes = " ".join(flag.upper() for flag in self.positional) or "no word"
             given = [flag for flag in self.positional if values[flag].present]
             raise ConfigError(
-                f"{left[0]}: unexpected; {self.name} takes {takes} and flags, which are written "
-                "--name=value"
-                + "".join(f"; --{flag}={values[flag].value} is given" for flag in given)
+                f"{left[0]}: {self.name} cannot use this word; it takes {takes} and flags, which are "
+                "written --name=value"
+                + "".join(f"; --{flag}={values[flag].value} is given already" for flag in given)
             )
 
     def _takes_several(self, flag: str) -> bool:

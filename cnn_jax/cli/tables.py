@@ -10,14 +10,12 @@ import rich.table
 import rich.text
 
 from cnn_jax.analysis.convert import IMAGES, Converted
+from cnn_jax.analysis.dataset import Description as Dataset
 from cnn_jax.analysis.explain.explanation import Explanation, Grid
 from cnn_jax.analysis.predict import Prediction
 from cnn_jax.config.serialize import to_json
 from cnn_jax.config.types import Description
 from cnn_jax.models.summary import Summary
-from cnn_jax.studies.compile import hlo
-from cnn_jax.studies.compile.programs import Compiled
-from cnn_jax.studies.compile.targets import Target
 
 
 class _Console(rich.console.Console):
@@ -60,6 +58,40 @@ def print_evaluation(report: dict) -> None:
     )
 
 
+MOST_LINES = 10
+
+
+def print_dataset(found: Dataset) -> None:
+    """Prints the classes and splits of a dataset, what is wrong with it, and the fields to set."""
+    table = _table("class", *found.counts)
+    for i, name in enumerate(found.class_names):
+        table.add_row(
+            rich.markup.escape(f"{i} {name}"), *(f"{n[i]:,}" for n in found.counts.values())
+        )
+    table.add_row("all", *(f"{n.sum():,}" for n in found.counts.values()))
+    _console().print(table)
+    height, width, channels = found.image_shape
+    lines = [
+        f"images: {height}x{width}x{channels}" + (f"; files: {found.sizes}" if found.sizes else ""),
+        *found.remarks,
+        *_first("broken", found.broken),
+        *_first("twins, equal in all pixels", found.twins),
+    ]
+    if found.twins:
+        lines.append(
+            f"of these twins {found.twins_across} are in two splits, {found.twins_apart} in two classes"
+        )
+    lines.append("to train on it, add: " + " ".join(f"--set {field}" for field in found.settings))
+    _print_lines(lines)
+
+
+def _first(what: str, lines: Sequence[str]) -> list[str]:
+    """The number of lines, and the first of them."""
+    more = len(lines) - MOST_LINES
+    rest = [f"  and {more} more"] if more > 0 else []
+    return [f"{what}: {len(lines)}", *(f"  {line}" for line in lines[:MOST_LINES]), *rest]
+
+
 def print_predictions(predictions: list[Prediction]) -> None:
     """Prints one line per image: the classes with their probabilities."""
     table = _table("file", *(str(i + 1) for i in range(len(predictions[0].classes))))
@@ -93,15 +125,17 @@ def print_summary(summary: Summary) -> None:
 
 
 def print_fields(parts: Mapping[str, Sequence[Description]]) -> None:
-    """Prints each field's name, default, range and meaning; `parts` maps a prefix to its fields."""
+    """Prints each field, with its type, default, range and meaning; `parts` maps prefixes to fields."""
     table = rich.table.Table(box=None, pad_edge=False)
     table.add_column("field", no_wrap=True)
+    table.add_column("type", max_width=10)
     table.add_column("default", no_wrap=True)
-    table.add_column("may be", max_width=28)
+    table.add_column("may be", max_width=24)
     table.add_column("what it is")
     for prefix, fields in parts.items():
         for field in fields:
-            table.add_row(prefix + field.name, _default(field), field.allowed, field.help)
+            row = (field.type_name, _default(field), field.allowed, field.help)
+            table.add_row(prefix + field.name, *row)
     console = _Console(highlight=False)
     # A pipe or a log has no width. In a narrower table, each line of text would hold one word.
     width = max(console.width, 100) if console.is_terminal else 120
@@ -208,16 +242,3 @@ def _print_lines(lines: Sequence[str]) -> None:
     console = _console()
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
-
-
-def print_compiled(compiled: Compiled, target: Target) -> None:
-    """Prints what XLA made of a step: time, memory, FLOPs, what a step runs."""
-    memory = compiled.memory
-    console = _console()
-    console.print(
-        f"{compiled.name}, batch {compiled.batch_size:,} on {compiled.devices} x {target.topology}: "
-        f"compiled in {compiled.seconds:.1f} s"
-    )
-    console.print(f"  {memory} {compiled.flops}")
-    collectives = [i for i, _, _ in compiled.program.launched() if i.kind in hlo.COLLECTIVES]
-    console.print(f"  {[(i.kind, i.bytes) for i in collectives]}")

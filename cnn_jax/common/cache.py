@@ -78,7 +78,7 @@ class _Mending:
             what = (
                 "a damaged entry is removed; its program is compiled anew"
                 if entries
-                else "cannot be used; CNN_JAX_CACHE_DIR chooses another, CNN_JAX_CACHE=off does without"
+                else "cannot be used; set CNN_JAX_CACHE_DIR to another folder, or CNN_JAX_CACHE=off"
             )
             reason = " ".join(found[3].split())[:120]
             log.warning("warning: compilation cache %s: %s (%s)", self._folder, what, reason)

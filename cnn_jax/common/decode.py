@@ -12,8 +12,6 @@ from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
 # Compared with the image's header before decoding.
 MAX_PIXELS = 50_000_000
-# For smaller images, several threads are slower than one.
-PIXELS_WORTH_A_THREAD = 96 * 96
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 BACKGROUND = "white"
 # Pillow recognises these formats but cannot decode them; for EPS it would start another program.

@@ -38,7 +38,7 @@ def import_jax() -> None:
     try:
         import jax  # noqa: F401
     except ValueError as error:
-        raise ConfigError(f"an environment variable of JAX: {error}") from error
+        raise ConfigError(f"JAX refuses an environment variable: {error}") from error
 
 
 def check_devices() -> None:
@@ -59,9 +59,9 @@ def check_devices() -> None:
             " (set JAX_PLATFORMS='' to automatically choose an available backend)"
         )
         raise ConfigError(
-            f"JAX_PLATFORMS={asked}: JAX cannot start there "
-            f"({reason or 'what it needs for that is not installed'}); write JAX_PLATFORMS=cpu, or "
-            "leave it out to have the best platform chosen"
+            f"JAX_PLATFORMS={asked}: JAX cannot start on this platform "
+            f"({reason or 'the packages for it are not installed'}); set JAX_PLATFORMS=cpu, or unset "
+            "it: then JAX chooses the best platform"
         ) from error
 
 
@@ -89,11 +89,15 @@ def check_xla_flags() -> None:
     if tried.returncode == 0:
         return
     if found := re.search(r"Unknown flags? in XLA_FLAGS: (.*)", tried.stderr):
-        raise ConfigError(f"XLA_FLAGS: unknown to this XLA: {found[1]}{_nearest(found[1])}")
+        raise ConfigError(
+            f"XLA_FLAGS: this version of XLA does not know {found[1]}{_nearest(found[1])}"
+        )
     if found := re.search(r"Couldn't interpret value (.*) for flag (\w+)", tried.stderr):
-        raise ConfigError(f"XLA_FLAGS: --{found[2]}={found[1]}: XLA takes no such value")
+        raise ConfigError(f"XLA_FLAGS: --{found[2]}={found[1]}: XLA does not accept this value")
     if "parse_flags_from_env" in tried.stderr:
-        raise ConfigError(f"XLA_FLAGS={' '.join(given)}: must be flags that this XLA knows")
+        raise ConfigError(
+            f"XLA_FLAGS={' '.join(given)}: must be flags that this version of XLA knows"
+        )
 
 
 def _nearest(flags: str) -> str:

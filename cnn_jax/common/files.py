@@ -58,7 +58,8 @@ def library_path(folder: Path) -> Path:
         return real
     if not _OPEN_FOLDERS.is_dir():
         raise ConfigError(
-            f"{real}: must be a path of letters, digits, spaces and . / + = , ~ : - _ on this system"
+            f"{real}: on this system, a path must consist of letters, digits, spaces and "
+            ". / + = , ~ : - _"
         )
     status = os.stat(real)
     return _OPEN_FOLDERS / str(_opened(real, status.st_dev, status.st_ino))
@@ -84,7 +85,7 @@ def check_folder(output: Path, new: bool = False) -> None:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--output={output}: {path} is a file; name a folder")
     if new and output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"--output={output}: holds something already; name a new folder")
+        raise ConfigError(f"--output={output}: must be a new or an empty folder; name another one")
 
 
 @contextlib.contextmanager

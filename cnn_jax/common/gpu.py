@@ -35,7 +35,7 @@ def tell_unused() -> None:
         name, _, driver = shown.stdout.splitlines()[0].partition(", ")
         log.warning(
             "warning: nvidia-smi shows %s (driver %s), but JAX computes on the CPU: %s. "
-            "With JAX_PLATFORMS=cpu this line is not shown.",
+            "Set JAX_PLATFORMS=cpu to hide this line.",
             name,
             driver,
             _reason(),

@@ -14,8 +14,9 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import user_path
 from cnn_jax.config.overrides import override
 from cnn_jax.config.paths import resolve
-from cnn_jax.config.schema import Config
+from cnn_jax.config.schema import Config, DataConfig
 from cnn_jax.config.validate import validate
+from cnn_jax.models import LeNet
 
 FOLDER = EXPERIMENTS
 # Where RESULTS.md and the records are written. They do not belong in an installed package.
@@ -59,7 +60,7 @@ def find(experiment: str) -> Path:
         raise ConfigError(
             f"--experiment={experiment}: no such experiment; "
             f"{'nearest' if near else 'there are'}: {', '.join(near or known)} "
-            f"({PROGRAM} list shows all; a file of your own ends in .py)"
+            f"({PROGRAM} list shows all; the path to a file of your own must end in .py)"
         )
     return FOLDER / f"{experiment}.py"
 
@@ -86,6 +87,21 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
         kind = type(config).__name__
         raise ConfigError(f"--experiment={experiment}: config() returns {kind}, not a Config")
     return resolve(validate(override(config, assignments)))
+
+
+def of_dataset(dataset: str, assignments: Sequence[str] = ()) -> Config:
+    """The configuration of an experiment, or LeNet's on another dataset, with --set's changes.
+
+    Args:
+      dataset: as `find` takes it, or a `data.name`.
+      assignments: as in `load`.
+
+    Raises:
+      ConfigError: as `load`.
+    """
+    if dataset in names() or dataset.endswith(".py"):
+        return load(dataset, assignments)
+    return resolve(validate(override(Config(LeNet(), DataConfig(dataset)), assignments)))
 
 
 @contextlib.contextmanager

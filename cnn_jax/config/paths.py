@@ -5,6 +5,7 @@ import os
 import re
 
 from cnn_jax.common import decode, files
+from cnn_jax.common.errors import ConfigError
 from cnn_jax.config.schema import Config, DataConfig
 
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -30,8 +31,19 @@ def resolved(data: DataConfig) -> DataConfig:
 
 
 def resolve(config: Config) -> Config:
-    """`config` with its data `resolved`."""
-    return dataclasses.replace(config, data=resolved(config.data))
+    """`config` with its data `resolved`.
+
+    Raises:
+      ConfigError: a field is set that has an effect on a user's own images alone.
+    """
+    data = resolved(config.data)
+    for field in ("test_fraction", "skip_broken"):
+        if not is_path(data.name) and (value := getattr(data, field)):
+            raise ConfigError(
+                f"data.{field}={value}: is for your own images; data.name={data.name} is none of "
+                "their folders or tables"
+            )
+    return config if data is config.data else dataclasses.replace(config, data=data)
 
 
 def _holds_images(folder: str) -> bool:

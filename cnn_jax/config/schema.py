@@ -37,6 +37,11 @@ SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
 PROBABILITY = Range("from 0 to 1", lambda value: 0 <= value <= 1)
 ANGLE = Range("from 0 to 180", lambda value: 0 <= value <= 180)
 GIVEN = Range("given", bool)
+PATTERNS = Range("patterns such as Conv_*, separated by commas", lambda value: all(value))
+ASCENDING = Range(
+    "epochs greater than 0, in ascending order",
+    lambda value: all(map(lambda a, b: a < b < math.inf, (0, *value), value)),
+)
 SIZE = Range("at least 1,1", lambda value: min(value) >= 1)
 MEANS = Range(
     "finite numbers, or auto",
@@ -50,6 +55,33 @@ TEST_SHARE = Range("in (0, 1)", lambda value: 0 < value < 1)
 WEIGHTS = Range(
     "balanced, or numbers of 0 or more, one a class and not all 0",
     lambda value: value == "balanced" or (all(0 <= one < math.inf for one in value) and any(value)),
+)
+
+
+def rate_factors(entries: tuple[str, ...]) -> dict[str, float]:
+    """The factor of each pattern in `learning_rate_of`, whose entries are "PATTERN=FACTOR".
+
+    Raises:
+      ValueError: an entry has no pattern, or no positive number after its last "=".
+    """
+    found = {}
+    for entry in entries:
+        pattern, _, factor = entry.rpartition("=")
+        found[pattern] = float(factor)
+        if not pattern or not 0 < found[pattern] < math.inf:
+            raise ValueError(entry)
+    return found
+
+
+def _are_factors(entries: tuple[str, ...]) -> bool:
+    try:
+        return len(rate_factors(entries)) == len(entries)
+    except ValueError:
+        return False
+
+
+FACTORS = Range(
+    "PATTERN=FACTOR, as Conv_*=0.1, separated by commas; a factor is greater than 0", _are_factors
 )
 
 
@@ -95,13 +127,13 @@ class DataConfig:
         "height, width to which every image is resized, in pixels; needed where sizes differ",
     ] = None
     mean: Annotated[
-        Literal["auto"] | tuple[float, ...],
+        tuple[float, ...] | Literal["auto"],
         MEANS,
         "subtracted from the pixels in [0, 1], one value or one a channel; auto: those of the training "
         "split, which config.json keeps as numbers",
     ] = (0.0,)
     std: Annotated[
-        Literal["auto"] | tuple[float, ...], DEVIATIONS, "divides them after that, likewise"
+        tuple[float, ...] | Literal["auto"], DEVIATIONS, "divides them after that, likewise"
     ] = (1.0,)
     flip: Annotated[bool, "mirrors half of the training images, at random"] = False
     alternating_flip: Annotated[
@@ -186,18 +218,55 @@ class Config:
     ] = optax.adam
     learning_rate: Annotated[float, POSITIVE, "the highest one of the schedule"] = 1e-3
     schedule: Annotated[
-        Literal["constant", "cosine", "linear"], "the course of the rate after the warm-up"
+        Literal["constant", "cosine", "linear", "step", "one_cycle"],
+        "the course of the rate after the warm-up; step: multiplied by step_factor at each of the "
+        "milestones; one_cycle: rises from learning_rate / 25 and falls along cosines "
+        "(arXiv 1708.07120), momentum stays",
     ] = "constant"
-    warmup_epochs: Annotated[float, NOT_NEGATIVE, "epochs of linear rise from 0"] = 0.0
-    final_learning_rate: Annotated[
-        float, NOT_NEGATIVE, "where the cosine and linear schedules end"
+    warmup_epochs: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "epochs of linear rise from 0; of one_cycle, epochs of its rise, where 0 is 0.3 of the run",
     ] = 0.0
+    final_learning_rate: Annotated[
+        float, NOT_NEGATIVE, "where the cosine, linear and one_cycle schedules end"
+    ] = 0.0
+    milestones: Annotated[
+        tuple[float, ...], ASCENDING, "epochs after which the step schedule lowers the rate"
+    ] = ()
+    step_factor: Annotated[
+        float, POSITIVE, "by which the step schedule multiplies the rate at a milestone"
+    ] = 0.1
+    learning_rate_of: Annotated[
+        tuple[str, ...],
+        FACTORS,
+        "parameters with another rate: PATTERN=FACTOR multiplies their updates, also the decoupled "
+        "weight decay; patterns as of freeze, the first that fits counts",
+    ] = ()
+    freeze: Annotated[
+        tuple[str, ...],
+        PATTERNS,
+        "patterns of parameters (Conv_0/kernel) or modules (Conv_*) that are not trained: no gradient, "
+        "no weight decay; a frozen BatchNorm uses its running statistics and keeps them",
+    ] = ()
     weight_decay: Annotated[
         float,
         NOT_NEGATIVE,
         "of kernels, not of biases and scales; decoupled where the optimizer takes weight_decay and a "
         "mask (adamw, lion, ...), otherwise an L2 term in the gradient",
     ] = 0.0
+    ema_decay: Annotated[
+        float,
+        SHARE,
+        "of the mean of the parameters over the steps, each step weighted by this power of its age; "
+        "the mean is evaluated and predicts, BatchNorm's statistics are those of training; 0: no mean",
+    ] = 0.0
+    accumulate_steps: Annotated[
+        int,
+        AT_LEAST_1,
+        "equal parts of a batch whose gradients are computed one after the other, in less memory, and "
+        "averaged; BatchNorm sees one part at a time",
+    ] = 1
     clip_norm: Annotated[float | None, POSITIVE, "limit of the gradient's global norm"] = None
     class_weights: Annotated[
         Literal["balanced"] | tuple[float, ...] | None,
@@ -224,6 +293,11 @@ class Config:
     eval_every_epochs: Annotated[
         int, AT_LEAST_1, "epochs between evaluations; the last epoch is always evaluated"
     ] = 1
+    early_stopping_epochs: Annotated[
+        int | None,
+        AT_LEAST_1,
+        "epochs without a new best validation accuracy after which the run ends; none: never",
+    ] = None
     checkpoint_every_epochs: Annotated[
         int, AT_LEAST_1, "epochs between checkpoints; the last epoch is always saved"
     ] = 1
@@ -262,6 +336,7 @@ CHANGEABLE_ON_RESUME = frozenset(
     {
         "devices",
         "eval_every_epochs",
+        "early_stopping_epochs",
         "checkpoint_every_epochs",
         "checkpoint_every_steps",
         "checkpoint_every_minutes",

@@ -70,7 +70,7 @@ def _with_fields(own: nn.Module, saved: dict) -> nn.Module:
     name, current = type(own).__name__, to_json(own)
     if name != saved.get("class"):
         raise ConfigError(
-            f"--experiment: its model is {name}, that of the run {saved.get('class')}"
+            f"--experiment: its model is {name}, must be {saved.get('class')} as in the run"
         )
     changed = {
         key: saved[key] for key in saved.keys() & current.keys() if saved[key] != current[key]
@@ -78,7 +78,8 @@ def _with_fields(own: nn.Module, saved: dict) -> nn.Module:
     for key, value in changed.items():
         if isinstance(value, dict) or callable(getattr(own, key)):
             raise ConfigError(
-                f"model.{key}: is {current[key]} in the file of --experiment, was {value} in the run"
+                f"model.{key}={current[key]} in the file of --experiment: must be {value}, as in "
+                "the run"
             )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()}
     own = own.clone(**values)
@@ -115,10 +116,11 @@ def with_defaults(saved: dict, value: Any) -> dict:
 def changes(saved: dict, config: Config, free: Collection[str] = ()) -> list[str]:
     """`differences` of a config.json's `config` part from `config`, without the fields in `free`.
 
-    Fields that were added after it was written count as saved with their defaults. A mean or deviation
-    that is still to be computed ("auto") differs from none.
+    Fields that were added after it was written count as saved with their defaults. Values that are
+    still to be computed from the data ("auto", "balanced") differ from none.
     """
     automatic = [f"data.{name}" for name in ("mean", "std") if getattr(config.data, name) == AUTO]
+    automatic += ["class_weights"] * (config.class_weights == "balanced")
     free = {*free, *automatic}
     wanted = json.loads(json.dumps(to_json(config)))
     lines = differences(with_defaults(saved, config), wanted)

@@ -47,6 +47,11 @@ class Description:
     help: str
 
     @property
+    def type_name(self) -> str:
+        """Its type in a word, without None; "ints" and "floats" for lists of them."""
+        return _named(self.hint)
+
+    @property
     def allowed(self) -> str:
         """Its range in words that follow "must be"."""
         words = self.range.allowed if self.range else _described(self.hint)
@@ -78,7 +83,8 @@ def parse(text: str, hint: Any, old: Any) -> Any:
     if origin in _UNIONS:
         if text.lower() == "none" and type(None) in arguments:
             return None
-        *others, last = (kind for kind in arguments if kind is not type(None))
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        *others, last = sorted(kinds, key=lambda kind: typing.get_origin(kind) is not Literal)
         for kind in others:
             with contextlib.suppress(ValueError):
                 return parse(text, kind, old)
@@ -89,7 +95,9 @@ def parse(text: str, hint: Any, old: Any) -> Any:
             raise ValueError(f"{text!r} is not one of {', '.join(by_text)}")
         return by_text[text]
     if origin in _LISTS:
-        items = [item.strip() for item in text.strip("()[]").rstrip(", ").split(",")]
+        inside = text.strip("()[]").rstrip(", ")
+        empty = not inside and arguments[:1] == (str,)
+        items = [] if empty else [item.strip() for item in inside.split(",")]
         kinds = _kinds(hint, len(items))
         if len(items) != len(kinds):
             raise ValueError(f"{text!r} is not a list of {len(kinds)} values")
@@ -107,8 +115,8 @@ def parse(text: str, hint: Any, old: Any) -> Any:
     if hint is str:
         return text
     inside = ", ".join(fields_of(old))
-    advice = f"; set one of its fields: {inside}" if inside else ""
-    raise ValueError(f"an experiment file chooses this, --set does not{advice}")
+    advice = f", or set one of its fields: {inside}" if inside else ""
+    raise ValueError(f"--set cannot change this field; change it in an experiment file{advice}")
 
 
 def check_types(value: Any, prefix: str) -> None:
@@ -147,12 +155,23 @@ def _kinds(hint: Any, count: int) -> tuple:
     return arguments[:1] * count if several else arguments
 
 
+def _named(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        return " or ".join(_named(kind) for kind in arguments if kind is not types.NoneType)
+    if origin is Literal:
+        return "str"
+    if origin in _LISTS:
+        return f"{_named(arguments[0])}s"
+    return "function" if origin is collections.abc.Callable else hint.__name__
+
+
 def _described(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         return " or ".join(map(_described, arguments))
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin in _LISTS:
         return str(hint)
     if hint is types.NoneType:

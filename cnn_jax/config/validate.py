@@ -40,7 +40,7 @@ def validate(config: Config, trained: bool = False) -> Config:
         "callable as optimizer(learning_rate=0.001)",
     )
     fixed = getattr(config.optimizer, "keywords", {}).keys() & {"learning_rate", "weight_decay"}
-    check(not fixed, "optimizer", f"without {', '.join(sorted(fixed))}: set the field of that name")
+    check(not fixed, "optimizer", f"without {', '.join(sorted(fixed))}; set the field of this name")
     classes = getattr(config.model, "num_classes", 1)
     check(not isinstance(classes, int) or classes >= 1, "model.num_classes", "at least 1")
     _check_axis_names(config.model, "model.")
@@ -66,16 +66,29 @@ def _check_together(config: Config, check: Callable[[bool, str, str], None]) -> 
     check(
         not (data.flip and data.alternating_flip), "data.alternating_flip", "False with data.flip"
     )
+    parts = config.accumulate_steps
+    check(config.batch_size % parts == 0, "batch_size", f"divisible by accumulate_steps={parts}")
+    stepwise = config.schedule == "step"
+    check(bool(config.milestones) == stepwise, "milestones", "given with schedule=step, else empty")
+    if stepwise:
+        check(
+            warmup < config.milestones[0] and config.milestones[-1] < epochs,
+            "milestones",
+            f"after warmup_epochs={warmup:g} and before the end, epochs={epochs}",
+        )
+    if config.schedule == "one_cycle":
+        check(warmup < epochs, "warmup_epochs", f"less than epochs={epochs} with one_cycle")
     if config.final_learning_rate:
         check(
-            config.schedule != "constant",
+            config.schedule not in ("constant", "step"),
             "final_learning_rate",
-            "0 with schedule=constant, which does not end elsewhere; choose cosine or linear",
+            f"0 with schedule={config.schedule}, which has no final rate; choose cosine, linear or "
+            "one_cycle",
         )
         check(
             warmup < epochs,
             "final_learning_rate",
-            f"0 with warmup_epochs={warmup:g} of epochs={epochs}, as the schedule begins after them",
+            f"0 with warmup_epochs={warmup:g} of epochs={epochs}: no epoch is left for the schedule",
         )
 
 
@@ -86,7 +99,7 @@ def _check_axis_names(value: object, prefix: str) -> None:
         if name.endswith("axis_name") and inside is not None:
             raise ConfigError(
                 f"{prefix}{name}={inside}: must be none; only parallel.pmap_step has a named axis, "
-                "and statistics over the whole batch need none in training"
+                "and training needs none: its statistics are those of the whole batch"
             )
         _check_axis_names(inside, f"{prefix}{name}.")
 

@@ -24,7 +24,7 @@ from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import image_files, tfds_builder
 from cnn_jax.data.image_files import ImageFile
-from cnn_jax.data.prefetch import look_ahead
+from cnn_jax.data.prefetch import Workers, look_ahead
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,9 @@ class Dataset:
         """
         sizes, grey = self.headers.sizes, self.headers.grey[self.headers.size[:, 0] > 0]
         if not len(sizes):
-            raise DataError(f"data.name={self.name}: none of its {len(grey)} images can be read")
+            raise DataError(
+                f"data.name={self.name}: none of its {len(self.images)} images can be read"
+            )
         channels = 1 if grey.all() else 3
         if data.image_size:
             return (*data.image_size, channels)
@@ -131,15 +133,15 @@ class Dataset:
         with tfds_builder.quiet():
             from tensorflow_datasets.core import ReadInstruction
 
-            counts = {name: SimpleNamespace(num_examples=len(i)) for name, i in known.items()}
+            counts = {name: SimpleNamespace(num_examples=len(i)) for name, i in self.splits.items()}
             try:
                 parts = ReadInstruction.from_spec(split).to_absolute(counts)
             except Exception as error:  # as in tfds_records
                 reason = str(error).partition("\n")[0]
                 reason = "" if reason.startswith("Unknown split") else f" ({reason})"
                 raise DataError(
-                    f"{field}={split}: {self.name} has {', '.join(known)}, and slices such as "
-                    f"train[:10%]{reason}"
+                    f"{field}={split}: must be a split of {self.name} ({', '.join(known)}) or a slice "
+                    f"of one, such as train[:10%]{reason}"
                 ) from None
         return [known[part.splitname][part.from_ : part.to] for part in parts]
 
@@ -210,8 +212,10 @@ def check_training(data: DataConfig) -> None:
 
 
 def size_range(sizes: np.ndarray) -> str:
-    """Sizes [n, 2] in words: smallest, median and largest, by their area."""
-    ordered = sizes[np.argsort(sizes.prod(1, dtype=np.int64), kind="stable")]
+    """Sizes [n, 2] in words: smallest, median and largest, by their area, or the only one."""
+    if len(np.unique(sizes, axis=0)) == 1:
+        return "all {}x{}".format(*sizes[0])
+    ordered = sizes[np.lexsort((sizes[:, 0], sizes.prod(1, dtype=np.int64)))]
     shown = ("x".join(map(str, ordered[i])) for i in (0, len(ordered) // 2, -1))
     return "{} the smallest, {} the median, {} the largest (height x width)".format(*shown)
 
@@ -233,17 +237,16 @@ class FileRecords:
         Raises:
           DataError: as `Dataset.image_shape`.
         """
-        self.name, self.root, self.images = dataset.name, dataset.root, images
+        self.name, self.root = dataset.name, dataset.root
         self.class_names, self.image_shape = dataset.class_names, dataset.image_shape(data)
+        self.files = tuple(image.file for image in images)
         self.any_size = data.image_size is not None
         index = {name: i for i, name in enumerate(self.class_names)}
         self.labels = np.array([index[image.class_name] for image in images], np.int32)
-        small = self.image_shape[0] * self.image_shape[1] < decode.PIXELS_WORTH_A_THREAD
-        self.threads = 1 if small else cpu.cores()
-        self.workers = ThreadPoolExecutor(self.threads)
+        self.workers = Workers(np.median(dataset.headers.sizes.prod(1, dtype=np.int64)))
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.files)
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All examples: image uint8 [n, H, W, C], label int32 [n], BROKEN where it is not decoded."""
@@ -263,32 +266,27 @@ class FileRecords:
             raise errors[0]
         return image, label
 
-    def error(self, index: int) -> str:
-        """Why the image at `index` is not decoded, with its file's name."""
+    def problem(self, index: int) -> str:
+        """Why the image at `index` cannot be decoded, with its file's name; empty if it can."""
         errors = self._decode([index])[2]
-        return str(errors[0]) if errors else f"{self._path(index)}: was damaged before"
+        return str(errors[0]) if errors else ""
 
     def _path(self, index: int) -> str:
-        return os.path.join(self.root, self.images[index].file)
+        return os.path.join(self.root, self.files[index])
 
     def _decode(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[DataError]]:
         image = np.zeros((len(indices), *self.image_shape), np.uint8)
         label = self.labels[list(indices)]
         errors: list[DataError] = []
 
-        def decode_some(places: np.ndarray) -> None:
-            for i in places:
-                try:
-                    image[i] = self._read(self._path(indices[i]))
-                except DataError as error:
-                    label[i] = BROKEN
-                    errors.append(error)
+        def decode_one(i: int) -> None:
+            try:
+                image[i] = self._read(self._path(indices[i]))
+            except DataError as error:
+                label[i] = BROKEN
+                errors.append(error)
 
-        if self.threads == 1:
-            decode_some(np.arange(len(indices)))
-        else:
-            parts = np.array_split(np.arange(len(indices)), self.threads)
-            list(self.workers.map(decode_some, parts))
+        self.workers.each(decode_one, len(indices))
         return image, label, errors
 
     def _read(self, path: str) -> np.ndarray:

@@ -150,14 +150,14 @@ class _Walk:
     def remarks(self, outside: list[tuple[str, ...]]) -> Iterator[str]:
         """What was left out, a line each."""
         if outside:
-            first = os.path.join(*outside[0])
-            yield f"{len(outside)} images in no folder of a class are left out (first: {first})"
+            first = files.printable(os.path.join(*outside[0]))
+            yield f"left out, images in no folder of a class: {len(outside)} (first: {first})"
         if self.others:
-            kinds = ", ".join(f"{kind} {n}" for kind, n in self.others.most_common(5))
-            total = self.others.total()
-            yield f"{total} files are left out, as their names end unlike an image's ({kinds})"
+            counts = self.others.most_common(5)
+            kinds = ", ".join(f"{n} {files.printable(kind)}" for kind, n in counts)
+            yield f"left out, files that by their names are no images: {kinds}"
         if self.loops:
-            yield f"a link to a folder above itself is not followed: {self.loops[0]}"
+            yield f"not followed, links to a folder above them: {files.printable(self.loops[0])}"
 
 
 def _check_tops(root: str, tops: set[str], splits: set[str]) -> None:
@@ -191,12 +191,12 @@ def _check_tops(root: str, tops: set[str], splits: set[str]) -> None:
 def _remarks(images: list[ImageFile], named: set[str]) -> Iterator[str]:
     """Empty classes, and files that differ in their ending alone."""
     if empty := sorted(named - {image.class_name for image in images}):
-        yield f"no image in the folder of {_names(empty)}: not taken as a class"
+        yield f"left out, classes whose folders hold no image: {_names(empty)}"
     stems = collections.Counter(os.path.splitext(image.file)[0] for image in images)
     if several := [stem for stem, count in stems.items() if count > 1]:
         yield (
-            f"{len(several)} names stand for several files with other endings, which all are taken "
-            f"(first: {several[0]})"
+            f"images whose names differ in their ending alone, all taken: {len(several)} "
+            f"(first: {files.printable(several[0])})"
         )
 
 

@@ -4,10 +4,13 @@ The order of an epoch is a pure function of (seed, epoch): it depends neither on
 nor on where a run was resumed.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from cnn_jax.config import Config
+from cnn_jax.data.balance import balanced_order, labels
 from cnn_jax.data.prefetch import look_ahead
 from cnn_jax.data.sources import Examples, InMemory
 
@@ -15,6 +18,14 @@ from cnn_jax.data.sources import Examples, InMemory
 def epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
     """The order in which epoch `epoch` visits the `total` examples: int64 [total]."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(total)
+
+
+def make_order(config: Config, examples: Examples) -> Callable[[int], np.ndarray]:
+    """A function of the epoch that gives its order: int64 [N], indices of the training examples."""
+    if config.data.balanced:
+        label = labels(examples)
+        return lambda epoch: balanced_order(config.seed, epoch, label)
+    return functools.partial(epoch_order, config.seed, total=len(examples))
 
 
 def training_batches(

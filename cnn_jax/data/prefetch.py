@@ -1,10 +1,17 @@
-"""Prefetch: a second thread prepares the next item while the first thread computes."""
+"""Threads: one prepares the next item while another computes; several decode images together."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
+
+from cnn_jax.common import cpu
+
 T = TypeVar("T")
+
+# For smaller images, several threads are slower than one.
+PIXELS_WORTH_A_THREAD = 96 * 96
 
 
 def look_ahead(items: Iterable[T]) -> Iterator[T]:
@@ -19,3 +26,25 @@ def look_ahead(items: Iterable[T]) -> Iterator[T]:
         while (item := coming.result()) is not end:
             coming = thread.submit(next, iterator, end)
             yield item
+
+
+class Workers:
+    """The threads that decode the images of a split."""
+
+    def __init__(self, pixels: float | None):
+        """Takes as many threads as images of this many `pixels` are worth; None: they differ."""
+        small = pixels is not None and pixels < PIXELS_WORTH_A_THREAD
+        self._threads = 1 if small else cpu.cores()
+        self._pool = ThreadPoolExecutor(self._threads)
+
+    def each(self, work: Callable[[int], None], count: int) -> None:
+        """Calls work(0) to work(count - 1); an exception of one of them is raised here."""
+
+        def some(places: Iterable[int]) -> None:
+            for i in places:
+                work(i)
+
+        if self._threads == 1:
+            some(range(count))
+        else:
+            list(self._pool.map(some, np.array_split(np.arange(count), self._threads)))

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,25 @@ from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.config.paths import is_path
 from cnn_jax.data import decoded_cache, folders, tfds_builder
+from cnn_jax.data.prefetch import look_ahead
 
 if typing.TYPE_CHECKING:
     from cnn_jax.data.tfds_records import Records
 
 log = logging.getLogger(__name__)
 
+_CHUNK = 500
+
 
 class Examples(typing.Protocol):
-    """A split: `examples[indices]` is {"image": uint8 [n, H, W, C], "label": int32 [n]}."""
+    """A split: `examples[indices]` is {"image": uint8 [n, H, W, C], "label": int32 [n]}.
+
+    `files` has the paths of a user's own images, relative to their folder; it is empty for others.
+    """
 
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    files: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -46,6 +54,7 @@ class InMemory:
     image: np.ndarray
     label: np.ndarray
     class_names: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -58,7 +67,8 @@ class InMemory:
         return {"image": self.image[indices], "label": self.label[indices]}
 
     def take(self, indices: np.ndarray) -> "InMemory":
-        return InMemory(self.image[indices], self.label[indices], self.class_names)
+        files = tuple(self.files[i] for i in indices) if self.files else ()
+        return InMemory(self.image[indices], self.label[indices], self.class_names, files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,11 @@ class OnDemand:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.records.image_shape
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        own = isinstance(self.records, folders.FileRecords)
+        return tuple(self.records.files[i] for i in self.indices) if own else ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -105,6 +120,10 @@ class Relabelled:
     def image_shape(self) -> tuple[int, int, int]:
         return self.examples.image_shape
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.examples.files
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -122,8 +141,17 @@ def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
         return examples
     new_label = np.array([class_names.index(name) for name in examples.class_names], np.int32)
     if isinstance(examples, InMemory):
-        return InMemory(examples.image, new_label[examples.label], class_names)
+        label = new_label[examples.label]
+        return dataclasses.replace(examples, label=label, class_names=class_names)
     return Relabelled(examples, class_names, new_label)
+
+
+def chunks(examples: Examples) -> Iterator[dict[str, np.ndarray]]:
+    """All examples in order, a few at a time."""
+    starts = range(0, len(examples), _CHUNK)
+    return look_ahead(
+        examples[np.arange(start, min(start + _CHUNK, len(examples)))] for start in starts
+    )
 
 
 def default_data_dir() -> str:
@@ -154,7 +182,9 @@ def load_examples(
     """
     own = split == "validation" and not data.validation_examples and has_validation(data)
     if split == "validation" and not data.validation_examples and not own:
-        raise DataError("split=validation: this run has none (data.validation_examples=0)")
+        raise DataError(
+            "split=validation: this run has no validation split (data.validation_examples=0)"
+        )
     if memory_bytes is None:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     load = functools.partial(
@@ -279,15 +309,13 @@ def _load_files(data: DataConfig, split: str, field: str, memory_bytes: int) -> 
             log.info("%s is decoded on demand: it does not fit in memory", data.name)
             return OnDemand(records, _readable(records, data))
         examples = _decode_all(records)
-    broken = np.flatnonzero(examples.label == folders.BROKEN)
-    if len(broken):
-        records = folders.FileRecords(dataset, images, data)
-        _report_broken(records, broken, data)
+    examples = dataclasses.replace(examples, files=tuple(image.file for image in images))
+    broken = examples.label == folders.BROKEN
+    if broken.any():
+        _report_broken(folders.FileRecords(dataset, images, data), np.flatnonzero(broken), data)
     if not found:
         decoded_cache.write(key, examples.image, examples.label, examples.class_names)
-    return (
-        examples.take(np.flatnonzero(examples.label != folders.BROKEN)) if len(broken) else examples
-    )
+    return examples.take(np.flatnonzero(~broken)) if broken.any() else examples
 
 
 def _readable(records: "folders.FileRecords", data: DataConfig) -> np.ndarray:
@@ -307,7 +335,7 @@ def _report_broken(records: "folders.FileRecords", broken: np.ndarray, data: Dat
     Raises:
       DataError: they must not be skipped, or there are no others.
     """
-    first = records.error(broken[0])
+    first = records.problem(broken[0])
     more = f" ({len(broken)} images are broken)" if len(broken) > 1 else ""
     if not data.skip_broken:
         raise DataError(f"{first}{more}; mend it, or leave it out with --set data.skip_broken=true")

@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
+import logging
 
+from cnn_jax import PROGRAM
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import Config
 from cnn_jax.config.paths import is_path
 from cnn_jax.config.validate import check_images, check_model
-from cnn_jax.data import folders, sources
+from cnn_jax.data import folders, sources, statistics
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,31 @@ def load_splits(config: Config, data_dir: str | None = None, download: bool = Fa
     if is_path(config.data.name):
         folders.check_training(config.data)
     validation = load(config.data, "validation") if sources.has_validation(config.data) else None
-    return Splits(load(config.data, "train"), validation, load(config.data, "test"))
+    splits = Splits(load(config.data, "train"), validation, load(config.data, "test"))
+    if is_path(config.data.name):
+        _warn_of_twins(splits, config.data.name)
+    return splits
+
+
+def _warn_of_twins(splits: Splits, name: str) -> None:
+    """Warns of images that are in two splits; not if they are decoded on demand, as it takes long."""
+    loaded = {split: examples for split, examples in vars(splits).items() if examples is not None}
+    if not all(isinstance(examples, sources.InMemory) for examples in loaded.values()):
+        return
+    across = [pair for pair in statistics.twins(loaded) if pair[0][0] != pair[1][0]]
+    if across:
+        (split, index), (other, twin) = across[0]
+        log.warning(
+            "warning: %d images are in two splits (equal pixels; first: %s in %s, %s in %s), which "
+            "makes the accuracy too high; %s data %s lists them",
+            len(across),
+            loaded[split].files[index],
+            split,
+            loaded[other].files[twin],
+            other,
+            PROGRAM,
+            name,
+        )
 
 
 def check_splits(config: Config, splits: Splits) -> dict:
@@ -41,12 +69,23 @@ def check_splits(config: Config, splits: Splits) -> dict:
     shape, names = splits.train.image_shape, splits.train.class_names
     if len(splits.train) < config.batch_size:
         raise ConfigError(
-            f"batch_size={config.batch_size}: must be at most the {len(splits.train)} training examples"
+            f"batch_size={config.batch_size}: must be at most the {len(splits.train)} training "
+            f"examples; add --set batch_size={len(splits.train)}, or less"
+        )
+    if config.early_stopping_epochs and splits.validation is None:
+        raise ConfigError(
+            f"early_stopping_epochs={config.early_stopping_epochs}: needs a validation split, as the "
+            "test split chooses nothing; set data.validation_examples"
         )
     check_images(config.data, shape)
     if splits.test.image_shape != shape:
         raise DataError(f"data.test_split: images of {splits.test.image_shape}, not {shape}")
     logits = check_model(config.model, shape, len(names))
+    weights = config.class_weights
+    if weights is not None and len(weights) != len(names):
+        raise ConfigError(
+            f"class_weights={list(weights)}: must be one number for each of the {len(names)} classes"
+        )
     metadata = {
         "class_names": [*names, *(f"class {i}" for i in range(len(names), logits))],
         "image_shape": shape,

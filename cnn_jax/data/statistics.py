@@ -2,26 +2,30 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import numpy as np
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
 from cnn_jax.config.schema import AUTO
-from cnn_jax.data.prefetch import look_ahead
-from cnn_jax.data.sources import Examples
+from cnn_jax.data import balance
+from cnn_jax.data.sources import Examples, chunks
 
-CHUNK = 500
+Place = tuple[str, int]  # a split, and the index of an example in it
+
 DIGITS = 4
 
 
 def in_numbers(config: Config, examples: Examples) -> Config:
-    """`config` with numbers for a data.mean or data.std of "auto", from the training `examples`.
+    """`config` with numbers for what the training `examples` decide.
+
+    These are a data.mean or data.std of "auto", and class weights that are "balanced".
 
     Raises:
       ConfigError: a channel has the same value everywhere, so that its deviation is 0.
     """
+    config = balance.with_class_weights(config, examples)
     data = config.data
     if AUTO not in (data.mean, data.std):
         return config
@@ -30,9 +34,8 @@ def in_numbers(config: Config, examples: Examples) -> Config:
         raise ConfigError(
             f"data.std=auto: is {', '.join(map(str, std))} in the training images; give numbers"
         )
-    numbers = {
-        name: value for name, value in (("mean", mean), ("std", std)) if getattr(data, name) == AUTO
-    }
+    found = {"mean": mean, "std": std}
+    numbers = {name: value for name, value in found.items() if getattr(data, name) == AUTO}
     return dataclasses.replace(config, data=dataclasses.replace(data, **numbers))
 
 
@@ -42,7 +45,8 @@ def mean_and_deviation(examples: Examples) -> tuple[tuple[float, ...], tuple[flo
     Exact before the rounding, as it counts the 256 values: the same on every machine.
     """
     counts = np.zeros((examples.image_shape[2], 256), np.int64)
-    for image in chunks(examples):
+    for batch in chunks(examples):
+        image = batch["image"]
         for channel, count in enumerate(counts):
             count += np.bincount(image[..., channel].ravel(), minlength=256)
     values = np.arange(256)
@@ -54,16 +58,20 @@ def mean_and_deviation(examples: Examples) -> tuple[tuple[float, ...], tuple[flo
     return tuple(mean), tuple(std)
 
 
-def sums(examples: Examples) -> Iterator[bytes]:
-    """A hash of the pixels of each image: equal for images that the network cannot tell apart."""
-    for images in chunks(examples):
-        for image in images:
-            yield hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+def twins(splits: Mapping[str, Examples]) -> list[tuple[Place, Place]]:
+    """Images with equal pixels, as the network gets them: of each, its first place and another.
 
-
-def chunks(examples: Examples) -> Iterator[np.ndarray]:
-    """All images, a few at a time: uint8 [n, H, W, C]."""
-    starts = range(0, len(examples), CHUNK)
-    return look_ahead(
-        examples[np.arange(start, min(start + CHUNK, len(examples)))]["image"] for start in starts
-    )
+    Args:
+      splits: by name. A split before another one has the first place.
+    """
+    first: dict[bytes, Place] = {}
+    found = []
+    for name, examples in splits.items():
+        place = 0
+        for batch in chunks(examples):
+            for image in batch["image"]:
+                pixels = hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+                if (before := first.setdefault(pixels, (name, place))) != (name, place):
+                    found.append((before, (name, place)))
+                place += 1
+    return found

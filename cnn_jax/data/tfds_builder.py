@@ -104,12 +104,14 @@ def open_builder(name: str, data_dir: str) -> Any:
             known = [*tfds.list_builders(with_community_datasets=False), EMBEDDED]
             near = difflib.get_close_matches(base, known)
             raise DataError(
-                f"data.name={name}: TFDS knows no such dataset and data_dir={data_dir} holds none of "
-                "that name" + (f"; nearest: {', '.join(near)}" if near else "")
+                f"data.name={name}: there is no such dataset in TFDS or in "
+                f"data_dir={data_dir}" + (f"; nearest: {', '.join(near)}" if near else "")
             ) from None
         except Exception as error:  # TFDS raises AssertionError, ValueError, ParseError, ...
             if bad := _damaged_json(Path(data_dir, base)):
-                raise DataError(f"{bad}: damaged; remove its folder, prepare it again") from None
+                raise DataError(
+                    f"{bad}: damaged; remove its folder, and prepare it again"
+                ) from None
             raise DataError(f"data.name={name}: {_reason(error)}") from None
 
 
@@ -145,7 +147,7 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
     builder = open_builder(name, data_dir)
     if not _is_prepared(builder):  # TFDS skips a folder without dataset_info.json
         raise DataError(
-            f"{shown(builder.data_dir)}: incomplete; remove this folder, prepare it again"
+            f"{shown(builder.data_dir)}: incomplete; remove this folder, and prepare it again"
         )
     return builder
 

@@ -12,20 +12,33 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cnn_jax.common import cpu, decode
+from cnn_jax.common import decode
 from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import tfds_builder
-from cnn_jax.data.prefetch import look_ahead
+from cnn_jax.data.prefetch import Workers, look_ahead
 
 CHUNK = 500
+
+
+def _shards(builder: Any, name: str, split: str, field: str) -> Any:
+    """The files and the parts of them that `split` of the dataset `name` consists of."""
+    with tfds_builder.quiet():
+        try:
+            return builder.info.splits[split].file_instructions
+        except Exception as error:  # TFDS raises KeyError, ValueError, AssertionError, ...
+            known, reason = ", ".join(builder.info.splits), str(error).partition("\n")[0]
+            reason = "" if reason.startswith("Unknown split") else f" ({reason})"
+            raise DataError(
+                f"{field}={split}: must be a split of {name} ({known}) or a slice of one, "
+                f"such as train[:10%]{reason}"
+            ) from None
 
 
 class Records:
@@ -50,33 +63,27 @@ class Records:
         file_format = builder.info.file_format.value
         if file_format not in ("array_record", "tfrecord"):
             raise DataError(
-                f"{self.folder}: {file_format} files; array_record and tfrecord are read"
+                f"{self.folder}: its files have the format {file_format}, must have array_record or "
+                "tfrecord; prepare the dataset again in one of these"
             )
         self.random_access = file_format == "array_record"
         if not self.random_access and not tfds_builder.tensorflow_is_installed():
             raise DataError(
-                f"{self.folder}: TFRECORD files; reading them {tfds_builder.NO_TENSORFLOW}"
+                f"{self.folder}: its files have the format tfrecord; reading them "
+                f"{tfds_builder.NO_TENSORFLOW}"
             )
-        with tfds_builder.quiet():
-            try:
-                self.shards = builder.info.splits[split].file_instructions
-            except Exception as error:  # TFDS raises KeyError, ValueError, AssertionError, ...
-                known, reason = ", ".join(builder.info.splits), str(error).partition("\n")[0]
-                reason = "" if reason.startswith("Unknown split") else f" ({reason})"
-                raise DataError(
-                    f"{field}={split}: {data.name} has {known}, and slices such as train[:10%]{reason}"
-                ) from None
+        self.shards = _shards(builder, data.name, split, field)
         self.ends = list(itertools.accumulate(shard.take for shard in self.shards))
         if not len(self):
-            raise DataError(f"{field}={split}: {data.name} has no examples there")
+            raise DataError(f"{field}={split}: this part of {data.name} has no examples")
         for shard in self.shards:
             if not tfds.core.Path(shard.filename).exists():
-                raise DataError(f"{tfds_builder.shown(shard.filename)}: absent; {self._remedy()}")
+                raise DataError(
+                    f"{tfds_builder.shown(shard.filename)}: no such file; {self._remedy()}"
+                )
         self.source = self._open_array_records() if self.random_access else None
         height, width = self.layout.stored_size
-        small = height and width and height * width < decode.PIXELS_WORTH_A_THREAD
-        self.threads = 1 if small else cpu.cores()
-        self.workers = ThreadPoolExecutor(self.threads)
+        self.workers = Workers(height * width if height and width else None)
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -174,21 +181,16 @@ class Records:
         image = np.empty((len(records), *self.image_shape), np.uint8)
         label = np.empty(len(records), np.int32)
 
-        def decode_some(places: np.ndarray) -> None:
-            for i in places:
-                try:
-                    encoded, label[i] = self._parse(records[i])
-                    image[i] = self._decode_image(encoded)
-                except decode.Unsuitable as error:
-                    raise DataError(f"{self._place(indices[i])}: {error}") from None
-                except Exception as error:  # protobuf and Pillow raise many types
-                    raise self._damaged(self._place(indices[i]), error) from error
+        def decode_one(i: int) -> None:
+            try:
+                encoded, label[i] = self._parse(records[i])
+                image[i] = self._decode_image(encoded)
+            except decode.Unsuitable as error:
+                raise DataError(f"{self._place(indices[i])}: {error}") from None
+            except Exception as error:  # protobuf and Pillow raise many types
+                raise self._damaged(self._place(indices[i]), error) from error
 
-        if self.threads == 1:
-            decode_some(np.arange(len(records)))
-        else:
-            parts = np.array_split(np.arange(len(records)), self.threads)
-            list(self.workers.map(decode_some, parts))
+        self.workers.each(decode_one, len(records))
         return image, label
 
     def _parse(self, record: bytes) -> tuple[bytes, int]:

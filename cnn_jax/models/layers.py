@@ -96,7 +96,9 @@ def one_image_size(call: Callable) -> Callable:
     @functools.wraps(call)
     def checked(self: nn.Module, image: jax.Array, train: bool = False) -> jax.Array:
         got = "x".join(map(str, image.shape[1:]))
-        nothing = ValueError(f"{type(self).__name__} is left nothing of images of {got}")
+        nothing = ValueError(
+            f"{type(self).__name__} needs larger images than {got}: nothing is left of them here"
+        )
         try:
             logits = call(self, image, train)
         except ZeroDivisionError:  # Flax up to 0.12.8, for a kernel without weights
@@ -105,7 +107,7 @@ def one_image_size(call: Callable) -> Callable:
             fitting = images_that_fit(self.clone(parent=None, name=None), self.variables["params"])
             raise ValueError(
                 f"{type(self).__name__} was initialised for images of {fitting}, got {got}: "
-                "flatten + dense fixes the size; FullyConvCNN takes any size from 28x28"
+                "flatten + dense needs one size; FullyConvCNN takes any size from 28x28"
             ) from None
         if any(leaf.size == 0 for leaf in jax.tree.leaves(self.variables.get("params", {}))):
             raise nothing

@@ -24,6 +24,7 @@ from cnn_jax.config.experiment import load
 from cnn_jax.config.overrides import override
 from cnn_jax.config.serialize import is_of, to_json
 from cnn_jax.config.validate import validate
+from cnn_jax.data.sources import has_validation
 from cnn_jax.studies import markdown, sweep_plot
 from cnn_jax.studies.subprocesses import CommandFailed, Processes
 from cnn_jax.train.workdir import metrics, prepare, read_config, write_json, write_text
@@ -103,7 +104,8 @@ def settings(experiment: str, assignments: Sequence[str]) -> list[Setting]:
             raise ConfigError(f"--set {assignment}: write field=value or field=value,value")
         if path == "seed":
             raise ConfigError(
-                f"--set {assignment}: sweep takes --seeds, how many there are of them"
+                f"--set {assignment}: sweep sets the seed itself; write --seeds=N for the seeds "
+                "0 to N - 1"
             )
         if path in axes:
             raise ConfigError(
@@ -168,19 +170,17 @@ def sweep(
       failed: that is a result.
 
     Raises:
-      ConfigError: as `settings`, or `seeds` is less than 1.
+      ConfigError: as `settings`.
       WorkdirError: the workdir cannot be written.
       Preempted: a signal asked to stop; the same call resumes.
     """
-    if seeds < 1:
-        raise ConfigError(f"--seeds={seeds}: must be at least 1")
     planned = settings(experiment, assignments)
     prepare(workdir)
-    blind = [setting for setting in planned if not setting.config.data.validation_examples]
+    blind = [setting for setting in planned if not has_validation(setting.config.data)]
     if blind:
         log.warning(
-            "warning: data.validation_examples=0: test accuracy is shown, and must choose nothing; "
-            "add --set data.validation_examples=5000 to have the best setting chosen"
+            "warning: data.validation_examples=0: no best setting is chosen, as test accuracy must "
+            "not choose it; add --set data.validation_examples=5000"
         )
     done, codes = [], []
     total = len(planned) * seeds
@@ -252,7 +252,7 @@ def _write(
     if best:
         choice = f"Best by validation accuracy: {best.name}."
     elif chosen_by:
-        choice = "No setting came to its end with every seed: none is chosen."
+        choice = "No setting finished with every seed: none is chosen."
     else:
         choice = (
             "Nothing is chosen: there is no validation split, and test accuracy must not choose."
@@ -305,7 +305,7 @@ def _table(
     """Head and rows: the fields that vary, n, accuracies, problems."""
     fields = [k for k in done[0].values if len({setting.values[k] for setting in done}) > 1]
     splits = ["test"]
-    if any(setting.config.data.validation_examples for setting in done):
+    if any(has_validation(setting.config.data) for setting in done):
         splits = ["validation", "test"]
     rows = []
     for setting in done:

@@ -159,13 +159,14 @@ class Checkpoints:
             best = self.best()
             if best is None:
                 raise CheckpointError(
-                    f"{flag}best: {self.folder} has no validation accuracy to choose by; "
-                    "train with --set data.validation_examples=N"
+                    f"{flag}best: no checkpoint in {self.folder} has a validation accuracy; "
+                    "choose latest, or train with --set data.validation_examples=N"
                 )
             return self.read(best, training, verify)
         if which not in map(str, steps):
             raise CheckpointError(
-                f"{flag}{which}: {self.folder} has latest, best or " + ", ".join(map(str, steps))
+                f"{flag}{which}: must be latest, best or a step in {self.folder}: "
+                + ", ".join(map(str, steps))
             )
         return self.read(int(which), training, verify)
 

@@ -101,7 +101,7 @@ class CheckpointWriter(Checkpoints):
         variables = {name: a for name, a in full.items() if is_variable(name)}
         training = {name: a for name, a in full.items() if name not in variables}
         if not self.folder.is_dir():  # Orbax would create it again
-            raise FileNotFoundError(f"{self.folder} is gone")
+            raise FileNotFoundError(f"{self.folder} was removed")
         if self._writer is None:
             self._writer = _make_writer()
         self._writer.save(

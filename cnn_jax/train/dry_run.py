@@ -9,6 +9,7 @@ import numpy as np
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
+from cnn_jax.config.paths import resolve
 from cnn_jax.data.splits import Splits, load_splits
 from cnn_jax.train import parallel
 from cnn_jax.train.checkpoint import Checkpoints
@@ -31,12 +32,14 @@ def dry_run(
     """
     if parallel.is_one_of_several():
         raise ConfigError("--dry_run: takes one process; leave out --coordinator")
+    config = resolve(config)
     splits = load_splits(config, data_dir, download)
     few = {
         name: examples and examples.take(np.arange(min(len(examples), 2 * config.batch_size)))
         for name, examples in vars(splits).items()
     }
-    config = dataclasses.replace(config, epochs=1, warmup_epochs=0.0)
+    schedule = {"schedule": "constant", "warmup_epochs": 0.0, "final_learning_rate": 0.0}
+    config = dataclasses.replace(config, epochs=1, milestones=(), **schedule)
     with tempfile.TemporaryDirectory() as scratch:
         lines = train(config, Path(scratch), splits=Splits(**few), init_from=init_from)
         run = Checkpoints(Path(scratch)).newest()

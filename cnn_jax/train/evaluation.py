@@ -12,6 +12,7 @@ import numpy as np
 from cnn_jax.config import DataConfig
 from cnn_jax.data import loader
 from cnn_jax.data.sources import Examples
+from cnn_jax.data.splits import Splits
 from cnn_jax.train import parallel
 from cnn_jax.train.step import eval_step
 
@@ -56,6 +57,18 @@ def evaluate_examples(
     """Evaluates every example once; the arguments are those of `each_batch`."""
     sums = each_batch(eval_step, variables, examples, batch_size, mesh, before_each)
     return metrics_of(sums, len(examples))
+
+
+def evaluate_splits(
+    eval_step: Callable, variables: Any, splits: Splits, batch_size: int, mesh: Any, **options: Any
+) -> dict[str, Metrics]:
+    """`evaluate_examples` on validation, if there is such a split, and on test."""
+    chosen = {"validation": splits.validation, "test": splits.test}
+    return {
+        name: evaluate_examples(eval_step, variables, examples, batch_size, mesh, **options)
+        for name, examples in chosen.items()
+        if examples is not None
+    }
 
 
 def each_batch(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cnn_jax.common.errors import ConfigError
@@ -95,22 +94,6 @@ def frozen_norms(patterns: Sequence[str]) -> contextlib.AbstractContextManager:
     return nn.intercept_methods(intercept)
 
 
-def factors(entries: Sequence[str]) -> dict[str, float]:
-    """The factor of each pattern, from "PATTERN=FACTOR" texts.
-
-    Raises:
-      ValueError: a text has no "=", or no number after it.
-    """
-    pairs = [entry.rpartition("=") for entry in entries]
-    return {pattern: float(factor) for pattern, _, factor in pairs}
-
-
-def factor_of(path: Any, given: dict[str, float]) -> float:
-    """The factor of a parameter: that of the first pattern that fits; 1 if none does.
-
-    Args:
-      path: keys, from `jax.tree_util.tree_map_with_path`.
-      given: from `factors`.
-    """
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    return next((factor for pattern, factor in given.items() if fits([pattern], names)), 1.0)
+def factor_of(path: Path, factors: dict[str, float]) -> float:
+    """The factor of the first pattern that fits; 1 if none does."""
+    return next((factor for pattern, factor in factors.items() if fits([pattern], path)), 1.0)

@@ -29,16 +29,17 @@ from cnn_jax.data.splits import Splits, check_splits, load_splits
 from cnn_jax.train import (
     agreement,
     checkpoint,
+    early_stopping,
     evaluation,
+    initial,
     optim,
     parallel,
-    preprocess,
     pretrained,
 )
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
-from cnn_jax.train.step import TrainState, empty_sums, init_state, train_step
+from cnn_jax.train.step import TrainState, empty_sums, train_step
 from cnn_jax.train.workdir import check_same_run, locked, metrics, prepare, write_config
 
 
@@ -72,6 +73,7 @@ def train(
       NotFiniteError: the loss, the parameters or an evaluation became infinite or NaN.
       Preempted: a signal asked the run to end; its state is saved, the same call resumes it.
     """
+    # `experiment.load` has checked a command's configuration; nobody has checked one made in Python.
     config = resolve(validate(config))
     mesh = parallel.make_mesh(config.devices)
     parallel.check_divides(mesh, config.batch_size)
@@ -89,7 +91,8 @@ def train(
         if source:
             metadata["init_from"] = dataclasses.asdict(source)
         check_same_run(workdir, config, metadata)
-        saver = Saver(config, workdir, len(splits.train), signals, check_lock)
+        order = loader.make_order(config, splits.train)
+        saver = Saver(config, workdir, len(splits.train), order, signals, check_lock)
         with _Run(config, mesh, splits, signals, saver) as run:
             saver.start(run.restore(verify, source))
             if parallel.is_main_process():
@@ -139,17 +142,14 @@ class _Run:
           verify: compares what is restored with its checksums.
           source: the checkpoint whose parameters the initialisation takes where they fit.
         """
-        config, shape = self.config, self.splits.train.image_shape
-        make = functools.partial(init_state, config.model, self.optimizer, shape, config.seed)
+        config, examples = self.config, self.splits.train
         restored = self.saver.checkpoints.newest(verify=verify)
         if restored is None:
-            seen = preprocess.first_images(config, self.splits.train)
-            if source:
-                wanted = checkpoint.names(jax.eval_shape(make))
-                given = pretrained.fitting(source, source.arrays(verify), wanted)
-                seen = [*(seen or [None]), given]
-            self.state = parallel.make_replicated(make, self.mesh, *seen)
+            self.state = initial.first_state(
+                config, self.optimizer, examples, self.mesh, source, verify
+            )
             return None
+        make = initial.state_maker(config, self.optimizer, examples.image_shape)
         state = checkpoint.fill(jax.eval_shape(make), restored)
         self.state = parallel.replicate(state, self.mesh)
         self.epoch_seconds = restored.notes["epoch_seconds"]
@@ -182,14 +182,18 @@ class _Run:
             if epoch >= config.epochs:
                 progress.message(f"nothing left to do: {int(self.state.step)} steps are done")
                 return
+            if self._is_over():
+                return
             train = self._compile()
             self.signals.let_finish(config.grace_seconds)
             for remaining in range(epoch, config.epochs):
                 self._epoch(remaining, train)
+                if self._is_over():
+                    return
 
     def _epoch(self, epoch: int, train: Callable) -> None:
         config = self.config
-        order = loader.epoch_order(config.seed, epoch, len(self.splits.train))
+        order = self.saver.order(epoch)
         first = epoch * self.steps_per_epoch
         start = int(self.state.step) - first
         if start == 0:
@@ -245,28 +249,36 @@ class _Run:
         saver.check_lock()
         self.reporter.epoch(line)
         self.line_is_missing = False
-        if last:
+        if last or early_stopping.stale_epochs(config, saver.folder):
             saver.save_and_wait(self.state, self.epoch_seconds)
         elif stop := saver.asked_to_stop(step):
             saver.stop(self.state, self.epoch_seconds, stop)
 
+    def _is_over(self) -> bool:
+        """Whether the run ends before its last epoch; prints why."""
+        stale = early_stopping.stale_epochs(self.config, self.saver.folder)
+        if stale:
+            epoch = int(self.state.step) // self.steps_per_epoch
+            self.reporter.progress.message(early_stopping.reason(epoch, stale))
+        return stale > 0
+
     def _evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the validation and test splits."""
-        line = {}
-        for name in ("validation", "test"):
-            if (examples := getattr(self.splits, name)) is not None:
-                found = evaluation.evaluate_examples(
-                    self.eval_step,
-                    self.state.variables,
-                    examples,
-                    self.config.eval_batch_size,
-                    self.mesh,
-                    before_each=self._stop_evaluating,
-                )
-                line |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy}
+        found = evaluation.evaluate_splits(
+            self.eval_step,
+            self.state.variables,
+            self.splits,
+            self.config.eval_batch_size,
+            self.mesh,
+            before_each=self._stop_evaluating,
+        )
         shape, step = self.splits.train.image_shape, int(self.state.step)
-        self.reporter.evaluated(found.confusion, self.state.params, shape, step)
-        return line
+        self.reporter.evaluated(found["test"].confusion, self.state.params, shape, step)
+        return {
+            f"{split}_{name}": getattr(one, name)
+            for split, one in found.items()
+            for name in ("loss", "accuracy")
+        }
 
     def _stop_evaluating(self) -> None:
         """Ends the run after a signal: an evaluation may take longer than `grace_seconds`."""

@@ -50,7 +50,7 @@ def adapt(
         optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):
         kind = type(optimizer).__name__
-        raise ConfigError(f"optimizer: returns {kind}, must return an optax.GradientTransformation")
+        raise ConfigError(f"optimizer: must return an optax.GradientTransformation, not {kind}")
     optimizer = optax.with_extra_args_support(optimizer)
     takes = inspect.signature(optimizer.update).parameters.values()
     taken = {parameter.name for parameter in takes}
@@ -77,8 +77,8 @@ def adapt(
         after = _without_keys(after)
         if _kinds(after) != _kinds(state):
             raise ConfigError(
-                f"optimizer: {name} changes the shapes or types of its state from step to step, which "
-                "a compiled step cannot follow; give another one"
+                f"optimizer: {name} changes the shapes or types of its state from step to step; a "
+                "compiled step needs fixed ones, so choose another optimizer"
             )
         return updates, after
 
@@ -104,10 +104,21 @@ def eval_params(state: optax.OptState, params: optax.Params) -> Any:
     if len(made) > 1 or jax.tree.structure(made[0]) != jax.tree.structure(params):
         names = ", ".join(type(node).__name__.removesuffix("State") for node in found)
         raise ConfigError(
-            f"optimizer: {names} must hold all parameters, and be one, as the network is evaluated at "
-            "parameters of its own; leave out masks and partitions around it"
+            f"optimizer: {names} evaluates the network with parameters of its own; there must be one "
+            "such part, and it must hold all parameters: remove the others, and masks or partitions "
+            "around it"
         )
     return made[0]
+
+
+def coupled(state: optax.OptState) -> list[str]:
+    """The names of the transformations whose next state presumes that their updates are applied whole.
+
+    They are those of `eval_params`, and the line searches.
+    """
+    kinds = (*_EVALUATED, optax.LookaheadState, *_LINE_SEARCHES)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [type(node).__name__.removesuffix("State") for node in nodes if isinstance(node, kinds)]
 
 
 def _of_schedule_free(state: Any, params: optax.Params) -> optax.Params:
@@ -128,6 +139,9 @@ _EVALUATED: dict[type, Callable] = {
     optax.contrib.SAMState: _of_sam,
     SlowParams: lambda state, params: state.slow,
 }
+
+
+_LINE_SEARCHES = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
 
 
 def _nodes(state: optax.OptState) -> list:
@@ -164,6 +178,6 @@ def _tried(name: str, call: Callable, *arguments: Any, **options: Any) -> Any:
     except Exception as error:  # transformations raise errors of many types
         reason = " ".join(str(error).splitlines()[:1])[:200]
         raise ConfigError(
-            f"optimizer: {name} fails ({type(error).__name__}: {reason}); it is given learning_rate as "
-            "a schedule, of which learning_rate(0) is a number; --debug shows where"
+            f"optimizer: {name} fails ({type(error).__name__}: {reason}); its learning_rate is a "
+            "schedule: learning_rate(0) is a number; --debug shows where it fails"
         ) from error

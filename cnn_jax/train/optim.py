@@ -4,6 +4,7 @@ import functools
 import inspect
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,11 +12,13 @@ import optax.contrib
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
-from cnn_jax.train.optax_adapter import adapt
+from cnn_jax.config.schema import rate_factors
+from cnn_jax.train import groups
+from cnn_jax.train.optax_adapter import adapt, coupled
 
 
 def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up from 0, then constant, cosine or linear.
+    """Learning rate by step: a linear warm-up from 0, then as `config.schedule` says.
 
     Raises:
       ConfigError: the warm-up is shorter than a step.
@@ -28,23 +31,43 @@ def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
         )
     rest = max(config.epochs * steps_per_epoch - warmup, 1)
     peak, end = config.learning_rate, config.final_learning_rate
+    if config.schedule == "one_cycle":
+        return _one_cycle(peak, end, warmup, warmup + rest)
+    milestones = [round(epoch * steps_per_epoch) - warmup for epoch in config.milestones]
     after = {
         "constant": optax.constant_schedule(peak),
         "cosine": optax.cosine_decay_schedule(peak, rest, alpha=end / peak),
         "linear": optax.linear_schedule(peak, end, rest),
+        "step": optax.piecewise_constant_schedule(
+            peak, dict.fromkeys(milestones, config.step_factor)
+        ),
     }[config.schedule]
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+def _one_cycle(peak: float, end: float, rise: int, total: int) -> optax.Schedule:
+    """From peak / 25 to the peak in `rise` steps, then to `end` at step `total`, along cosines."""
+    rise = rise or max(round(0.3 * total), 1)
+    turns = {rise: 25.0, total: end / peak}
+    return optax.piecewise_interpolate_schedule("cosine", peak / 25, turns)
+
+
+def make_optimizer(
+    config: Config, steps_per_epoch: int, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
     """The Optax chain of `config`: clipping, weight decay of kernels, the optimizer, its schedule.
+
+    Args:
+      config: the run.
+      steps_per_epoch: for the schedule.
+      schedule: of the learning rate, instead of that of `config`.
 
     Raises:
       ConfigError: the factory fails, or does not return a transformation.
     """
-    arguments = {"learning_rate": make_schedule(config, steps_per_epoch)}
+    arguments = {"learning_rate": schedule or make_schedule(config, steps_per_epoch)}
     chain = []
     if config.clip_norm is not None:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
@@ -55,7 +78,39 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
         arguments |= {"weight_decay": config.weight_decay, **dict.fromkeys(free, kernels)}
     elif config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, kernels))
-    return optax.chain(*chain, adapt(config.optimizer, **arguments))
+    optimizer = optax.chain(*chain, adapt(config.optimizer, **arguments))
+    return (
+        _with_rates_of(optimizer, config.learning_rate_of) if config.learning_rate_of else optimizer
+    )
+
+
+def _with_rates_of(
+    optimizer: optax.GradientTransformation, entries: tuple[str, ...]
+) -> optax.GradientTransformation:
+    """`optimizer` with its updates multiplied by the factors of `learning_rate_of`.
+
+    Its `init` raises ConfigError if a pattern fits no parameter, or if the optimizer relates its
+    updates to each other, so that a factor on one of them would be more than another rate.
+    """
+    factors = rate_factors(entries)
+
+    def init(params: Any) -> Any:
+        state = optimizer.init(params)
+        if names := coupled(state):
+            raise ConfigError(
+                f"learning_rate_of={','.join(entries)}: must be empty with this optimizer: "
+                f"{', '.join(names)} relates its updates to each other; use adam, adamw or sgd"
+            )
+        groups.check(factors, flax.traverse_util.flatten_dict(params), "learning_rate_of")
+        return state
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, state, params, **extra)
+        flat = flax.traverse_util.flatten_dict(updates)
+        scaled = {path: leaf * groups.factor_of(path, factors) for path, leaf in flat.items()}
+        return flax.traverse_util.unflatten_dict(scaled), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def kernels(params: dict) -> dict:

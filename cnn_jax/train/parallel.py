@@ -193,23 +193,27 @@ def compile_step(
     With JAX_DISABLE_JIT nothing is compiled, so that each operation can be inspected.
 
     Raises:
-      ConfigError: the model uses a named axis, which training does not have.
+      ConfigError: as `lower`.
     """
+    jitted = jit_step(step, mesh, compute_dtype=compute_dtype)
     if jax.config.jax_disable_jit:
-        return jit_step(step, mesh)
-    return lower_step(step, mesh, state, shard(batch, mesh), compute_dtype).compile()
+        return jitted
+    return lower(jitted, state, shard(batch, mesh)).compile()
 
 
-def lower_step(
-    step: Callable, mesh: Mesh, state: Any, batch: Any, compute_dtype: str = "float32"
-) -> jax.stages.Lowered:
-    """`jit_step(step, mesh)` traced for a state and a batch, which may be only shapes and types.
+def lower(jitted: Callable, state: Any, batch: Any) -> jax.stages.Lowered:
+    """The program of a `jit_step`, before it is compiled.
+
+    Args:
+      jitted: from `jit_step`.
+      state: its state, or its shapes and types.
+      batch: likewise.
 
     Raises:
-      ConfigError: as `compile_step`.
+      ConfigError: the model uses a named axis, which training does not have.
     """
     try:
-        return jit_step(step, mesh, compute_dtype=compute_dtype).lower(state, batch)
+        return jitted.lower(state, batch)
     except NameError as error:
         if "axis name" not in str(error):
             raise

@@ -48,19 +48,19 @@ class Source:
         return evaluated(found.arrays)
 
 
-def find(text: str | None, workdir: Path, verify: bool = True) -> Source | None:
+def find(text: str | None, workdir: Path | None = None, verify: bool = True) -> Source | None:
     """The source of a run: what its config.json records, or what the flag names for a new run.
 
     Args:
       text: WORKDIR, WORKDIR:STEP, WORKDIR:latest or WORKDIR:best; None: the flag is not given.
-      workdir: the run's folder.
+      workdir: the run's folder; None: a new run without one.
       verify: compares the source with its checksums.
 
     Raises:
       ConfigError: the run in `workdir` began from another source; or `text` names an exported file.
       CheckpointError: the source has no such checkpoint, or it is damaged.
     """
-    if (workdir / "config.json").exists():
+    if workdir and (workdir / "config.json").exists():
         recorded = read_config(workdir).get("init_from")
         recorded = Source(**recorded) if recorded else None
         if text is not None:

@@ -15,8 +15,8 @@ from cnn_jax.common.errors import CnnJaxError, ConfigError
 from cnn_jax.train import parallel
 
 _ADVICE = (
-    "its own last lines say why. Start all processes again with the same commands: the run goes on "
-    "from its newest checkpoint"
+    "its own last lines say why. Start all processes again with the same commands: the run "
+    "continues from its newest checkpoint"
 )
 _HANDLERS: list = []
 
@@ -31,10 +31,8 @@ def start_processes(coordinator: str, processes: int, process: int, heartbeat_se
       heartbeat_seconds: a process that is silent for so long counts as dead; the others end.
 
     Raises:
-      ConfigError: coordinator, processes or process is invalid.
+      ConfigError: coordinator or process is invalid.
     """
-    if processes < 1:
-        raise ConfigError(f"--processes={processes}: must be at least 1")
     if not 0 <= process < processes:
         raise ConfigError(f"--process={process}: must be from 0 to {processes - 1}")
     if not re.fullmatch(r".+:[0-9]+", coordinator or ""):
@@ -56,9 +54,9 @@ def _add_last_line_to_aborts() -> None:
     coordinator cannot be reached. Python's handlers would be too late: they run between two
     bytecodes of the main thread.
     """
-    lost = "another is gone, which the lines above name"
+    lost = "another process has ended (the lines above name it)"
     if jax.process_count() == 2:
-        lost = f"process {1 - jax.process_index()} is gone"
+        lost = f"process {1 - jax.process_index()} has ended"
     line = f"error: JAX ended this process, most likely because {lost}; {_ADVICE}\n".encode()
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -86,7 +84,7 @@ def naming_the_lost() -> Iterator[None]:
             raise
         lost = ", ".join(map(str, _missing()))
         raise CnnJaxError(
-            f"gone: process {lost} of the {jax.process_count()} of this run; {_ADVICE}"
+            f"process {lost} of the {jax.process_count()} processes of this run has ended; {_ADVICE}"
         ) from error
 
 

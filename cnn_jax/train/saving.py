@@ -12,7 +12,6 @@ import numpy as np
 
 from cnn_jax.common.errors import CheckpointError, NotFiniteError, Preempted
 from cnn_jax.config import Config
-from cnn_jax.data.loader import epoch_order
 from cnn_jax.train import parallel, workdir
 from cnn_jax.train.checkpoint import Restored, names
 from cnn_jax.train.checkpoint_writer import CheckpointWriter
@@ -33,6 +32,7 @@ class Saver:
         config: Config,
         folder: Path,
         train_examples: int,
+        order: Callable[[int], np.ndarray],
         signals: StopSignals,
         check_lock: Callable[[], None],
     ):
@@ -40,13 +40,14 @@ class Saver:
         config: the run's configuration.
         folder: its workdir.
         train_examples: the size of its training split.
+        order: of the examples of an epoch, from `loader.make_order`.
         signals: the signals that ask it to stop.
         check_lock: raises CheckpointError if the workdir was deleted or moved.
         """
         self.config, self.folder, self.signals = config, folder, signals
         self.checkpoints = CheckpointWriter(folder, keep=config.keep_checkpoints)
         self.saved_step: int | None = None
-        self._train_examples = train_examples
+        self.order = order
         self._steps_per_epoch = train_examples // config.batch_size
         self.check_lock = check_lock
         self._saved_at = time.monotonic()
@@ -60,8 +61,8 @@ class Saver:
         step = restored.step if restored else None
         if not parallel.agree(-1 if step is None else step):
             raise CheckpointError(
-                f"workdir={self.folder}: the processes found different checkpoints in it; all must see "
-                "one and the same folder"
+                f"workdir={self.folder}: the processes found different checkpoints in it; all "
+                "processes must use the same shared folder"
             )
         self.saved_step = step
         if parallel.is_main_process():  # all processes have read the workdir by now
@@ -179,8 +180,9 @@ class Saver:
           NotFiniteError: always.
         """
         epoch, place = divmod(step, self._steps_per_epoch)
-        order = epoch_order(self.config.seed, epoch, self._train_examples)
-        batch = order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
+        batch = self.order(epoch)[
+            place * self.config.batch_size : (place + 1) * self.config.batch_size
+        ]
         dump = self.folder / "not_finite.json"
         if parallel.is_main_process():
             found = {"step": step, "epoch": epoch + 1, "what": what, "indices": batch.tolist()}

@@ -97,7 +97,8 @@ class StopSignals:
             patience = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self._reading], [], [], patience)[0]:
                 log.error(
-                    "error: grace_seconds=%g are over: ended without saving", self._grace_seconds
+                    "error: saving took longer than grace_seconds=%g: ended without saving",
+                    self._grace_seconds,
                 )
                 os._exit(self.exit_code)
             number = os.read(self._reading, 1)

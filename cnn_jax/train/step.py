@@ -3,7 +3,8 @@
 With `axis_name`, the train step also runs under jax.pmap, each device on its part of the batch.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import optax
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
+from cnn_jax.train import groups
 from cnn_jax.train.apply import (
     apply,
     collections_after,
@@ -41,7 +43,8 @@ class TrainState:
       opt_state: of the Optax optimizer.
       rng: uint32 [2], data of the key from which every step's randomness is derived.
       sums: the epoch's sums so far, with the fields of `empty_sums`.
-      eval_params: the parameters to evaluate if the optimizer uses others than `params`, else {}.
+      eval_params: the parameters to evaluate if they are others than `params`: those that the
+        optimizer's paper evaluates, or the mean of `Config.ema_decay`; else {}.
     """
 
     step: jax.Array
@@ -80,6 +83,9 @@ def init_state(
     seed: int,
     image: jax.Array | None = None,
     given: dict[str, jax.Array] | None = None,
+    *,
+    freeze: Sequence[str] = (),
+    ema_decay: float = 0.0,
 ) -> TrainState:
     """The state before the first step.
 
@@ -90,6 +96,11 @@ def init_state(
       seed: of the parameters and of every later random choice.
       image: scaled training images [N, *image_shape], if the first parameters depend on them.
       given: variables that replace the new ones, by name ("params/Conv_0/kernel").
+      freeze: of the Config.
+      ema_decay: of the Config.
+
+    Raises:
+      ConfigError: `freeze` fits nothing or everything, or the optimizer is not one for `ema_decay`.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     if image is None:
@@ -99,7 +110,13 @@ def init_state(
         flat = flax.traverse_util.flatten_dict(variables, sep="/")
         variables = flax.traverse_util.unflatten_dict(flat | given, sep="/")
     params = variables.get("params", {})
-    opt_state = optimizer.init(params)
+    trained, frozen = groups.split(params, freeze)
+    opt_state = optimizer.init(trained)
+    evaluated = eval_params(opt_state, trained)
+    if ema_decay and evaluated:
+        raise ConfigError(
+            f"ema_decay={ema_decay}: must be 0 with this optimizer, which has a mean of its own"
+        )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -107,8 +124,13 @@ def init_state(
         opt_state=opt_state,
         rng=jax.random.key_data(run_key),
         sums=empty_sums(),
-        eval_params=eval_params(opt_state, params),
+        eval_params=_all_evaluated(evaluated, frozen)
+        or (jax.tree.map(jnp.copy, params) if ema_decay else {}),
     )
+
+
+def _all_evaluated(evaluated: Any, frozen: Any) -> Any:
+    return groups.merge(evaluated, frozen) if evaluated else {}
 
 
 def model_state_of(variables: dict[str, Any]) -> dict[str, Any]:
@@ -154,33 +176,28 @@ def train_step(
     key = jax.random.fold_in(run_key, state.step)
     augment_key, dropout_key = jax.random.split(key)
     batch = augmented(run_key, augment_key, batch, config.data, axis_name)
-
-    def call(params: Any, rngs: dict) -> tuple[jax.Array, Any]:
-        variables = {"params": params, **state.model_state}
-        options = {"train": True, "rngs": rngs, "mutable": [*state.model_state]}
-        return apply(model, variables, batch["image"], config.compute_dtype, **options)
-
-    rngs = make_rngs(lambda rngs: call(state.params, rngs), dropout_key, axis_name)
-
-    def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        logits, updated = call(params, rngs)
-        logits = one_score_each(logits)
-        loss = training_loss(logits, batch, config)
-        return loss, (collections_after(state.model_state, updated), logits)
-
-    (loss, (model_state, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    trained, frozen = groups.split(state.params, config.freeze)
+    options = {"model": model, "config": config, "axis_name": axis_name}
+    loss_of = functools.partial(_loss_and_after, frozen, **options)
+    (loss, (model_state, correct)), grads = _gradient(
+        loss_of, trained, state.model_state, batch, dropout_key, config.accumulate_steps
+    )
     count = jnp.array(len(batch["label"]), jnp.int32)
-    correct = (logits.argmax(-1) == batch["label"]).sum(dtype=jnp.int32)
     if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
         model_state = jax.tree.map(lambda leaf: _mean_of(leaf, axis_name), model_state)
         count, correct = jax.lax.psum((count, correct), axis_name)
     extra = {"value": loss, "grad": grads}
     if axis_name is None:  # under pmap they would differ by device
-        extra |= _functions_of(lambda params: loss_of(params)[0])
+        whole = (state.model_state, batch, dropout_key)
+        extra |= _functions_of(lambda params: loss_of(params, *whole)[0])
     update = optax.with_extra_args_support(optimizer).update
-    updates, opt_state = update(grads, state.opt_state, state.params, **extra)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = update(grads, state.opt_state, trained, **extra)
+    trained = optax.apply_updates(trained, updates)
+    params = groups.merge(trained, frozen)
+    evaluated = _all_evaluated(eval_params(opt_state, trained), frozen)
+    if config.ema_decay:
+        evaluated = _mean_over_steps(state.eval_params, params, state.step, config.ema_decay)
     new_state = TrainState(
         step=state.step + 1,
         params=params,
@@ -188,9 +205,79 @@ def train_step(
         opt_state=opt_state,
         rng=state.rng,
         sums=_added(state.sums, state.step, loss, correct, count),
-        eval_params=eval_params(opt_state, params),
+        eval_params=evaluated,
     )
     return new_state, loss
+
+
+def _loss_and_after(
+    frozen: Any,
+    trained: Any,
+    model_state: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    config: Config,
+    axis_name: str | None,
+) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+    """The mean loss of augmented examples; the model_state after them, the number that are correct."""
+
+    def call(rngs: dict) -> tuple[jax.Array, Any]:
+        variables = {"params": groups.merge(trained, frozen), **model_state}
+        options = {"train": True, "rngs": rngs, "mutable": [*model_state]}
+        with groups.frozen_norms(config.freeze):
+            return apply(model, variables, batch["image"], config.compute_dtype, **options)
+
+    logits, updated = call(make_rngs(call, key, axis_name))
+    logits = one_score_each(logits)
+    loss = training_loss(logits, batch, config)
+    correct = (logits.argmax(-1) == batch["label"]).sum(dtype=jnp.int32)
+    after = collections_after(model_state, updated)
+    return loss, (groups.keep_frozen(model_state, after, config.freeze), correct)
+
+
+def _gradient(
+    loss_of: Callable, params: Any, model_state: Any, batch: Batch, key: jax.Array, parts: int
+) -> tuple[tuple[jax.Array, tuple[Any, jax.Array]], Any]:
+    """What `jax.value_and_grad(loss_of, has_aux=True)` returns for the batch, from equal parts of it.
+
+    Args:
+      loss_of: (params, model_state, batch, key) -> mean loss, (model_state after it, correct).
+      params: of the gradient.
+      model_state: passed on from part to part.
+      batch: N examples.
+      key: each part has its own, derived from this one.
+      parts: a divisor of N. A part takes every `parts`-th example, so that devices keep theirs.
+    """
+    differentiate = jax.value_and_grad(loss_of, has_aux=True)
+    if parts == 1:
+        return differentiate(params, model_state, batch, key)
+
+    def add(before: Any, numbered: Any) -> tuple[Any, None]:
+        number, part = numbered
+        model_state, *sums = before
+        own_key = jax.random.fold_in(key, number)
+        (loss, (model_state, correct)), grads = differentiate(params, model_state, part, own_key)
+        return (model_state, *jax.tree.map(jnp.add, sums, [loss, correct, grads])), None
+
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    # In a loop, XLA:CPU computes convolutions without vector instructions; there it is unrolled.
+    unroll = parts if jax.default_backend() == "cpu" else 1
+    first = (model_state, *zeros)
+    after, _ = jax.lax.scan(add, first, (jnp.arange(parts), split), unroll=unroll)
+    model_state, loss, correct, grads = after
+    return (loss / parts, (model_state, correct)), jax.tree.map(lambda x: x / parts, grads)
+
+
+def _mean_over_steps(mean: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """The mean of the parameters after each step so far, weighted by decay**age.
+
+    Equal to `optax.ema(decay, debias=True)` of the parameters: the initial ones do not count.
+    """
+    weight = (1 - decay) / (1 - decay ** (step + 1).astype(jnp.float32))
+    return jax.tree.map(lambda old, new: old + weight * (new - old), mean, params)
 
 
 def _functions_of(loss_of: Callable[[Any], jax.Array]) -> dict[str, Callable]:

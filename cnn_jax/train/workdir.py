@@ -41,7 +41,9 @@ def prepare(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise CheckpointError(f"workdir={workdir}: is a file or below one; name a folder") from None
+        raise CheckpointError(
+            f"workdir={workdir}: this path or a part of it is a file; name a folder"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"workdir={workdir}: cannot be made: {error.strerror}") from None
     library_path(workdir)
@@ -140,8 +142,8 @@ def warn_of_other_bits(workdir: Path) -> None:
     ]
     if lines:
         log.warning(
-            "warning: workdir=%s goes on with %s: the last bits of its numbers differ from those of a "
-            "run without a break",
+            "warning: workdir=%s: the run continues with %s, which changes the last digits of its "
+            "numbers",
             workdir,
             "; ".join(lines),
         )
@@ -166,7 +168,7 @@ def read_config(workdir: Path) -> dict:
         return saved
     except FileNotFoundError:
         there = "holds no config.json" if workdir.is_dir() else "no such folder"
-        raise CheckpointError(f"workdir={workdir}: {there}, so no run to read") from None
+        raise CheckpointError(f"workdir={workdir}: {there}; name the folder of a run") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -188,11 +190,13 @@ def check_same_run(workdir: Path, config: Config, metadata: dict) -> None:
     if not (workdir / "config.json").exists():
         return
     saved = read_config(workdir)
-    free = {*CHANGEABLE_ON_RESUME, *(["epochs"] if config.schedule == "constant" else [])}
+    free = {*CHANGEABLE_ON_RESUME, *(["epochs"] if config.schedule in ("constant", "step") else [])}
     lines = changes(saved["config"], config, free)
     lines += differences(
         {name: saved.get(name) for name in metadata}, json.loads(json.dumps(metadata))
     )
+    if any(line.startswith("data_files:") for line in lines):
+        lines.append("images of the dataset were added, removed or changed since")
     if lines:
         raise ConfigError(
             f"workdir={workdir}: holds another run; {'; '.join(lines)} (choose another --workdir)"

@@ -199,7 +199,7 @@ class Head(nn.Module):
         (Head(before=lambda x: x.transpose(0, 3, 1, 2)), "on a larger image it fails ("),
         (
             Head(before=lambda x: x.transpose(0, 2, 1, 3)),
-            "its map does not grow where the image does",
+            "its map stays as small as on a small one",
         ),
         (Head(before=lambda x: x.reshape(len(x), 7, 7, 12)), "on a larger image it fails ("),
         (
@@ -297,7 +297,7 @@ def test_an_image_smaller_than_the_window(converted, tmp_path, monkeypatch, capl
     monkeypatch.setattr(evaluate.sources, "load_examples", lambda *_: small)
     assert command("evaluate", f"--workdir={converted}", "--dataset=other") == 3
     line = error(caplog)
-    assert line.startswith("dataset=other: images of 32x27x1, ")
+    assert line.startswith("dataset=other: its images are 32x27x1, ")
     assert "needs 5x5" in line
 
 
@@ -314,7 +314,7 @@ def test_a_dataset_of_larger_images(converted, monkeypatch):
     [
         ("{}/file", 2, "--output={}/file: {}/file is a file; name a folder"),
         ("{}/file/below", 2, "--output={}/file/below: {}/file is a file; name a folder"),
-        ("{}/full", 2, "--output={}/full: holds something already; name a new folder"),
+        ("{}/full", 2, "--output={}/full: must be a new or an empty folder; name another one"),
         ("/proc/x", 2, "--output=/proc/x: cannot be written: "),
     ],
 )
@@ -353,7 +353,7 @@ def test_a_run_that_was_stopped_in_its_first_epoch(trained, tfds_dir, tmp_path, 
         command("class_map", f"--workdir={workdir}", f"--data_dir={tfds_dir}", "--canvas=70") == 0
     )
     assert command("report", f"--workdir={new}", "--checkpoint=best") == 4
-    assert "has no validation accuracy to choose by" in error(caplog)
+    assert "has a validation accuracy; choose latest" in error(caplog)
 
 
 def test_a_head_that_mixes_the_places_of_a_map_is_noticed(tmp_path):

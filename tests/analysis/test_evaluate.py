@@ -234,7 +234,7 @@ def test_best_without_validation(tmp_path, splits, caplog):
     config = Config(models.MLP(), DataConfig("tiny"), epochs=1, eval_batch_size=20)
     loop.train(config, tmp_path / "run", splits=splits)
     assert command(f"--workdir={tmp_path / 'run'}", "--checkpoint=best") == 4
-    assert "no validation accuracy to choose by" in said(caplog)
+    assert "has a validation accuracy; choose latest" in said(caplog)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_split_the_run_has_not(tmp_path, trained, caplog):
     workdir = tmp_path / "run"
     loop.train(config, workdir, "x", str(trained[2]))
     assert command(f"--workdir={workdir}", "--split=validation", f"--data_dir={trained[2]}") == 3
-    assert "split=validation: this run has none" in said(caplog)
+    assert "split=validation: this run has no validation split" in said(caplog)
 
 
 # ---------------------------------------------------------------------------- another dataset
@@ -314,11 +314,11 @@ def test_another_dataset_with_fewer_classes(monkeypatch, workdir):
 @pytest.mark.parametrize(
     ("shape", "names", "expected"),
     [
-        ((28, 28, 3), CLASS_NAMES, ("3 channels", "trained on 1")),
-        (SHAPE, [*CLASS_NAMES, "k"], ("classes k are none", "trained on: a, b, c, d")),
-        (SHAPE, ["bird", *CLASS_NAMES[1:]], ("classes bird are none", "trained on: a, b")),
-        ((32, 32, 1), CLASS_NAMES, ("32x32x1", "trained on 28x28x1", "MLP", "FullyConvCNN does")),
-        ((28, 29, 1), CLASS_NAMES, ("28x29x1", "trained on 28x28x1", "MLP", "FullyConvCNN does")),
+        ((28, 28, 3), CLASS_NAMES, ("3 channels", "must have 1 as those")),
+        (SHAPE, [*CLASS_NAMES, "k"], ("not trained on its classes k", "trained on a, b, c, d")),
+        (SHAPE, ["bird", *CLASS_NAMES[1:]], ("not trained on its classes bird", "trained on a, b")),
+        ((32, 32, 1), CLASS_NAMES, ("32x32x1", "trained on 28x28x1", "MLP", "use FullyConvCNN")),
+        ((28, 29, 1), CLASS_NAMES, ("28x29x1", "trained on 28x28x1", "MLP", "use FullyConvCNN")),
     ],
 )
 def test_a_dataset_that_does_not_fit(monkeypatch, trained, caplog, shape, names, expected):
@@ -376,7 +376,7 @@ def test_fully_conv_takes_larger_images(monkeypatch, fully_conv):
 
 
 def test_fully_conv_refuses_smaller_images(fully_conv):
-    with pytest.raises(DataError, match=r"^dataset=other: images of 28x27x1.*from 28x28 up"):
+    with pytest.raises(DataError, match=r"^dataset=other: its images are 28x27x1.*from 28x28 up"):
         evaluate.fitting(fully_conv, make_examples(10, (28, 27, 1)), "other")
 
 
@@ -432,7 +432,10 @@ def test_a_result_that_cannot_be_written_is_shown_all_the_same(workdir, trained,
     assert command(*flags) == 0
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     path = workdir / "evaluation.json"
-    assert warning == f"warning: {path}: cannot be written: Is a directory; --output names a folder"
+    assert (
+        warning
+        == f"warning: {path}: cannot be written: Is a directory; name another folder with --output"
+    )
     shown = capsys.readouterr().out
     assert re.search(r"accuracy \d\.\d{4}, loss \d\.\d{4} over 48 examples\n$", shown)
 
@@ -486,7 +489,7 @@ def test_a_model_of_ones_own(tmp_path, tfds_dir, caplog):
     assert written(workdir)["accuracy"] == lines[-1]["test_accuracy"]
     # ... and a model that is not the saved one
     assert command("--experiment=quickstart", f"--workdir={workdir}") == 2
-    assert "--experiment: its model is LeNet, that of the run Mine" in said(caplog)
+    assert "--experiment: its model is LeNet, must be Mine as in the run" in said(caplog)
 
 
 # --------------------------------------------------------------------------------- the table

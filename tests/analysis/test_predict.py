@@ -272,7 +272,7 @@ def test_a_pattern_without_files(tree, pattern, said):
 
 @pytest.mark.parametrize("patterns", [[","], [" "], [" , "]])
 def test_no_pattern_at_all(patterns):
-    with pytest.raises(DataError, match=r"^--images: names no file$"):
+    with pytest.raises(DataError, match=r"^--images: must name at least one file"):
         find_images(patterns)
 
 

@@ -33,6 +33,7 @@ def parsed(line: str):
         ("report runs/a runs/b", {"workdir": ["runs/a", "runs/b"]}),
         ("report --workdir=runs/a runs/b", {"workdir": ["runs/a", "runs/b"]}),
         ("summary fashion_mnist/lenet", {"experiment": "fashion_mnist/lenet"}),
+        ("data photos --set data.flip=true", {"dataset": "photos", "set": ["data.flip=true"]}),
         ("verify runs/x", {"workdir": "runs/x"}),
         ("export runs/x", {"workdir": "runs/x"}),
         ("convert runs/x --output=y", {"workdir": "runs/x", "output": "y"}),
@@ -50,16 +51,22 @@ def test_words_stand_for_flags(line, expected):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("train quickstart more", "more: unexpected; train takes EXPERIMENT and flags"),
-        ("list quickstart", "quickstart: unexpected; list takes no words and flags"),
+        (
+            "train quickstart more",
+            "more: train cannot use this word; it takes EXPERIMENT and flags",
+        ),
+        ("list quickstart", "quickstart: list cannot use this word; it takes no word and flags"),
         ("train", "--experiment: train needs it"),
         ("predict runs/x", "--images: predict needs it"),
         (
             "train quickstart --experiment=x",
-            "quickstart: unexpected; train takes EXPERIMENT and flags, which are written --name=value; "
+            "quickstart: train cannot use this word; it takes EXPERIMENT and flags, which are "
+            "written --name=value; "
             "--experiment=x is given",
         ),
         ("sweep quickstart --seeds=0", "--seeds=0: must be at least 1"),
+        ("reproduce --seeds=0", "--seeds=0: must be at least 1"),
+        ("train quickstart --processes=0", "--processes=0: must be at least 1"),
         ("explain conv --size=x", "--size=x: must be a whole number"),
         ("benchmark --seconds=x", "--seconds=x: must be a number"),
         ("tarin quickstart", "tarin: no such command; nearest: train"),

@@ -75,5 +75,5 @@ def test_a_cache_that_cannot_be_is_told_once(filled, tmp_path):
     (tmp_path / "file").touch()
     printed, told = run(tmp_path / "file")
     assert printed == filled[1][0]
-    assert "cannot be used; CNN_JAX_CACHE_DIR chooses another, CNN_JAX_CACHE=off" in told
+    assert "cannot be used; set CNN_JAX_CACHE_DIR to another folder, or CNN_JAX_CACHE=off" in told
     assert told.count("\n") == 1

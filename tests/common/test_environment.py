@@ -11,29 +11,45 @@ from tests.tiny import REPOSITORY, run_command
 SUMMARY = ("summary", "--experiment=quickstart", "--input_size=28x28x1")
 
 REFUSED = [  # variable, value, the one line
-    ("JAX_PLATFORMS", "cuda", r"JAX_PLATFORMS=cuda: JAX cannot start there \(.+\); write JAX_PL"),
+    (
+        "JAX_PLATFORMS",
+        "cuda",
+        r"JAX_PLATFORMS=cuda: JAX cannot start on this platform \(.+\); set JAX_PL",
+    ),
     ("JAX_PLATFORMS", "nonsense", r"JAX_PLATFORMS=nonsense: .*'nonsense' is not in the list .*cpu"),
-    ("JAX_PLATFORMS", "CPU", r"JAX_PLATFORMS=CPU: JAX cannot start there "),
-    ("JAX_PLATFORMS", "cpu,", r"JAX_PLATFORMS=cpu,: JAX cannot start there "),
-    ("JAX_PLATFORMS", "tpu", r"JAX_PLATFORMS=tpu: JAX cannot start there "),
-    ("JAX_DISABLE_JIT", "maybe", r"an environment variable of JAX: .*'maybe'.*JAX_DISABLE_JIT"),
-    ("JAX_DEFAULT_MATMUL_PRECISION", "x", r"an environment variable of JAX: .*matmul_precision"),
-    ("JAX_NUM_CPU_DEVICES", "two", r"an environment variable of JAX: .*jax_num_cpu_devices"),
+    ("JAX_PLATFORMS", "CPU", r"JAX_PLATFORMS=CPU: JAX cannot start on this platform "),
+    ("JAX_PLATFORMS", "cpu,", r"JAX_PLATFORMS=cpu,: JAX cannot start on this platform "),
+    ("JAX_PLATFORMS", "tpu", r"JAX_PLATFORMS=tpu: JAX cannot start on this platform "),
+    (
+        "JAX_DISABLE_JIT",
+        "maybe",
+        r"JAX refuses an environment variable: .*'maybe'.*JAX_DISABLE_JIT",
+    ),
+    (
+        "JAX_DEFAULT_MATMUL_PRECISION",
+        "x",
+        r"JAX refuses an environment variable: .*matmul_precision",
+    ),
+    ("JAX_NUM_CPU_DEVICES", "two", r"JAX refuses an environment variable: .*jax_num_cpu_devices"),
     (
         "XLA_FLAGS",
         "--xla_cpu_mulit_thread_eigen=false",
-        r"XLA_FLAGS: unknown to this XLA: --xla_cpu_mulit_thread_eigen=false; nearest: "
+        r"XLA_FLAGS: this version of XLA does not know --xla_cpu_mulit_thread_eigen=false; nearest: "
         r"--xla_cpu_multi_thread_eigen$",
     ),
-    ("XLA_FLAGS", "--xyzzy --abc=1", r"XLA_FLAGS: unknown to this XLA: --xyzzy --abc=1$"),
-    ("XLA_FLAGS", "-xla_cpu_foo", r"XLA_FLAGS: unknown to this XLA: -xla_cpu_foo"),
+    (
+        "XLA_FLAGS",
+        "--xyzzy --abc=1",
+        r"XLA_FLAGS: this version of XLA does not know --xyzzy --abc=1$",
+    ),
+    ("XLA_FLAGS", "-xla_cpu_foo", r"XLA_FLAGS: this version of XLA does not know -xla_cpu_foo"),
     (
         "XLA_FLAGS",
         "--xla_force_host_platform_device_count=x",
-        r"XLA_FLAGS: --xla_force_host_platform_device_count=x: XLA takes no such value$",
+        r"XLA_FLAGS: --xla_force_host_platform_device_count=x: XLA does not accept this value$",
     ),
     ("XLA_FLAGS", "flags.txt", r"XLA_FLAGS=flags.txt: must be flags, which start with --$"),
-    ("XLA_FLAGS", "--help", r"XLA_FLAGS=--help: must be flags that this XLA knows$"),
+    ("XLA_FLAGS", "--help", r"XLA_FLAGS=--help: must be flags that this version of XLA knows$"),
     ("CNN_JAX_CACHE_DIR", "~nosuchuser/x", r"~nosuchuser/x: the home folder ~nosuchuser is not "),
 ]
 

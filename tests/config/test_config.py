@@ -116,7 +116,7 @@ def test_fields_of_a_users_own_module():
         ("data.name.x=3", "name = tiny has no fields"),
         ("epochs.x=3", "epochs = 10 has no fields"),
         ("optimizer.momentum=0.9", "optimizer = optax.adam has no fields"),
-        ("xyzzy=3", "there are: batch_size, checkpoint_every_epochs, "),
+        ("xyzzy=3", "there are: accumulate_steps, batch_size, "),
         ("=3", "no field ''"),
         ("data.=3", "data has no field ''"),
         (".=3", "no field ''"),
@@ -143,10 +143,10 @@ def test_fields_of_a_users_own_module():
         ("data.std=__import__('os')", "is not a number"),
         (
             "model=LeNet",
-            "an experiment file chooses this, --set does not; set one of its fields: n",
+            "change it in an experiment file, or set one of its fields: n",
         ),
         ("data=mnist", "set one of its fields: name, train_split, "),
-        ("optimizer=optax.sgd", "an experiment file chooses this, --set does not"),
+        ("optimizer=optax.sgd", "--set cannot change this field"),
     ],
 )
 def test_what_set_refuses(assignment, said):
@@ -173,6 +173,17 @@ RANGES = [  # field, values that are allowed, values that are not
     ("learning_rate", [1e-9, 100.0], [0.0, -1e-3, math.inf, math.nan]),
     ("warmup_epochs", [0.0, 0.5, 10.0], [-0.1, 10.5, math.inf, math.nan]),
     ("final_learning_rate", [0.0], [-1.0, math.inf, math.nan]),
+    ("milestones", [()], [(0.0,), (2.0, 1.0), (1.0, math.inf)]),
+    ("step_factor", [0.5], [0.0, math.inf]),
+    ("freeze", [(), ("Conv_*", "Dense_0/bias")], [("",)]),
+    (
+        "learning_rate_of",
+        [(), ("Conv_*=0.1", "a=b=2")],
+        [("Conv_*",), ("=1",), ("a=x",), ("a=0",), ("a=nan",), ("a=1", "a=2")],
+    ),
+    ("ema_decay", [0.0, 0.999], [1.0, -0.1]),
+    ("accumulate_steps", [1, 2], [0]),
+    ("early_stopping_epochs", [None, 1], [0]),
     ("weight_decay", [0.0, 1.0], [-1e-4, math.inf, math.nan]),
     ("clip_norm", [None, 0.1], [0.0, -1.0, math.inf, math.nan]),
     ("label_smoothing", [0.0, 0.99], [1.0, -0.1, math.nan]),
@@ -190,9 +201,24 @@ RANGES = [  # field, values that are allowed, values that are not
     ("data.test_split", ["validation"], [""]),
     ("data.validation_examples", [0, 5], [-1]),
     ("data.crop_padding", [0, 4], [-1]),
+    ("data.rotation", [0.0, 180.0], [-1.0, 180.5, math.nan]),
+    ("data.colour_jitter", [0.0, 1.0], [-0.1, 1.1, math.nan]),
+    ("data.erasing", [0.0, 1.0], [-0.1, 1.1, math.nan]),
+    ("data.mixup", [0.0, 2.0], [-0.1, math.inf, math.nan]),
+    ("data.cutmix", [0.0, 2.0], [-0.1, math.inf, math.nan]),
+    (
+        "class_weights",
+        [None, "balanced", (0.0, 2.5)],
+        [(), (0.0, 0.0), (1.0, -1.0), (1.0, math.inf), (1.0, math.nan)],
+    ),
     ("init_examples", [0, 1, 5000], [-1]),
     ("data.image_size", [None, (1, 1)], [(0, 8), (8, 0), (-1, 8)]),
-    ("data.mean", [(0.0,), (1.0, 0.5, 0.0)], [(), (math.nan,), (0.0, math.inf), (72.9,), (-0.1,)]),
+    ("data.test_fraction", [None, 0.01, 0.99], [0.0, 1.0, -0.1, math.nan]),
+    (
+        "data.mean",
+        [(0.0,), (1.0, 0.5, 0.0), "auto"],
+        [(), (math.nan,), (0.0, math.inf), (72.9,), (-0.1,)],
+    ),
     (
         "data.std",
         [(1.0,), (0.1, 0.5)],
@@ -274,6 +300,7 @@ def test_every_field_has_a_range_or_a_type_of_few_values():
     named = {field for field, _, _ in RANGES}
     free = {"model", "data", "optimizer", "schedule", "compute_dtype", "data.flip"}
     free |= {"data.alternating_flip", "data.test_time_augmentation"}
+    free |= {"data.trivial_augment", "data.balanced", "data.skip_broken"}
     fields = {f.name for f in dataclasses.fields(Config)}
     fields |= {f"data.{f.name}" for f in dataclasses.fields(DataConfig)}
     assert fields - free == named - {"model.num_classes"}
@@ -291,7 +318,7 @@ def test_every_field_has_a_range_or_a_type_of_few_values():
         ("learning_rate", False, "float"),
         ("devices", 2.0, "int or None"),
         ("clip_norm", "1", "float or None"),
-        ("schedule", "exponential", "one of constant, cosine, linear"),
+        ("schedule", "exponential", "one of constant, cosine, linear, step"),
         ("compute_dtype", "float64", "one of float32, bfloat16"),
         ("data.name", 3, "str"),
         ("data.flip", 1, "bool"),
@@ -359,13 +386,22 @@ def test_data_survives_its_json_form():
         "train[:1%]",
         "train[1%:]",
         5,
-        (8, 9),
-        (0.5, 0.25),
-        (2.0, 3.0),
-        True,
-        True,
-        2,
-        "mirror",
+        test_fraction=0.3,
+        skip_broken=True,
+        balanced=True,
+        image_size=(8, 9),
+        mean=(0.5, 0.25),
+        std=(2.0, 3.0),
+        flip=True,
+        alternating_flip=True,
+        crop_padding=2,
+        rotation=5.0,
+        erasing=0.1,
+        colour_jitter=0.2,
+        trivial_augment=True,
+        mixup=0.3,
+        cutmix=0.4,
+        test_time_augmentation="mirror",
     )
     assert all(
         getattr(data, f.name) != f.default for f in dataclasses.fields(data)
@@ -395,8 +431,8 @@ def test_a_module_of_ones_own_gets_the_fields_it_was_trained_with():
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        (models.LeNet(), "--experiment: its model is LeNet, that of the run Widths"),
-        (Widths(act=nn.gelu), r"model.act: is jax.gelu in the file of --experiment, was jax.relu"),
+        (models.LeNet(), "--experiment: its model is LeNet, must be Widths as in the run"),
+        (Widths(act=nn.gelu), r"model.act=jax.gelu in the file of --experiment: must be jax.relu"),
     ],
 )
 def test_a_module_that_is_not_the_trained_one_is_refused(own, message):
@@ -446,3 +482,35 @@ def test_differences():
         "optimizer: optax.adam -> {'function': 'optax.sgd', 'momentum': 0.9}",
     ]
     assert differences(to_json(BASE), to_json(BASE)) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"accumulate_steps": 3}, "batch_size=32: must be divisible by accumulate_steps=3"),
+        ({"schedule": "step"}, "milestones=[]: must be given with schedule=step, else empty"),
+        ({"milestones": (1.0,)}, "milestones=[1.0]: must be given with schedule=step, else empty"),
+        (
+            {"schedule": "step", "milestones": (1.0, 10.0)},
+            "milestones=[1.0, 10.0]: must be after warmup_epochs=0 and before the end, epochs=10",
+        ),
+        (
+            {"schedule": "step", "milestones": (2.0, 1.0)},
+            "milestones=[2.0, 1.0]: must be epochs greater than 0, in ascending order",
+        ),
+        (
+            {"schedule": "one_cycle", "warmup_epochs": 10.0},
+            "warmup_epochs=10.0: must be less than epochs=10 with one_cycle",
+        ),
+    ],
+)
+def test_fields_that_do_not_fit_together(fields, said):
+    with pytest.raises(ConfigError) as caught:
+        validate(dataclasses.replace(BASE, epochs=10, **fields))
+    assert str(caught.value) == said
+
+
+def test_an_empty_text_is_an_empty_list():
+    config = dataclasses.replace(BASE, freeze=("Conv_0",))
+    assert override(config, ["freeze="]).freeze == ()
+    assert override(config, ["learning_rate_of=a=1,b=2"]).learning_rate_of == ("a=1", "b=2")

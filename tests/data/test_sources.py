@@ -377,7 +377,7 @@ def test_absent_shard_is_named(damaged_dir: Path):
     shard = second_shard(damaged_dir)
     shard.unlink()
     line = refusal("pictures", damaged_dir)
-    assert line == f"{shard}: absent; remove {shard.parent} and prepare the dataset again"
+    assert line == f"{shard}: no such file; remove {shard.parent} and prepare the dataset again"
     assert len(load_examples(DataConfig("pictures"), "train[:5]", str(damaged_dir))) == 5
 
 
@@ -525,9 +525,9 @@ def test_other_keys_than_image_and_label(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("fashion_mnits", ["TFDS knows no such dataset", "nearest: fashion_mnist"]),
+        ("fashion_mnits", ["there is no such dataset in TFDS", "nearest: fashion_mnist"]),
         ("garment", ["nearest: garments"]),
-        ("nothing_like_it_at_all", ["TFDS knows no such dataset"]),
+        ("nothing_like_it_at_all", ["there is no such dataset in TFDS"]),
         ("mnist:9.9.9", ["cannot be loaded at version 9.9.9, only: 3.0.1"]),
         ("cifar10_corrupted/nope", ["BuilderConfig nope not found with version 1.0.0."]),
         ("huggingface:mnist", ["must be dataset, dataset/config, dataset:1.0.0"]),
@@ -546,13 +546,16 @@ def test_wrong_name(tmp_path: Path, name: str, parts: list[str]):
 
 def test_wrong_split(pictures_dir: Path):
     line = refusal("pictures", pictures_dir, "trian")
-    assert line == "split=trian: pictures has train, and slices such as train[:10%]"
+    assert (
+        line
+        == "split=trian: must be a split of pictures (train) or a slice of one, such as train[:10%]"
+    )
     data = DataConfig("pictures", train_split="trian", test_split="train[40:50]")
     assert refusal(data, pictures_dir, "train").startswith("data.train_split=trian: ")
     line = refusal(data, pictures_dir, "test")
     assert line.startswith("data.test_split=train[40:50]: ")
     assert refusal("pictures", pictures_dir, "train[oops]").startswith("split=train[oops]: ")
-    assert "no examples there" in refusal("pictures", pictures_dir, "train[:0]")
+    assert "has no examples" in refusal("pictures", pictures_dir, "train[:0]")
 
 
 # ---------------------------------------------------------------------------- not prepared
@@ -743,7 +746,7 @@ def test_tfrecord_files_without_tensorflow(damaged_dir: Path, monkeypatch: pytes
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     line = refusal("pictures", damaged_dir)
-    assert line == f"{folder}: TFRECORD files; reading them {ADD_TENSORFLOW}"
+    assert line == f"{folder}: its files have the format tfrecord; reading them {ADD_TENSORFLOW}"
 
 
 def test_incomplete_folder(tmp_path: Path):

@@ -249,8 +249,8 @@ def test_setup_runs_nothing(house):
 def test_setup_refuses_other_arguments(house, argument):
     result = house.call("setup", "--pinned", argument)
     assert result.returncode == 2
-    expected = f"setup takes --pinned, --with=prepare and --with=test, got '{argument}'"
-    assert error_line(result) == f"launch.sh: {expected}"
+    allowed = "--pinned and --with=prepare, test, compile-tpu or compile-cuda"
+    assert error_line(result) == f"launch.sh: setup takes {allowed}, got '{argument}'"
     assert house.steps() == []
 
 
@@ -263,9 +263,10 @@ def test_additions_stay_and_are_made_once(ready_house):
     assert steps("setup", "--with=prepare") == ["pip .[prepare]"]
     assert steps("setup", "--with=prepare") == []
     assert steps("setup", "--pinned", "--with=test") == ["pip pinned .[prepare,test]"]
+    assert steps("setup", "--with=compile-tpu") == ["pip pinned .[prepare,test,compile-tpu]"]
     assert steps("setup") == steps("list") == []
     ready_house.change_setup_cfg()
-    assert steps("list") == ["pip pinned .[prepare,test]"]
+    assert steps("list") == ["pip pinned .[prepare,test,compile-tpu]"]
 
 
 def test_the_program_can_have_tensorflow_added_once(ready_house):

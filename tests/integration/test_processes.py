@@ -82,7 +82,7 @@ def test_a_run_that_does_not_end_within_its_grace_is_ended(arguments, tmp_path):
     signal_when(has_saved(tmp_path, 3), process, signal.SIGTERM)
     code, _, errors = finish(process)
     assert code == 143
-    assert "grace_seconds=0.0001 are over: ended without saving" in only_line(errors)
+    assert "saving took longer than grace_seconds=0.0001: ended without saving" in only_line(errors)
     assert Checkpoints(tmp_path).newest().step >= 3
 
 

@@ -156,4 +156,4 @@ def test_the_name_of_the_experiment_is_a_word_among_others(workdir, tfds_dir, tm
 def test_a_checkpoint_cannot_be_named_by_a_path(workdir, tfds_dir, step, caplog):
     flags = [f"--workdir={workdir}", f"--data_dir={tfds_dir}", f"--checkpoint={step}"]
     assert main.main(["evaluate", *flags]) == 4
-    assert "has latest, best or 5" in caplog.text
+    assert f"must be latest, best or a step in {workdir}/checkpoints: 5" in caplog.text

@@ -13,7 +13,9 @@ from tests.faults import runs
 from tests.faults.runs import finish, lines_of, start
 from tests.tiny import prepare_tiny_squares
 
-GONE = "error: .*process {} (is gone|of the 2 of this run); .* Start all processes again"
+GONE = (
+    "error: .*process {} (|of the 2 processes of this run )has ended; .* Start all processes again"
+)
 
 
 @pytest.fixture(scope="module")

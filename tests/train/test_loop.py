@@ -123,6 +123,21 @@ def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(
     assert_same_run(tmp_path, undisturbed(devices))
 
 
+def test_augmented_mixed_and_balanced_examples_are_the_same_after_a_stop(
+    splits, tmp_path, monkeypatch
+):
+    changes = {"rotation": 15.0, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
+    data = DataConfig("tiny", balanced=True, **changes)
+    config = simple(data=data, class_weights="balanced", devices=2)
+    loop.train(config, tmp_path / "whole", splits=splits)
+    with monkeypatch.context() as patch:
+        stop_at(patch, STEPS + 2)
+        with pytest.raises(Preempted):
+            loop.train(config, tmp_path / "stopped", splits=splits)
+    loop.train(config, tmp_path / "stopped", splits=splits)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(splits, undisturbed, tmp_path):
     loop.train(make_config(), tmp_path / "again", splits=splits)
     assert_same_run(tmp_path / "again", undisturbed())
@@ -426,12 +441,14 @@ def test_another_experiment_is_refused_with_the_difference(splits, tmp_path):
 
 
 def test_what_does_not_touch_the_mathematics_may_change(splits, tmp_path):
+    splits = dataclasses.replace(splits, validation=splits.test)
     loop.train(simple(epochs=1), tmp_path, splits=splits)
     changed = {
         "checkpoint_every_epochs": 3,
         "checkpoint_every_minutes": 9.0,
         "checkpoint_every_steps": 7,
         "devices": 2,
+        "early_stopping_epochs": 3,
         "eval_every_epochs": 2,
         "grace_seconds": 5.0,
         "heartbeat_seconds": 50,

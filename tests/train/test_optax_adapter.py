@@ -275,13 +275,13 @@ def test_sam_is_evaluated_where_it_is_not_adversarial():
             lambda learning_rate: optax.masked(
                 contrib.schedule_free(optax.sgd(learning_rate), learning_rate), is_matrix
             ),
-            "ScheduleFree must hold all parameters",
+            "ScheduleFree evaluates the network with parameters of its own",
         ),
         (
             lambda learning_rate: optax.chain(
                 *[contrib.sam(optax.sgd(learning_rate), optax.sgd(0.1)) for _ in range(2)]
             ),
-            "SAM, SAM must hold all parameters, and be one",
+            "SAM, SAM evaluates the network with parameters of its own; there must be one",
         ),
         (lambda learning_rate: optax.add_decayed_weights("much"), "<lambda> fails (TypeError: "),
     ],

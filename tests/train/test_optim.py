@@ -79,6 +79,19 @@ def expect(found, expected):
             {0: 0.0, 10: 0.25, 20: 0.5, 60: 0.3, 100: 0.1},
         ),
         ({"warmup_epochs": 10.0, "schedule": "cosine"}, {0: 0.0, 50: 0.25, 100: 0.5}),
+        (
+            {"schedule": "step", "milestones": (3.0, 6.5)},
+            {0: 0.5, 29: 0.5, 31: 0.05, 64: 0.05, 66: 0.005, 99: 0.005},
+        ),
+        (
+            {"schedule": "step", "milestones": (5.0,), "step_factor": 0.5, "warmup_epochs": 2.0},
+            {0: 0.0, 10: 0.25, 20: 0.5, 49: 0.5, 51: 0.25},
+        ),
+        ({"schedule": "one_cycle"}, {0: 0.02, 15: 0.26, 30: 0.5, 65: 0.25, 100: 0.0, 150: 0.0}),
+        (
+            {"schedule": "one_cycle", "warmup_epochs": 5.0, "final_learning_rate": 0.1},
+            {0: 0.02, 25: 0.26, 50: 0.5, 75: 0.3, 100: 0.1},
+        ),
     ],
 )
 def test_the_learning_rate_at_given_steps(fields, by_step):
@@ -235,7 +248,9 @@ def test_the_default_is_keras_adam():
 
 def test_what_returns_no_optimizer():
     config = validate(dataclasses.replace(BASE, optimizer=lambda learning_rate: 3))
-    with pytest.raises(ConfigError, match=r"^optimizer: returns int, must return an optax"):
+    with pytest.raises(
+        ConfigError, match=r"^optimizer: must return an optax.GradientTransformation, not int"
+    ):
         make_optimizer(config, STEPS)
 
 

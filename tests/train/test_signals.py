@@ -90,7 +90,10 @@ with StopSignals() as signals:
 """
     )
     process.wait(120)
-    assert ends(process, 143) == "error: grace_seconds=0.05 are over: ended without saving\n"
+    assert (
+        ends(process, 143)
+        == "error: saving took longer than grace_seconds=0.05: ended without saving\n"
+    )
 
 
 def test_the_grace_counts_while_the_main_thread_runs_no_python():

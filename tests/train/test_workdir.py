@@ -35,7 +35,7 @@ def test_prepare_makes_the_folder_and_leaves_it_empty(tmp_path):
 @pytest.mark.parametrize("below", ["file", "file/run"])
 def test_a_workdir_that_is_a_file_is_refused(tmp_path, below):
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(CheckpointError, match="is a file or below one; name a folder"):
+    with pytest.raises(CheckpointError, match="this path or a part of it is a file; name a folder"):
         workdirs.prepare(tmp_path / below)
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -162,7 +162,9 @@ def test_a_run_that_goes_on_elsewhere_says_so(part, field, before, tmp_path, cap
         assert caplog.messages == []
         return
     (line,) = caplog.messages
-    assert line.startswith(f"warning: workdir={tmp_path} goes on with {field} {before} -> {now}: ")
+    assert line.startswith(
+        f"warning: workdir={tmp_path}: the run continues with {field} {before} -> {now}, "
+    )
 
 
 def test_files_are_strict_json(tmp_path):

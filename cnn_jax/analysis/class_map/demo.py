@@ -85,8 +85,6 @@ def demonstrate(
       DataError: the dataset is missing, damaged, or does not fit the model.
     """
     files.check_folder(folder)
-    if rounds < 1:
-        raise ConfigError(f"--rounds={rounds}: must be at least 1")
     mapped = run if gives_class_map(run.model, run.image_shape) else as_convolutions(run)
     single = summary.summarise(mapped.model, run.image_shape)
     _check_side(run, single.field, side)
@@ -142,7 +140,8 @@ def _canvas(run: RestoredRun, side: int, data_dir: str | None) -> Canvas:
 def _check_side(run: RestoredRun, field: Field | None, side: int) -> None:
     if field is None:
         raise ConfigError(
-            f"workdir={run.workdir}: its layers are no chain; what they see is not known"
+            f"workdir={run.workdir}: class_map needs a network whose layers form a chain, as only "
+            "then it is known what each score sees"
         )
     seen = max(size + step for size, step in zip(field.size, field.stride, strict=True))
     least = max(seen, 2 * max(run.image_shape[:2]))

@@ -91,7 +91,7 @@ def parameters(size: int, kernel: int, channels: int, filters: int) -> Explanati
             (Grid("dense kernel", flat[0, 0]), Grid("bias", biases[None], "+")),
         )
     lines = (
-        "A convolution's weights are those of all places: the size of the data does not count.",
+        "A convolution has the same weights at all places: the size of the data does not count.",
         f"The dense layer has {by_dense / by_conv:,.1f} times as many parameters.",
     )
     title = f"parameters from {size}x{size}x{channels} to {out}x{out}x{filters}"
@@ -109,9 +109,9 @@ def receptive_field(network: Summary) -> Explanation:
         if not windows or windows[-1][1].size != layer.field.size:
             windows.append((f"{layer.name}: {pair(layer.field.size)}", layer.field))
     lines = [
-        "A layer of kernel k, stride s and padding p makes of what the one before it sees:",
-        "sees + (k - 1) step, a step s times as long, from p steps earlier.",
-        "Flatten and the dense layers see what all outputs of the last map see together.",
+        "A layer with kernel k, stride s and padding p changes what the layer before it sees:",
+        "sees becomes sees + (k - 1) step; step becomes s step; it starts p steps earlier.",
+        "Flatten and the dense layers see all that the outputs of the last map see.",
     ]
     image = network.image_shape[:2]
     if windows and any(a > b for a, b in zip(windows[-1][1].size, image, strict=True)):

@@ -51,7 +51,7 @@ def check(topic: str, given: Mapping[str, int | str | None], allowed: Mapping) -
     for name, value in given.items():
         if value is not None and name not in allowed:
             names = ", ".join(f"--{known}" for known in allowed)
-            raise ConfigError(f"--{name}={value}: {topic} takes {names}")
+            raise ConfigError(f"--{name}={value}: {topic} has no such flag; it takes {names}")
 
 
 def explain(topic: str, given: Mapping[str, int | str | None]) -> Explanation:
@@ -65,9 +65,7 @@ def explain(topic: str, given: Mapping[str, int | str | None]) -> Explanation:
       ConfigError: there is no such topic, it does not take a number, or one is out of range.
     """
     if topic not in TOPICS:
-        raise ConfigError(
-            f"{topic}: nothing to explain; there are {', '.join(TOPICS)}, {OF_A_NETWORK}"
-        )
+        raise ConfigError(f"--topic={topic}: must be one of {', '.join(TOPICS)}, {OF_A_NETWORK}")
     function, numbers = TOPICS[topic]
     check(topic, given, numbers)
     values = {}

@@ -1,11 +1,15 @@
 """The charts of one run."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from cnn_jax.analysis import plotting
 from cnn_jax.analysis.report import formatting
+from cnn_jax.config import Config
 from cnn_jax.models.summary import Summary
+from cnn_jax.train.optim import make_schedule
 
 MOST_BARS = 20
 # The colour and line of each split's curve.
@@ -58,6 +62,30 @@ def curves(lines: list[dict], metric: str, step: int) -> plotting.Chart:
         for split in splits
     )
     return plotting.draw(metric, f"{metric.capitalize()} by epoch: {ends}.", 2.5, paint)
+
+
+def learning_rate(config: Config, steps_per_epoch: int) -> plotting.Chart | None:
+    """The learning rate by epoch; None if it is constant."""
+    total = config.epochs * steps_per_epoch
+    steps = np.unique(np.linspace(0, total - 1, 800).astype(int))
+    rates = np.asarray(jax.vmap(make_schedule(config, steps_per_epoch))(jnp.asarray(steps)))
+    if np.ptp(rates) < 1e-6 * config.learning_rate:
+        return None
+
+    def paint(figure: Figure, theme: plotting.Theme) -> None:
+        axes = figure.add_subplot()
+        axes.grid(axis="y")
+        axes.plot(steps / steps_per_epoch, rates, color=theme.series[0])
+        axes.set_ylabel("learning rate")
+        plotting.epoch_axis(axes, config.epochs)
+        axes.set_xlim(0, config.epochs)
+        axes.set_ylim(bottom=0)
+
+    alt = (
+        f"Learning rate by epoch, {config.schedule} schedule: {rates[0]:.3g} at the first step, "
+        f"at most {rates.max():.3g}, {rates[-1]:.3g} at the last step."
+    )
+    return plotting.draw("learning-rate", alt, 1.7, paint)
 
 
 def class_accuracy(names: list[str], accuracy: list[float]) -> plotting.Chart:

@@ -11,8 +11,19 @@ from cnn_jax.analysis.plotting import Chart
 from cnn_jax.analysis.report import charts, features, formatting, run_data
 from cnn_jax.analysis.report.run_data import Facts
 from cnn_jax.common import images
+from cnn_jax.config import Config
 from cnn_jax.models.kernels import first_kernel
 
+# The fields of a configuration on which the learning rate depends.
+SCHEDULE = (
+    "epochs",
+    "learning_rate",
+    "schedule",
+    "warmup_epochs",
+    "final_learning_rate",
+    "milestones",
+    "step_factor",
+)
 MISTAKES = 12
 CONFUSIONS = 5
 EXAMPLE = 112  # pixels
@@ -38,6 +49,7 @@ def content(run: Facts) -> tuple[dict[str, Any], list[Chart]]:
     shown = {
         "loss": run.lines and charts.curves(run.lines, "loss", run.run.step),
         "accuracy": run.lines and charts.curves(run.lines, "accuracy", run.run.step),
+        "learning_rate": run.lines and _schedule(run),
         "class_accuracy": charts.class_accuracy(
             [names[i] for i in tested], [accuracy[i] for i in tested]
         ),
@@ -79,6 +91,14 @@ def content(run: Facts) -> tuple[dict[str, Any], list[Chart]]:
     for example, strips in journeys:
         drawn += [example.picture, *(strip for strip in strips if strip)]
     return values, drawn
+
+
+def _schedule(run: Facts) -> Chart | None:
+    saved = run.run.saved["config"]
+    fields = {name: saved[name] for name in SCHEDULE if name in saved}
+    fields["milestones"] = tuple(fields.get("milestones", ()))
+    config = Config(run.run.model, run.run.data, **fields)
+    return charts.learning_rate(config, run.lines[-1]["step"] // run.lines[-1]["epoch"])
 
 
 def _confusions(names: Sequence[str], matrix: np.ndarray) -> list[tuple[int, str, str]]:

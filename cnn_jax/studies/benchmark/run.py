@@ -35,7 +35,9 @@ def measure(
             log.warning("warning: %s: %s", network, error)
     counts = {name: contender.about["parameters"] for name, contender in running.items()}
     if len(set(counts.values())) > 1:
-        raise RuntimeError(f"{network}: not the same network everywhere: {counts} parameters")
+        raise RuntimeError(
+            f"{network}: the networks must have equally many parameters, but have {counts}"
+        )
     for _ in range(rounds):
         for mode in ("train", "eval"):
             for contender in running.values():
@@ -50,11 +52,10 @@ def benchmark(
     """Measures, prints a line per network, and with `write` puts tables into RESULTS.md.
 
     Raises:
-      ConfigError: an unknown network, or a number out of range.
+      ConfigError: an unknown network, or `seconds` is not greater than 0.
     """
-    for field, value in (("batch_size", batch_size), ("rounds", rounds), ("seconds", seconds)):
-        if value <= 0:
-            raise ConfigError(f"--{field}={value}: must be greater than 0")
+    if seconds <= 0:
+        raise ConfigError(f"--seconds={seconds}: must be greater than 0")
     for name in networks:
         if name not in NETWORKS:
             raise ConfigError(f"--networks={name}: must be among {', '.join(NETWORKS)}")

@@ -9,15 +9,28 @@ from collections.abc import Iterator
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|true_computation|false_computation|branch_computations)="
+    r"(?:%?([\w.\-]+)|\{([^}]*)\})"
+)
 # Instructions that do nothing when the program runs, or only call others.
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all call while conditional partition-id "
-    "replica-id opt-barrier async-update".split()
-)
-COLLECTIVES = frozenset(
-    "all-reduce all-gather reduce-scatter all-to-all collective-permute collective-broadcast".split()
-)
+_FREE = {
+    *(
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "call",
+        "while",
+    ),
+    *("conditional", "partition-id", "replica-id", "opt-barrier", "async-update"),
+}
+COLLECTIVES = {
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
+    "collective-broadcast",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +78,8 @@ class Instruction:
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """The computations that it calls."""
-        return tuple(
-            name.strip("%") for names in _CALLED.findall(self.text) for name in names.split(", ")
-        )
+        found = [one or several for one, several in _CALLED.findall(self.text)]
+        return tuple(name.strip("% ") for names in found for name in names.split(","))
 
     @property
     def op_name(self) -> str:
@@ -136,10 +148,16 @@ class Program:
         """`launched`, and after a fusion the instructions in it."""
         for instruction, times, name in self.launched():
             yield instruction, times, name
-            if instruction.opcode in ("fusion", "async-start"):
-                for called in instruction.called:
-                    for inner in self.computations[called].values():
-                        yield inner, times, called
+            yield from self._inside(instruction, times)
+
+    def _inside(
+        self, instruction: Instruction, times: int
+    ) -> Iterator[tuple[Instruction, int, str]]:
+        if instruction.opcode in ("fusion", "async-start"):
+            for called in instruction.called:
+                for inner in self.computations[called].values():
+                    yield inner, times, called
+                    yield from self._inside(inner, times)
 
     def operands(self, instruction: Instruction, computation: str) -> list[Array]:
         """The arrays that an instruction reads."""

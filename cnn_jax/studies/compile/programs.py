@@ -10,15 +10,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
-from cnn_jax.data import loader
+from cnn_jax.data import loader, statistics
 from cnn_jax.data.sources import InMemory
 from cnn_jax.studies.compile import hlo
+from cnn_jax.studies.compile.findings import Findings, find
 from cnn_jax.studies.compile.targets import Target
-from cnn_jax.train import evaluation, optim, parallel
-from cnn_jax.train.step import init_state, train_step
+from cnn_jax.train import evaluation, initial, optim, parallel
+from cnn_jax.train.step import train_step
 
 # Enters the program only as a constant, in the schedule of the learning rate.
 _STEPS_PER_EPOCH = 1000
@@ -51,21 +53,25 @@ class Compiled:
       name: "training" or "evaluation".
       batch_size: examples a step, on all devices.
       devices: their number.
+      compute_dtype: of the configuration.
       seconds: to compile.
       memory: on one device.
       flops: a step on one device.
+      outputs: how many arrays it returns.
       text: XLA's, after all its passes.
-      program: the same, read.
+      findings: what it contains.
     """
 
     name: str
     batch_size: int
     devices: int
+    compute_dtype: str
     seconds: float
     memory: Memory
     flops: float
+    outputs: int
     text: str
-    program: hlo.Program
+    findings: Findings
 
 
 def compile_steps(
@@ -83,47 +89,65 @@ def compile_steps(
     """
     mesh = parallel.make_mesh(config.devices, target.devices)
     parallel.check_divides(mesh, config.batch_size)
+    examples = _examples(config.batch_size, image_shape)
+    # What a run takes from its data enters the program as constants.
+    config = statistics.in_numbers(config, examples)
     optimizer = optim.make_optimizer(config, _STEPS_PER_EPOCH)
-    init = functools.partial(init_state, config.model, optimizer, image_shape, config.seed)
     seen = [jax.ShapeDtypeStruct((config.init_examples, *image_shape), np.float32)]
+    init = initial.state_maker(config, optimizer, image_shape)
     state = jax.eval_shape(init, *(seen if config.init_examples else []))
-    step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-    examples = InMemory(
-        np.zeros((config.batch_size, *image_shape), np.uint8),
-        np.zeros(config.batch_size, np.int32),
-        (),
-    )
     order = np.arange(config.batch_size)
     batch = _shapes(next(loader.training_batches(examples, order, config.batch_size)))
-    lower = functools.partial(parallel.lower_step, step, compute_dtype=config.compute_dtype)
-    yield _compiled("training", lower, mesh, state, batch, config.batch_size)
+    step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
+    train = parallel.jit_step(step, mesh, compute_dtype=config.compute_dtype)
+    compiled = functools.partial(_compiled, mesh, target, config.compute_dtype)
+    yield compiled("training", train, state, batch)
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
     batch = _shapes(next(loader.evaluation_batches(examples, size)))
-    make = functools.partial(
-        evaluation.make_eval_step, config.model, config.data, config.compute_dtype
-    )
-    yield _compiled(
-        "evaluation",
-        lambda mesh, *arguments: make(mesh).lower(*arguments),
-        mesh,
-        state.variables,
-        batch,
-        size,
-    )
+    evaluate = evaluation.make_eval_step(config.model, config.data, config.compute_dtype, mesh)
+    yield compiled("evaluation", evaluate, state.variables, batch)
+
+
+def _examples(count: int, image_shape: tuple[int, int, int]) -> InMemory:
+    """Noise of one class."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, *image_shape), np.uint8)
+    return InMemory(pixels, np.zeros(count, np.int32), ("noise",))
 
 
 def _compiled(
-    name: str, lower: Callable, mesh: Any, state: Any, batch: Any, batch_size: int
+    mesh: Mesh, target: Target, dtype: str, name: str, jitted: Callable, state: Any, batch: Any
 ) -> Compiled:
-    lowered = lower(mesh, state, batch)
-    began = time.perf_counter()
-    with _without_cache(), _telling_of_memory(name, batch_size):
+    size = len(batch["label"])
+    lowered = parallel.lower(jitted, state, batch)
+    with _without_cache(), _telling_of_memory(name, size):
+        began = time.perf_counter()
         compiled = lowered.compile()
-    seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began
+    # Not of `compiled`: the compiler for GPUs does not count, and others count what they made.
+    platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
+    traced = jax.jit(jitted.__wrapped__).trace(state, batch)
+    flops = traced.lower(lowering_platforms=(platform,)).cost_analysis()["flops"] / mesh.size
     text = compiled.as_text()
-    found = compiled.memory_analysis()
-    parameters = _bytes(getattr(state, "params", None) or state["params"])
-    memory = Memory(
+    memory = _memory(compiled.memory_analysis(), state)
+    if target.rates and memory.peak > target.rates.memory:
+        raise _too_large(name, size, f"{memory.peak:,}", f"{target.rates.memory:,.0f}")
+    return Compiled(
+        name,
+        size,
+        mesh.size,
+        dtype,
+        seconds,
+        memory,
+        flops,
+        len(jax.tree.leaves(lowered.out_info)),
+        text,
+        find(hlo.Program(text)),
+    )
+
+
+def _memory(found: Any, state: Any) -> Memory:
+    parameters = _bytes(state["params"] if isinstance(state, dict) else state.params)
+    return Memory(
         parameters=parameters,
         state=_bytes(state) - parameters,
         arguments=found.argument_size_in_bytes,
@@ -133,10 +157,6 @@ def _compiled(
         - found.alias_size_in_bytes
         + found.temp_size_in_bytes
         + found.generated_code_size_in_bytes,
-    )
-    flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
-    return Compiled(
-        name, batch_size, mesh.size, seconds, memory, flops, text, hlo.Program(text)
     )
 
 
@@ -159,11 +179,16 @@ def _telling_of_memory(name: str, batch_size: int) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-        needs = f"needs {found[1]} of the {found[2]}" if found else "needs more than the memory"
-        raise ConfigError(
-            f"{name} with a batch of {batch_size}: {needs} of a device; take a smaller batch or more "
-            "devices"
+        raise _too_large(
+            name, batch_size, *(found.groups() if found else ("more", "less"))
         ) from error
+
+
+def _too_large(name: str, batch_size: int, needed: str, there: str) -> ConfigError:
+    return ConfigError(
+        f"{name} with a batch of {batch_size}: needs {needed} bytes on each device, which has "
+        f"{there}; take a smaller batch or more devices"
+    )
 
 
 def _shapes(tree: Any) -> Any:

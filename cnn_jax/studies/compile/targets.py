@@ -83,7 +83,8 @@ def find(topology: str) -> Target:
 def _tpus(topology: str, shape: str) -> Sequence[jax.Device]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape, re.ASCII):
         raise ConfigError(f"--topology={topology}: a TPU's must have a slice, as in v5e:2x2")
-    _need("libtpu", topology, "compile-tpu")
+    if "TPU_LIBRARY_PATH" not in os.environ:
+        _need("libtpu", topology, "compile-tpu")
     os.environ.update(_TPU_ENVIRONMENT)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -108,4 +109,6 @@ def _gpus(topology: str, rates: Rates, shape: str) -> Sequence[jax.Device]:
 def _need(module: str, topology: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         adds = f"{PROGRAM} setup --with={extra}" if CHECKOUT else f"pip install 'cnn_jax[{extra}]'"
-        raise ConfigError(f"--topology={topology}: needs {module}, which is missing; {adds} adds it")
+        raise ConfigError(
+            f"--topology={topology}: needs {module}, which is missing; {adds} adds it"
+        )

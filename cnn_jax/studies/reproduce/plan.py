@@ -58,16 +58,14 @@ def choose(rows: Sequence[Row], only: Sequence[str], seeds: int | None) -> list[
     """The rows named in `only`, or all if it is empty, each with `seeds` runs if that is given.
 
     Raises:
-      ConfigError: there is no such row (shows the nearest names), or `seeds` is less than 1.
+      ConfigError: there is no such row (shows the nearest names).
     """
     names = [row.experiment for row in rows]
     for name in only:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
             raise ConfigError(
-                f"--only={name}: not among the experiments of reproduce; nearest: {', '.join(near)}"
+                f"--only={name}: reproduce has no such experiment; nearest: {', '.join(near)}"
             )
-    if seeds is not None and seeds < 1:
-        raise ConfigError(f"--seeds={seeds}: must be at least 1")
     chosen = [row for row in rows if not only or row.experiment in only]
     return [dataclasses.replace(row, seeds=seeds or row.seeds) for row in chosen]

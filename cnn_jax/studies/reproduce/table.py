@@ -186,7 +186,9 @@ def read_all(folder: Path, experiment: str) -> list[Record]:
         if is_of(record.config["config"], config):
             current.append(record)
             if record.run.get("dirty"):
-                log.warning("warning: the record of %s is of code that no commit holds", where)
+                log.warning(
+                    "warning: the record of %s was made with code that was not committed", where
+                )
         else:
             log.warning(
                 "warning: the record of %s is left out: the experiment was changed since", where
@@ -257,5 +259,5 @@ def order(below: Figures, above: Figures) -> str:
     """Says whether the first is below the second, as in the lecture."""
     probability = chance(below, above)
     if probability is None or probability >= 0.05:
-        return "which decides no order"
+        return "too little to tell which is better"
     return f"{'the' if below.test < above.test else 'not the'} lecture's order"

@@ -246,7 +246,7 @@ def test_a_network_that_is_no_chain(tmp_path):
             )
 
     run = make_run(tmp_path, Own())
-    with pytest.raises(ConfigError, match=r"its layers are no chain; what they see is not known$"):
+    with pytest.raises(ConfigError, match="class_map needs a network whose layers form a chain"):
         demo.demonstrate(run, tmp_path / "new", 60)
 
 

@@ -1,5 +1,7 @@
 """The charts: in every case that a run can be in, of any size, and the same for everyone."""
 
+import dataclasses
+
 import matplotlib
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ from matplotlib.figure import Figure
 
 from cnn_jax.analysis import plotting
 from cnn_jax.analysis.report import charts
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.models import LeNet
 from tests.analysis.report.pages import pixels
 
 LINE = {"step": 10, "epoch": 1, "train_loss": 2.0, "train_accuracy": 0.25, "epoch_seconds": 1.0}
@@ -89,3 +93,11 @@ def test_light_and_dark_differ_only_in_colours():
     assert light.shape == dark.shape
     differs = (light == light[0, 0]).all(-1) != (dark == dark[0, 0]).all(-1)
     assert differs.mean() < 1e-3  # a few pixels at the edges of letters
+
+
+def test_a_learning_rate_is_drawn_if_it_changes():
+    config = Config(LeNet(), DataConfig("tiny"), epochs=4, learning_rate=0.5)
+    assert charts.learning_rate(config, 10) is None
+    config = dataclasses.replace(config, schedule="step", milestones=(1.0, 3.0))
+    alt = charts.learning_rate(config, 10).alt
+    assert alt.endswith("0.5 at the first step, at most 0.5, 0.005 at the last step.")

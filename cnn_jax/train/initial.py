@@ -1,0 +1,45 @@
+"""The state of a run before its first step."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from cnn_jax.config import Config
+from cnn_jax.data.sources import Examples
+from cnn_jax.train import checkpoint, parallel, preprocess, pretrained
+from cnn_jax.train.step import TrainState, init_state
+
+
+def first_state(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    examples: Examples,
+    mesh: Any,
+    source: pretrained.Source | None = None,
+    verify: bool = True,
+) -> TrainState:
+    """The state before the first step, on every device of the mesh.
+
+    Args:
+      config: the run.
+      optimizer: from `optim.make_optimizer`.
+      examples: of training.
+      mesh: the devices.
+      source: the checkpoint whose parameters are taken where they fit.
+      verify: compares the source with its checksums.
+    """
+    make = state_maker(config, optimizer, examples.image_shape)
+    given = preprocess.first_images(config, examples)
+    if source:
+        wanted = checkpoint.names(jax.eval_shape(make))
+        given = [*(given or [None]), pretrained.fitting(source, source.arrays(verify), wanted)]
+    return parallel.make_replicated(make, mesh, *given)
+
+
+def state_maker(config: Config, optimizer: optax.GradientTransformation, shape: tuple) -> Callable:
+    """`init_state` of a run on images of this shape (H, W, C); it still takes `image` and `given`."""
+    more = {"freeze": config.freeze, "ema_decay": config.ema_decay}
+    return functools.partial(init_state, config.model, optimizer, shape, config.seed, **more)
