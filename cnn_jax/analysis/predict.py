@@ -71,7 +71,7 @@ def predict(
         raise ConfigError(f"--top_k={top_k}: must be from 1 to {len(run.class_names)}, the classes")
     files = find_images(patterns)
     outputs.check_folder(output)
-    scores = parallel.jit(functools.partial(_scores, run=run))
+    scores = parallel.jit(functools.partial(_scores, run=run), run.compute_dtype)
     own_size = gives_class_map(run.model, run.image_shape)
     predictions, broken = [], []
     for file in files:

@@ -8,7 +8,9 @@ and Fourier's sums, which `formulations.py` has for float32, would cost more tha
 Sums of several products are added in float32 and rounded once.
 """
 
+import contextvars
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,30 @@ from cnn_jax.ops import formulations
 from cnn_jax.ops.formulations import DIMENSIONS, Geometry, applies, xla
 
 _write = lax.optimization_barrier
+_used = contextvars.ContextVar("_used", default=False)
+
+
+def with_onednn(function: Callable) -> Callable:
+    """`function`, traced with the passes of this file where its convolutions are in bfloat16.
+
+    For a program that is compiled with oneDNN for the processor at hand. Other programs, such as
+    exported ones, which any machine may run, keep the passes of `formulations.py`.
+    """
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        token = _used.set(True)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _used.reset(token)
+
+    return traced
+
+
+def used() -> bool:
+    """Whether a function of `with_onednn` is being traced."""
+    return _used.get()
 
 
 def forward(g: Geometry, image: Array, kernel: Array) -> Array:
@@ -106,7 +132,8 @@ def _columns_to_image(g: Geometry, cotangent: Array, kernel: Array) -> Array:
     (kh, kw), (oh, ow), (sh, sw) = g.kernel, g.out, g.strides
     rows = kernel.reshape(-1, g.out_channels).T
     patches = _write(cotangent.reshape(-1, g.out_channels) @ _write(rows))
-    patches = patches.reshape(-1, oh, ow, kh, kw, g.in_channels).astype(jnp.float32)
+    patches = patches.reshape(-1, oh, ow, kh, kw, g.in_channels)
+    patches = patches.astype(jnp.promote_types(patches.dtype, jnp.float32))
     height, width = (size + sum(pad) for size, pad in zip(g.image, g.pads, strict=True))
 
     def spread(part: Array, axis: int, start: int, size: int, stride: int) -> Array:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cnn_jax.common import cpu
 from cnn_jax.ops import bfloat16
 from cnn_jax.ops.formulations import DIMENSIONS, FORMULATIONS, Geometry, xla
 from cnn_jax.ops.rule import formulations_for
@@ -39,7 +38,7 @@ def _run(
         return bilinear(convolution)(a.astype(wide), b.astype(wide)).astype(a.dtype)
 
     plain = bilinear(functools.partial(xla, g))
-    if a.dtype == jnp.bfloat16 and cpu.multiplies_bfloat16():
+    if a.dtype == jnp.bfloat16 and bfloat16.used():
         narrow = functools.partial(getattr(bfloat16, name), g)
         return lax.platform_dependent(a, b, cpu=narrow, default=plain)
     if formulation == "xla":

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax.common import cpu, gpu
 from cnn_jax.common.errors import ConfigError
+from cnn_jax.ops import bfloat16
 
 AXIS = "data"
 
@@ -158,9 +159,15 @@ def jit(
     """
     if (platform or jax.default_backend()) != "cpu":
         return jax.jit(function, **options)
-    narrow = compute_dtype == "bfloat16" and cpu.multiplies_bfloat16()
-    compiler_options = _CPU_OPTIONS | (_ONEDNN if narrow else {})
-    return jax.jit(function, compiler_options=compiler_options, **options)
+    if not uses_onednn(compute_dtype):
+        return jax.jit(function, compiler_options=_CPU_OPTIONS, **options)
+    function = bfloat16.with_onednn(function)
+    return jax.jit(function, compiler_options=_CPU_OPTIONS | _ONEDNN, **options)
+
+
+def uses_onednn(compute_dtype: str) -> bool:
+    """Whether programs of this type are compiled with oneDNN on a CPU."""
+    return compute_dtype == "bfloat16" and cpu.multiplies_bfloat16()
 
 
 def jit_step(

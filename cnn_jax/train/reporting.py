@@ -22,6 +22,7 @@ class Reporter:
 
     def __init__(self, config: Config, folder: Path, steps_per_epoch: int):
         self._model, self._folder, self._steps = config.model, folder, steps_per_epoch
+        self._compute_dtype = config.compute_dtype
         self.progress = Progress(config.epochs, steps_per_epoch, config.batch_size)
         self._tensorboard = TensorBoard(folder)
 
@@ -30,8 +31,13 @@ class Reporter:
 
     def compiled(self, seconds: float, devices: int) -> None:
         """Prints the devices for which the step was compiled."""
-        kind = jax.devices()[0].device_kind
-        self.progress.message(f"compiled in {seconds:.1f} s for {devices} x {kind}")
+        device, how = jax.devices()[0], ""
+        if self._compute_dtype == "bfloat16" and device.platform == "cpu":
+            onednn = parallel.uses_onednn(self._compute_dtype)
+            how = ", bfloat16 " + ("by oneDNN" if onednn else "with convolutions in float32")
+        self.progress.message(
+            f"compiled in {seconds:.1f} s for {devices} x {device.device_kind}{how}"
+        )
 
     def steps(self, step: int, sums: dict[str, np.ndarray], loss: jax.Array) -> None:
         """Shows the epoch's means so far, and records the loss of training step `step`."""

@@ -121,6 +121,7 @@ def machine() -> dict[str, dict]:
         "count": jax.device_count(),
         "processor": cpu.name(),
         "cores": cpu.cores(),
+        "multiplies_bfloat16": cpu.multiplies_bfloat16(),
     }
     return {"versions": {"python": platform.python_version(), **versions}, "device": about}
 

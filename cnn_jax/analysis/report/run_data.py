@@ -141,7 +141,7 @@ def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluation.Metr
         single = {"winner": logits.argmax(-1), "probability": jax.nn.softmax(logits).max(-1)}
         return sums, single | {"label": batch["label"]}
 
-    compiled = parallel.jit_step(both, mesh, donate=False)
+    compiled = parallel.jit_step(both, mesh, donate=False, compute_dtype=run.compute_dtype)
     variables = parallel.replicate(run.variables, mesh)
     outputs = evaluation.each_batch(compiled, variables, test, run.batch_size, mesh)
     sums, single = zip(*outputs, strict=True)
