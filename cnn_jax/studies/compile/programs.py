@@ -179,9 +179,10 @@ def _telling_of_memory(name: str, batch_size: int) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+        # "required for HLO temporaries (66.56G) exceeds available HBM (15.75G)"
+        found = re.search(r"\(([\d.]+\w)\) exceeds available \w+ \(([\d.]+\w)\)", str(error))
         raise _too_large(
-            name, batch_size, *(found.groups() if found else ("more", "less"))
+            name, batch_size, *(found.groups() if found else ("more", "fewer"))
         ) from error
 
 

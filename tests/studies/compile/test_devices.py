@@ -16,7 +16,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig, experiment
 from cnn_jax.studies.compile import programs, targets
 from cnn_jax.studies.compile.programs import Compiled
-from tests.networks import Small
+from tests.networks import Linear, Small
 
 pytestmark = pytest.mark.compile
 
@@ -89,9 +89,9 @@ def test_a_batch_that_does_not_fit_is_refused(topology):
 
 
 def test_the_compiler_refuses_what_a_tpu_cannot_hold():
-    config = Config(Small(), DataConfig("mine"), batch_size=2**22)
-    with pytest.raises(ConfigError, match=r"training with a batch of 4194304: needs [\d.]+G"):
-        next(programs.compile_steps(config, (256, 256, 1), target_of("v5e:2x2")))
+    config = Config(Linear(), DataConfig("mine"), batch_size=2**26)
+    with pytest.raises(ConfigError, match=r"needs [\d.]+G bytes on each device, which has 15.75G;"):
+        next(programs.compile_steps(config, (28, 28, 1), target_of("v5e:2x2")))
 
 
 @pytest.mark.parametrize("topology", MODULES)
