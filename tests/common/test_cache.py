@@ -8,6 +8,7 @@ import sys
 import pytest
 from jax._src.compilation_cache import compress_executable
 
+from cnn_jax.common import cache
 from tests.tiny import REPOSITORY
 
 PROGRAM = """
@@ -46,6 +47,16 @@ DAMAGES = {
     "well packed garbage": lambda path: path.write_bytes(compress_executable(bytes(500))),
     "a folder": replaced_by_a_folder,
 }
+
+
+def test_a_program_that_jaxlib_cannot_write_is_not_told(tmp_path, caplog):
+    shown = []
+    show = cache._Mending(tmp_path, lambda *arguments: shown.append(arguments))
+    text = "Error writing persistent compilation cache entry for 'jit_step': {}"
+    show(UserWarning(text.format("MemoryError: std::bad_alloc")))
+    assert (shown, caplog.messages) == ([], [])
+    show(UserWarning(text.format("OSError: No space left on device")))
+    assert len(caplog.messages) == 1
 
 
 @pytest.fixture(scope="module")
