@@ -3,8 +3,6 @@
 import ctypes
 import os
 
-import jax
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
 
 
@@ -18,10 +16,7 @@ def keep_freed() -> None:
     Intel Xeon (model 167, AVX-512): fully_conv 1.2, same_padding 1.15, cifar 1.0.
 
     Other allocators are not changed, nor is glibc's if MALLOC_... or GLIBC_TUNABLES have tuned it.
-    A block that is too large for a thread's heap (64 MB) is still mapped separately and unmapped, but
-    the main thread's heap has no limit. So JAX's CPU programs run on the thread that calls them, which
-    is the main thread in training. At batch 128 the intermediates of a step are one block of 70 to
-    150 MB: 18,000 to 36,000 page faults a step, 30 to 60 ms of the system's time, become almost none.
+    A block that is too large for a thread's heap (64 MB) is still mapped separately and unmapped.
     One heap for all threads (glibc.malloc.arena_max=1) keeps such blocks too: its speedup is 1.1 to
     1.6 for the speedrun at batch 2000, with twice the memory, but 0.75 for LeNet at batch 32.
     """
@@ -32,4 +27,3 @@ def keep_freed() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
-        jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -80,13 +80,13 @@ def kernel_gradient(g: Geometry, cotangent: Array, image: Array) -> Array:
         rows = image.reshape(len(cotangent), -1)
         return (rows.T @ cotangent).reshape(*g.kernel, g.in_channels, g.out_channels)
     kh, kw = g.kernel
-    image = formulations._pad(g, _write(image))
+    image = formulations.pad(g, _write(image))
     if g.in_channels < 16:
-        patches = formulations._im2col(image, 1, kh, g.out[0], g.strides[0])
-        patches = _write(formulations._im2col(patches, 2, kw, g.out[1], g.strides[1]))
+        patches = formulations.im2col(image, 1, kh, g.out[0], g.strides[0])
+        patches = _write(formulations.im2col(patches, 2, kw, g.out[1], g.strides[1]))
         product = patches.reshape(len(cotangent), -1).T @ cotangent
         return product.reshape(kw, kh, g.in_channels, -1).swapaxes(0, 1)
-    image = _write(formulations._im2col(image, 2, kw, g.out[1], g.strides[1]))
+    image = _write(formulations.im2col(image, 2, kw, g.out[1], g.strides[1]))
     last = (g.out[0] - 1) * g.strides[0] + 1
     rows = [_write(image[:, i : i + last : g.strides[0]]) for i in range(kh)]
     products = [row.reshape(len(cotangent), -1).T @ cotangent for row in rows]

@@ -84,7 +84,7 @@ def _dense_columns(g: Geometry, image: Array, kernel: Array) -> Array:
 
 def _offsets(g: Geometry, image: Array, kernel: Array) -> Array:
     """One matmul for each position in the kernel, on the pixels it meets, and their sum."""
-    image = _pad(g, image)
+    image = pad(g, image)
     return sum(
         _matmul(g, _window(g, image, i, j), kernel[i, j])
         for i in range(g.kernel[0])
@@ -95,7 +95,7 @@ def _offsets(g: Geometry, image: Array, kernel: Array) -> Array:
 def _rows(g: Geometry, image: Array, kernel: Array) -> Array:
     """im2col along the height, and XLA's convolution along the width."""
     kh, kw = g.kernel
-    image = _im2col(_pad(g, image, axes=(True, False)), 1, kh, g.out[0], g.strides[0])
+    image = im2col(pad(g, image, axes=(True, False)), 1, kh, g.out[0], g.strides[0])
     kernel = kernel.swapaxes(0, 1).reshape(1, kw, kh * g.in_channels, g.out_channels)
     flat = g._replace(
         image=image.shape[1:3],
@@ -116,10 +116,10 @@ def _patches(g: Geometry, image: Array, kernel: Array) -> Array:
     (kh, kw), stride, (oh, ow) = g.kernel, g.strides[1], g.out
     columns = max(1, min(ow, _FEWEST_OUTPUTS // g.out_channels))
     blocks, wide = -(-ow // columns), (columns - 1) * stride + kw
-    image = _im2col(_pad(g, image), 1, kh, oh, g.strides[0])
+    image = im2col(pad(g, image), 1, kh, oh, g.strides[0])
     missing = (blocks - 1) * columns * stride + wide - image.shape[2]
     image = jnp.pad(image, ((0, 0), (0, 0), (0, max(0, missing)), (0, 0)))
-    image = _im2col(image, 2, wide, blocks, columns * stride)  # [N, OH, blocks, wide * KH * C]
+    image = im2col(image, 2, wide, blocks, columns * stride)  # [N, OH, blocks, wide * KH * C]
     kernel = kernel.swapaxes(0, 1).reshape(kw, -1, g.out_channels)
     shifts = [(i * stride, wide - kw - i * stride) for i in range(columns)]
     kernel = jnp.stack([jnp.pad(kernel, (shift, (0, 0), (0, 0))) for shift in shifts], 2)
@@ -235,7 +235,7 @@ def _fourier(
     the padded image has all pixels that the kernel meets. W is small, so the transform is a matmul by
     a constant. Errors are about 1e-6 of the largest output in float32.
     """
-    image = _pad(g, image)
+    image = pad(g, image)
     n, height, width, _ = image.shape
     kh, kw = g.kernel
     to, back = _fourier_matrices(width, g.out[1])
@@ -290,12 +290,12 @@ def _matmul(g: Geometry, a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=g.precision)
 
 
-def _pad(g: Geometry, image: Array, axes: tuple[bool, bool] = (True, True)) -> Array:
+def pad(g: Geometry, image: Array, axes: tuple[bool, bool] = (True, True)) -> Array:
     pads = [pad if axis else (0, 0) for pad, axis in zip(g.pads, axes, strict=True)]
     return jnp.pad(image, ((0, 0), *pads, (0, 0)))
 
 
-def _im2col(padded: Array, axis: int, size: int, out: int, stride: int) -> Array:
+def im2col(padded: Array, axis: int, size: int, out: int, stride: int) -> Array:
     """The windows of `size` pixels along one axis, side by side in the channels."""
     windows = [
         lax.slice_in_dim(padded, i, i + (out - 1) * stride + 1, stride, axis) for i in range(size)

@@ -1,7 +1,6 @@
 """Finds a learning rate: a short training in which it rises exponentially (arXiv 1506.01186)."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -20,8 +19,7 @@ from cnn_jax.config.validate import validate
 from cnn_jax.data import loader, statistics
 from cnn_jax.data.sources import Examples
 from cnn_jax.data.splits import check_splits, load_splits
-from cnn_jax.train import initial, optim, parallel, pretrained
-from cnn_jax.train.step import train_step
+from cnn_jax.train import optim, parallel, pretrained, start
 
 LOWEST, HIGHEST = 1e-6, 10.0
 LEAST_STEPS, MOST_STEPS = 100, 1000
@@ -110,11 +108,10 @@ def train(
     # Not a lookup in an array: a factory may call its schedule with any number.
     rise = optax.exponential_decay(rates[0], 1, float(rates[1] / rates[0]))
     optimizer = optim.make_optimizer(config, len(rates), rise)
-    state = initial.first_state(config, optimizer, examples, mesh, source)
-    pure = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-    step, losses = None, []
+    state = start.first_state(config, optimizer, examples, mesh, source)
+    step = start.compiled_step(config, optimizer, examples, mesh, state)
+    losses: list[float] = []
     for batch in itertools.islice(_batches(config, examples), len(rates)):
-        step = step or parallel.compile_step(pure, mesh, state, batch, config.compute_dtype)
         state, loss = step(state, parallel.shard(batch, mesh))
         losses.append(float(loss))
         recent = losses[-FEWEST:]

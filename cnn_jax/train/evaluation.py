@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -68,6 +68,15 @@ def evaluate_splits(
         name: evaluate_examples(eval_step, variables, examples, batch_size, mesh, **options)
         for name, examples in chosen.items()
         if examples is not None
+    }
+
+
+def as_line(found: Mapping[str, Metrics]) -> dict[str, float]:
+    """The metrics of each split as in metrics.jsonl: test_loss, test_accuracy, ..."""
+    return {
+        f"{split}_{name}": getattr(metrics, name)
+        for split, metrics in found.items()
+        for name in ("loss", "accuracy")
     }
 
 

@@ -10,12 +10,10 @@ its line is missing, the run first evaluates and writes the line. So no line is 
 """
 
 import dataclasses
-import functools
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -31,15 +29,15 @@ from cnn_jax.train import (
     checkpoint,
     early_stopping,
     evaluation,
-    initial,
     optim,
     parallel,
     pretrained,
+    start,
 )
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
-from cnn_jax.train.step import TrainState, empty_sums, train_step
+from cnn_jax.train.step import TrainState, empty_sums
 from cnn_jax.train.workdir import check_same_run, locked, metrics, prepare, write_config
 
 
@@ -122,12 +120,7 @@ class _Run:
     def __enter__(self) -> "_Run":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         self.reporter.close()
         self.saver.close(error)
 
@@ -142,33 +135,18 @@ class _Run:
           verify: compares what is restored with its checksums.
           source: the checkpoint whose parameters the initialisation takes where they fit.
         """
-        config, examples = self.config, self.splits.train
+        parts = self.config, self.optimizer, self.splits.train, self.mesh
         restored = self.saver.checkpoints.newest(verify=verify)
         if restored is None:
-            self.state = initial.first_state(
-                config, self.optimizer, examples, self.mesh, source, verify
-            )
+            self.state = start.first_state(*parts, source, verify)
             return None
-        make = initial.state_maker(config, self.optimizer, examples.image_shape)
-        state = checkpoint.fill(jax.eval_shape(make), restored)
-        self.state = parallel.replicate(state, self.mesh)
+        self.state = start.restored_state(*parts, restored)
         self.epoch_seconds = restored.notes["epoch_seconds"]
         lines = {line["step"] for line in metrics(self.saver.folder)}
         ended = restored.step > 0 and restored.step % self.steps_per_epoch == 0
         self.line_is_missing = ended and restored.step not in lines
         self.reporter.progress.message(f"resumed from step {restored.step} of {self.saver.folder}")
         return restored
-
-    def _compile(self) -> Callable:
-        config, began = self.config, time.perf_counter()
-        step = functools.partial(
-            train_step, model=config.model, optimizer=self.optimizer, config=config
-        )
-        order = np.arange(len(self.splits.train))
-        batch = next(loader.training_batches(self.splits.train, order, config.batch_size))
-        compiled = parallel.compile_step(step, self.mesh, self.state, batch, config.compute_dtype)
-        self.reporter.compiled(time.perf_counter() - began, self.mesh.size)
-        return compiled
 
     # ------------------------------------------------------------------------------ epochs
 
@@ -184,7 +162,11 @@ class _Run:
                 return
             if self._is_over():
                 return
-            train = self._compile()
+            began = time.perf_counter()
+            train = start.compiled_step(
+                config, self.optimizer, self.splits.train, self.mesh, self.state
+            )
+            self.reporter.compiled(time.perf_counter() - began, self.mesh.size)
             self.signals.let_finish(config.grace_seconds)
             for remaining in range(epoch, config.epochs):
                 self._epoch(remaining, train)
@@ -195,15 +177,15 @@ class _Run:
         config = self.config
         order = self.saver.order(epoch)
         first = epoch * self.steps_per_epoch
-        start = int(self.state.step) - first
-        if start == 0:
+        skipped = int(self.state.step) - first
+        if skipped == 0:
             self.state = self.state.replace(sums=parallel.replicate(empty_sums(), self.mesh))
             self.epoch_seconds = 0.0
-        self.reporter.progress.start_epoch(epoch, start)
+        self.reporter.progress.start_epoch(epoch, skipped)
         began, before = time.perf_counter(), self.epoch_seconds
         running: deque[jax.Array] = deque()
-        data = loader.training_batches(self.splits.train, order, config.batch_size, start, epoch)
-        for done, batch in enumerate(data, start + 1):
+        data = loader.training_batches(self.splits.train, order, config.batch_size, skipped, epoch)
+        for done, batch in enumerate(data, skipped + 1):
             self.state, loss = train(self.state, parallel.shard(batch, self.mesh))
             running.append(loss)
             if len(running) > parallel.QUEUE:
@@ -274,11 +256,7 @@ class _Run:
         )
         shape, step = self.splits.train.image_shape, int(self.state.step)
         self.reporter.evaluated(found["test"].confusion, self.state.params, shape, step)
-        return {
-            f"{split}_{name}": getattr(one, name)
-            for split, one in found.items()
-            for name in ("loss", "accuracy")
-        }
+        return evaluation.as_line(found)
 
     def _stop_evaluating(self) -> None:
         """Ends the run after a signal: an evaluation may take longer than `grace_seconds`."""

@@ -366,6 +366,6 @@ def test_a_head_that_mixes_the_places_of_a_map_is_noticed(tmp_path):
             return Dense(3)(x - x.mean(1, keepdims=True))
 
     run = make_run(tmp_path, Centred(), (6, 6, 1), saved=saved())
-    with pytest.raises(convert.ConfigError, match=r"must treat each place of a map by itself$"):
+    with pytest.raises(convert.ConfigError, match=r"must not mix the places of a map$"):
         convert.convert(run, tmp_path / "new")
     assert not (tmp_path / "new").exists()

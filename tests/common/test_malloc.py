@@ -33,27 +33,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-# Likewise for a program whose intermediate of 100 MB is too large for the heap of any other thread.
-PROGRAM = """
-import resource
-from cnn_jax.common import malloc as memory
-import jax
-import jax.numpy as jnp
-
-memory.keep_freed()
-program = jax.jit(lambda x: jnp.sin(jnp.outer(x, x)) @ x)
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    program(jnp.ones(5000)).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def pages(code: str = TWICE, **tuning: str) -> int:
+def pages(**tuning: str) -> int:
     names = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     env = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", TWICE],
         env=env | {"PYTHONPATH": str(PACKAGE.parent)} | tuning,
         capture_output=True,
         text=True,
@@ -70,11 +54,6 @@ needs_glibc = pytest.mark.skipif(
 @needs_glibc
 def test_freed_memory_is_used_again_without_the_kernel():
     assert pages() < 16
-
-
-@needs_glibc
-def test_a_programs_large_intermediates_are_used_again():
-    assert pages(PROGRAM) < 1000  # of 25,000
 
 
 @needs_glibc

@@ -441,7 +441,9 @@ def test_a_path_that_cannot_be_saved_into_is_refused_before_the_first_step(tmp_p
     monkeypatch.setattr(output, "_OPEN_FOLDERS", tmp_path / "as on other systems")
     (tmp_path / "run[1]").mkdir()
     assert output.library_path(tmp_path) == tmp_path
-    with pytest.raises(ConfigError, match=r"run\[1\]: must be a path of letters, digits"):
+    with pytest.raises(
+        ConfigError, match=r"run\[1\]: on this system, a path must consist of letters, digits"
+    ):
         output.library_path(tmp_path / "run[1]")
 
 

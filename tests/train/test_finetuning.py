@@ -19,7 +19,7 @@ from cnn_jax.analysis.restore import load_run
 from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.validate import validate
-from cnn_jax.train import groups, initial, loop, optim, parallel, pretrained
+from cnn_jax.train import groups, loop, optim, parallel, pretrained, start
 from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.step import init_state, train_step
@@ -60,7 +60,7 @@ def first_state_from(source, config, splits):
     found = pretrained.find(str(source))
     optimizer = optim.make_optimizer(config, 5)
     mesh = parallel.make_mesh(1)
-    state = initial.first_state(config, optimizer, splits.train, mesh, found)
+    state = start.first_state(config, optimizer, splits.train, mesh, found)
     return parallel.to_host(state)
 
 

@@ -19,11 +19,13 @@ from cnn_jax.data.sources import InMemory
 from cnn_jax.studies.compile import hlo
 from cnn_jax.studies.compile.findings import Findings, find
 from cnn_jax.studies.compile.targets import Target
-from cnn_jax.train import evaluation, initial, optim, parallel
+from cnn_jax.train import evaluation, optim, parallel, start
 from cnn_jax.train.step import train_step
 
 # Enters the program only as a constant, in the schedule of the learning rate.
 _STEPS_PER_EPOCH = 1000
+# The batch from which the shapes of a larger one are taken.
+_EXAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,29 +91,28 @@ def compile_steps(
     """
     mesh = parallel.make_mesh(config.devices, target.devices)
     parallel.check_divides(mesh, config.batch_size)
-    examples = _examples(config.batch_size, image_shape)
+    examples = _examples(image_shape)
     # What a run takes from its data enters the program as constants.
     config = statistics.in_numbers(config, examples)
     optimizer = optim.make_optimizer(config, _STEPS_PER_EPOCH)
     seen = [jax.ShapeDtypeStruct((config.init_examples, *image_shape), np.float32)]
-    init = initial.state_maker(config, optimizer, image_shape)
+    init = start.state_maker(config, optimizer, image_shape)
     state = jax.eval_shape(init, *(seen if config.init_examples else []))
-    order = np.arange(config.batch_size)
-    batch = _shapes(next(loader.training_batches(examples, order, config.batch_size)))
+    batch = next(loader.training_batches(examples, np.arange(_EXAMPLES), _EXAMPLES))
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
     train = parallel.jit_step(step, mesh, compute_dtype=config.compute_dtype)
     compiled = functools.partial(_compiled, mesh, target, config.compute_dtype)
-    yield compiled("training", train, state, batch)
+    yield compiled("training", train, state, _shapes(batch, config.batch_size))
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
-    batch = _shapes(next(loader.evaluation_batches(examples, size)))
+    batch = _shapes(next(loader.evaluation_batches(examples, _EXAMPLES)), size)
     evaluate = evaluation.make_eval_step(config.model, config.data, config.compute_dtype, mesh)
     yield compiled("evaluation", evaluate, state.variables, batch)
 
 
-def _examples(count: int, image_shape: tuple[int, int, int]) -> InMemory:
+def _examples(image_shape: tuple[int, int, int]) -> InMemory:
     """Noise of one class."""
-    pixels = np.random.default_rng(0).integers(0, 256, (count, *image_shape), np.uint8)
-    return InMemory(pixels, np.zeros(count, np.int32), ("noise",))
+    pixels = np.random.default_rng(0).integers(0, 256, (_EXAMPLES, *image_shape), np.uint8)
+    return InMemory(pixels, np.zeros(_EXAMPLES, np.int32), ("noise",))
 
 
 def _compiled(
@@ -178,9 +179,10 @@ def _telling_of_memory(name: str, batch_size: int) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+        # "required for HLO temporaries (66.56G) exceeds available HBM (15.75G)"
+        found = re.search(r"\(([\d.]+\w)\) exceeds available \w+ \(([\d.]+\w)\)", str(error))
         raise _too_large(
-            name, batch_size, *(found.groups() if found else ("more", "less"))
+            name, batch_size, *(found.groups() if found else ("more", "fewer"))
         ) from error
 
 
@@ -191,8 +193,12 @@ def _too_large(name: str, batch_size: int, needed: str, there: str) -> ConfigErr
     )
 
 
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+def _shapes(batch: dict[str, np.ndarray], size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Those of a batch of this size that is otherwise like `batch`, which takes memory."""
+    return {
+        name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype)
+        for name, array in batch.items()
+    }
 
 
 def _bytes(tree: Any) -> int:

@@ -20,6 +20,8 @@ _TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    # Two programs may compile at once: neither takes a TPU.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 # The plug-in would otherwise look for CUDA's libraries and for a GPU.
 _CUDA_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1"}

@@ -312,7 +312,7 @@ def test_a_topic_takes_what_its_function_does():
     for name, (function, numbers) in topics.TOPICS.items():
         count = function.__code__.co_argcount
         assert [*numbers] == [*function.__code__.co_varnames[:count]], name
-    with pytest.raises(ConfigError, match=r"^--stride=1: pool takes"):
+    with pytest.raises(ConfigError, match=r"^--stride=1: pool has no such flag; it takes"):
         topics.explain("pool", {"stride": 1})
 
 

@@ -1,6 +1,6 @@
 """The programs for TPUs and GPUs, as their real compilers make them; nothing runs.
 
-`./launch.sh setup --with=compile-tpu --with=compile-cuda`, then `./launch.sh test -m compile`. The
+`./launch.sh setup --with=compile-tpu --with=compile-cuda`, then `./launch.sh test -mcompile`. The
 tests of a kind of device are skipped where its compiler is not installed.
 """
 
@@ -16,7 +16,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig, experiment
 from cnn_jax.studies.compile import programs, targets
 from cnn_jax.studies.compile.programs import Compiled
-from tests.networks import Small
+from tests.networks import Linear, Small
 
 pytestmark = pytest.mark.compile
 
@@ -81,11 +81,17 @@ def test_a_program_does_not_grow_with_the_epochs(topology):
 
 @pytest.mark.parametrize("topology", MODULES)
 def test_a_batch_that_does_not_fit_is_refused(topology):
-    config = Config(Small(), DataConfig("mine"), batch_size=2**22)
+    config = Config(Small(), DataConfig("mine"), batch_size=4096)
     target = target_of(topology)
-    few = dataclasses.replace(target.rates, memory=1e6)
-    with pytest.raises(ConfigError, match="training with a batch of 4194304: needs "):
-        next(programs.compile_steps(config, (256, 256, 1), dataclasses.replace(target, rates=few)))
+    few = dataclasses.replace(target.rates, memory=1e5)
+    with pytest.raises(ConfigError, match="training with a batch of 4096: needs "):
+        next(programs.compile_steps(config, (28, 28, 1), dataclasses.replace(target, rates=few)))
+
+
+def test_the_compiler_refuses_what_a_tpu_cannot_hold():
+    config = Config(Linear(), DataConfig("mine"), batch_size=2**26)
+    with pytest.raises(ConfigError, match=r"needs [\d.]+G bytes on each device, which has 15.75G;"):
+        next(programs.compile_steps(config, (28, 28, 1), target_of("v5e:2x2")))
 
 
 @pytest.mark.parametrize("topology", MODULES)
