@@ -88,3 +88,15 @@ def test_a_cache_that_cannot_be_is_told_once(filled, tmp_path):
     assert printed == filled[1][0]
     assert "cannot be used; set CNN_JAX_CACHE_DIR to another folder, or CNN_JAX_CACHE=off" in told
     assert told.count("\n") == 1
+
+
+def test_a_program_that_jaxlib_cannot_serialise_is_compiled_each_time_without_a_word(
+    tmp_path, caplog
+):
+    """Programs with calls of oneDNN; anything else that hinders writing is told."""
+    mending = cache._Mending(tmp_path, pytest.fail)
+    start = "Error writing persistent compilation cache entry for 'jit_f': "
+    mending(UserWarning(start + "MemoryError: std::bad_alloc"))
+    assert caplog.messages == []
+    mending(UserWarning(start + "OSError: No space left on device"))
+    assert "No space left on device" in caplog.text
