@@ -5,7 +5,8 @@ products in float32. XLA gives it matmuls and plain forward convolutions, and no
 pass is written as one of these. Moving data is what takes the time now, not multiplying: Winograd's
 and Fourier's sums, which `formulations.py` has for float32, would cost more than they save.
 
-Sums of several products are added in float32 and rounded once.
+Products are added in float32 and rounded once. Only `_columns_to_image` adds sums over the channels
+that are rounded already, in float32.
 """
 
 import contextvars
