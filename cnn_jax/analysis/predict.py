@@ -186,13 +186,7 @@ def read_image(file: str, image_shape: tuple[int, int, int], own_size: bool = Fa
       DataError: it is no image, is damaged, or has too many pixels; names the file.
     """
     height, width, channels = image_shape
-    try:
-        with open(file, "rb") as stream:
-            picture = decode.decode(stream, channels)
-    except (decode.Unsuitable, decode.Damaged) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    picture = decode.decode_file(file, channels)
     own = picture.size
     if own_size and own[0] >= width and own[1] >= height:
         scale = min(1, (MAX_MAP_PIXELS / (own[0] * own[1])) ** 0.5)

@@ -10,6 +10,8 @@ import numpy as np
 import PIL
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
+from cnn_jax.common.errors import DataError
+
 # Compared with the image's header before decoding.
 MAX_PIXELS = 50_000_000
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -95,6 +97,21 @@ def decode(file: BinaryIO, channels: int) -> Image.Image:
     except Exception as error:  # Pillow raises many types for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Damaged(reason) from error
+
+
+def decode_file(path: str | Path, channels: int) -> Image.Image:
+    """`decode` for a file.
+
+    Raises:
+      DataError: it cannot be opened or decoded; names it.
+    """
+    try:
+        with open(path, "rb") as file:
+            return decode(file, channels)
+    except (Unsuitable, Damaged) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def header(file: BinaryIO) -> tuple[int, int, bool]:

@@ -292,13 +292,7 @@ class FileRecords:
     def _read(self, path: str) -> np.ndarray:
         """uint8 [H, W, C]."""
         height, width, channels = self.image_shape
-        try:
-            with open(path, "rb") as file:
-                picture = decode.decode(file, channels)
-        except (decode.Unsuitable, decode.Damaged) as error:
-            raise DataError(f"{path}: cannot be read ({error})") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        picture = decode.decode_file(path, channels)
         if not self.any_size and picture.size != (width, height):
             raise DataError(
                 f"{path}: is {picture.height}x{picture.width}, the others {height}x{width} (height x "
