@@ -76,10 +76,7 @@ def find(
     """
     if output.suffix.lower() != ".png":
         raise ConfigError(f"--output={output}: must end in .png")
-    config = dataclasses.replace(
-        config, schedule="constant", warmup_epochs=0.0, final_learning_rate=0.0, milestones=()
-    )
-    validate(config)
+    config = validate(optim.with_constant_rate(config))
     files.check_folder(output.parent)
     source = pretrained.find(init_from)
     splits = load_splits(config, data_dir, download)
@@ -123,9 +120,9 @@ def train(
 
 
 def _batches(config: Config, examples: Examples) -> Iterator[dict[str, np.ndarray]]:
+    order = loader.make_order(config, examples)
     for epoch in itertools.count():
-        order = loader.epoch_order(config.seed, epoch, len(examples))
-        yield from loader.training_batches(examples, order, config.batch_size, epoch=epoch)
+        yield from loader.training_batches(examples, order(epoch), config.batch_size, epoch=epoch)
 
 
 def read(rates: np.ndarray, losses: np.ndarray) -> Found:

@@ -11,7 +11,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
 from cnn_jax.config.paths import resolve
 from cnn_jax.data.splits import Splits, load_splits
-from cnn_jax.train import parallel
+from cnn_jax.train import optim, parallel
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.loop import train
 
@@ -38,8 +38,7 @@ def dry_run(
         name: examples and examples.take(np.arange(min(len(examples), 2 * config.batch_size)))
         for name, examples in vars(splits).items()
     }
-    schedule = {"schedule": "constant", "warmup_epochs": 0.0, "final_learning_rate": 0.0}
-    config = dataclasses.replace(config, epochs=1, milestones=(), **schedule)
+    config = dataclasses.replace(optim.with_constant_rate(config), epochs=1)
     with tempfile.TemporaryDirectory() as scratch:
         lines = train(config, Path(scratch), splits=Splits(**few), init_from=init_from)
         run = Checkpoints(Path(scratch)).newest()

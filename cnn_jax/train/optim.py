@@ -1,5 +1,6 @@
 """The optimizer of a run: schedules and masks on top of Optax."""
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -45,6 +46,13 @@ def make_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def with_constant_rate(config: Config) -> Config:
+    """`config` without a schedule, for a run too short for its own."""
+    return dataclasses.replace(
+        config, schedule="constant", warmup_epochs=0.0, final_learning_rate=0.0, milestones=()
+    )
 
 
 def _one_cycle(peak: float, end: float, rise: int, total: int) -> optax.Schedule:
