@@ -20,6 +20,7 @@ from cnn_jax.data import balance, folders, sources, statistics
 from cnn_jax.data.sources import Examples
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.train.augmentation import augmented
+from cnn_jax.train.step import run_keys, step_keys
 
 COLUMNS = 8
 MOST_ROWS = 20
@@ -179,8 +180,8 @@ def _as_the_step_sees(config: Config, train: Examples, index: np.ndarray) -> np.
         "index": index.astype(np.int32),
         "epoch": np.zeros(len(index), np.int32),
     }
-    run_key = jax.random.split(jax.random.key(config.seed))[1]  # as in step.init_state
-    key = jax.random.split(jax.random.fold_in(run_key, 0))[0]  # as in step.train_step
+    _, run_key = run_keys(config.seed)
+    key, _ = step_keys(run_key, 0)
     data = config.data
     seen = jax.jit(functools.partial(augmented, data=data))(run_key, key, batch)
     image = seen["image"]

@@ -102,7 +102,7 @@ def init_state(
     Raises:
       ConfigError: `freeze` fits nothing or everything, or the optimizer is not one for `ema_decay`.
     """
-    init_key, run_key = jax.random.split(jax.random.key(seed))
+    init_key, run_key = run_keys(seed)
     if image is None:
         image = jnp.zeros((1, *image_shape), jnp.float32)
     variables = model.init(init_key, image)
@@ -127,6 +127,16 @@ def init_state(
         eval_params=_all_evaluated(evaluated, frozen)
         or (jax.tree.map(jnp.copy, params) if ema_decay else {}),
     )
+
+
+def run_keys(seed: int) -> jax.Array:
+    """The keys of a run: of its initialisation, and of all its steps."""
+    return jax.random.split(jax.random.key(seed))
+
+
+def step_keys(run_key: jax.Array, step: jax.Array | int) -> jax.Array:
+    """The keys of a step: of augmentation and of dropout."""
+    return jax.random.split(jax.random.fold_in(run_key, step))
 
 
 def _all_evaluated(evaluated: Any, frozen: Any) -> Any:
@@ -173,8 +183,7 @@ def train_step(
       The state after the step, and the batch's mean loss before it.
     """
     run_key = jax.random.wrap_key_data(state.rng)
-    key = jax.random.fold_in(run_key, state.step)
-    augment_key, dropout_key = jax.random.split(key)
+    augment_key, dropout_key = step_keys(run_key, state.step)
     batch = augmented(run_key, augment_key, batch, config.data, axis_name)
     trained, frozen = groups.split(state.params, config.freeze)
     options = {"model": model, "config": config, "axis_name": axis_name}
