@@ -244,11 +244,32 @@ def verify(values: flags.FlagValues) -> int:
     return checkpoint.verify(_path(values.workdir))
 
 
-@command("networks", "batch_size", "peers", "rounds", "seconds", "write")
-def benchmark(values: flags.FlagValues) -> None:
+@command(
+    "networks",
+    "batch_size",
+    "peers",
+    "rounds",
+    "seconds",
+    "write",
+    "speedrun",
+    "seeds",
+    "device_check",
+    "tiny",
+    "output",
+    "data_dir",
+    seeds=5,
+)
+def benchmark(values: flags.FlagValues) -> int | None:
     """Measures the training steps of the architectures, alone or beside PyTorch and Keras."""
-    from cnn_jax.studies.benchmark import run
+    from cnn_jax.studies.benchmark import device_check, run, speedrun
 
+    if values.device_check:
+        output = _path(values.output or "runs/device_check")
+        return device_check.check(output, values.tiny, values.data_dir)
+    if values.speedrun:
+        environment.check_devices()
+        speedrun.speedrun(values.seeds, values.data_dir)
+        return None
     run.benchmark(
         values.networks,
         values.batch_size,
@@ -257,6 +278,7 @@ def benchmark(values: flags.FlagValues) -> None:
         values.seconds,
         values.write,
     )
+    return None
 
 
 @command(
