@@ -74,6 +74,7 @@ def list_(values: flags.FlagValues) -> None:
     "data_dir",
     "download",
     "dry_run",
+    "seeds",
     "verify",
     "coordinator",
     "processes",
@@ -102,6 +103,9 @@ def train(values: flags.FlagValues) -> None:
         return
     name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
+    if values.seeds:
+        _train_seeds(config, workdir, name, values)
+        return
     with processes.naming_the_lost():
         lines = loop.train(
             config,
@@ -121,6 +125,17 @@ def train(values: flags.FlagValues) -> None:
     print(f"next: {PROGRAM} evaluate {shlex.quote(str(workdir))}")
     if name == "quickstart":
         print(f"then the real data: {PROGRAM} train fashion_mnist/lenet --download")
+
+
+def _train_seeds(config, workdir: Path, name: str, values: flags.FlagValues) -> None:
+    from cnn_jax.studies import markdown
+    from cnn_jax.train import seeds
+
+    given = values.data_dir, values.download, values.verify, values.init_from
+    ended = seeds.train_seeds(config, values.seeds, workdir, name, *given)
+    accuracy = markdown.spread([lines[-1]["test_accuracy"] for lines in ended])
+    print(f"test accuracy {accuracy} (n = {len(ended)}), in {workdir}/seed_0 and so on")
+    print(f"next: {PROGRAM} evaluate {shlex.quote(str(workdir / 'seed_0'))}")
 
 
 @command(
