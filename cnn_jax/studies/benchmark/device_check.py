@@ -20,11 +20,12 @@ from cnn_jax.train.workdir import prepare, write_json
 
 # Part -> seconds it may take: 475 together.
 LIMITS = {
-    "agreement": 110,
-    "equal_bits": 70,
-    "speedrun": 110,
-    "speed": 130,
-    "resident": 55,
+    "agreement": 100,
+    "equal_bits": 60,
+    "speedrun": 100,
+    "speed": 120,
+    "resident": 45,
+    "seeds": 50,
 }
 
 

@@ -101,7 +101,7 @@ class Part:
         self._train(folders[2]).wait()
         self._train(folders[1]).wait()
         one, two, resumed = map(_final, folders)
-        equal = {"two_runs": _equal(one, two), "kill_and_resume": _equal(one, resumed)}
+        equal = {"two_runs": one == two, "kill_and_resume": one == resumed}
         passed = code == -signal.SIGKILL and all(equal.values())
         text = ", ".join(
             f"{name} {'equal' if same else 'DIFFERENT'}" for name, same in equal.items()
@@ -114,11 +114,13 @@ class Part:
         changes = [f"epochs={1 if self.tiny else 6}", f"checkpoint_every_steps={every}"]
         return self._command(folder, "quickstart", changes)
 
-    def _command(self, folder: Path, experiment: str, changes: list[str]) -> subprocess.Popen:
+    def _command(
+        self, folder: Path, experiment: str, changes: list[str], more: list[str] | None = None
+    ) -> subprocess.Popen:
         command = [sys.executable, "-P", "-m", "cnn_jax.main", "train", experiment]
         command += [f"--workdir={folder}", *(f"--set={change}" for change in changes)]
         command += [f"--data_dir={self.data_dir}"] if self.data_dir else []
-        return subprocess.Popen(command)
+        return subprocess.Popen([*command, *(more or [])])
 
     # --------------------------------------------------------------------- (c) speedrun
 
@@ -182,6 +184,23 @@ class Part:
         self.found(**rates, summary=text)
         return True
 
+    # ------------------------------------------------------------------------ (f) seeds
+
+    def seeds(self) -> bool:
+        """Several seeds at once against one alone: the time of the whole command, and equal bits."""
+        count, changes = (2, ["epochs=1"]) if self.tiny else (8, [])
+        folders = self.file.with_name("seeds_alone"), self.file.with_name("seeds_at_once")
+        seconds = []
+        for folder, more in zip(folders, ([], [f"--seeds={count}"]), strict=True):
+            began = time.monotonic()
+            self._command(folder, "quickstart", changes, more).wait()
+            seconds.append(time.monotonic() - began)
+        equal = _final(folders[0]) == _final(folders[1] / "seed_0")
+        text = f"{count} seeds in {seconds[1]:.1f} s, one in {seconds[0]:.1f} s; "
+        text += f"seed 0 is {'equal' if equal else 'DIFFERENT'}"
+        self.found(seconds=seconds, seeds=count, equal=equal, summary=text)
+        return equal
+
 
 def gradients(network: str, precision: str) -> dict[str, np.ndarray]:
     """The loss of one training step, and its gradient as one vector."""
@@ -224,10 +243,6 @@ def _final(folder: Path) -> dict[str, bytes]:
         kept = {name: value for name, value in line.items() if name not in timed}
         found[f"line {line['epoch']}"] = json.dumps(kept).encode()
     return found
-
-
-def _equal(one: dict, other: dict) -> bool:
-    return one == other
 
 
 def main(part: str, file: str, budget: str, rest: str) -> int:
