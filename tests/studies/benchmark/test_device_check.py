@@ -4,10 +4,12 @@ import json
 import sys
 
 import numpy as np
+import pytest
 
 from cnn_jax.studies.benchmark import device_check, device_parts
 
 
+@pytest.mark.faults
 def test_it_runs_whole_with_a_tiny_budget(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert device_check.check(tmp_path, tiny=True, data_dir=None) == 0
