@@ -66,6 +66,7 @@ def _run(part: str, limit: float, output: Path, tiny: bool, data_dir: str | None
     with (output / f"{part}.log").open("w") as log:
         process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,  # its end tells the part that this process is gone
             stdout=log,
             stderr=log,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},

@@ -8,10 +8,12 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -48,6 +50,12 @@ class Part:
     def found(self, **finding: object) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps(finding) + "\n")
+
+    def _folder(self, name: str) -> Path:
+        """A workdir beside the findings, without what an earlier check left in it."""
+        path = self.file.with_name(name)
+        shutil.rmtree(path, ignore_errors=True)
+        return path
 
     # -------------------------------------------------------------------- (a) agreement
 
@@ -88,7 +96,7 @@ class Part:
 
     def equal_bits(self) -> bool:
         """The embedded dataset's run twice, and once with a kill by SIGKILL in its middle."""
-        folders = [self.file.with_name(f"equal_bits_{name}") for name in ("one", "two", "killed")]
+        folders = [self._folder(f"equal_bits_{name}") for name in ("one", "two", "killed")]
         once = self._train(folders[0])
         once.wait()
         killed = self._train(folders[2])
@@ -112,6 +120,8 @@ class Part:
     def _train(self, folder: Path) -> subprocess.Popen:
         every = 8 if self.tiny else 50
         changes = [f"epochs={1 if self.tiny else 6}", f"checkpoint_every_steps={every}"]
+        if "deterministic" in Config.__dataclass_fields__:
+            changes.append("deterministic=true")
         return self._command(folder, "quickstart", changes)
 
     def _command(
@@ -175,7 +185,7 @@ class Part:
             return None
         rates = {}
         for resident in ("false", "true"):
-            folder = self.file.with_name(f"resident_{resident}")
+            folder = self._folder(f"resident_{resident}")
             changes = [f"resident_data={resident}", f"epochs={1 if self.tiny else 6}"]
             self._command(folder, "quickstart", changes).wait()
             lines = workdir.metrics(folder)
@@ -189,7 +199,7 @@ class Part:
     def seeds(self) -> bool:
         """Several seeds at once against one alone: the time of the whole command, and equal bits."""
         count, changes = (2, ["epochs=1"]) if self.tiny else (8, [])
-        folders = self.file.with_name("seeds_alone"), self.file.with_name("seeds_at_once")
+        folders = self._folder("seeds_alone"), self._folder("seeds_at_once")
         seconds = []
         for folder, more in zip(folders, ([], [f"--seeds={count}"]), strict=True):
             began = time.monotonic()
@@ -218,7 +228,7 @@ def gradients(network: str, precision: str) -> dict[str, np.ndarray]:
         "index": np.arange(64, dtype=np.int32),
     }
     step = functools.partial(train_step, model=model, optimizer=keep, config=config)
-    # Drawn on every device with the same bits, as JAX's generator is one of whole numbers.
+    # Every device draws the same whole numbers; their logarithms may differ in the last bit.
     state = init_state(model, keep, spec.image_shape, 0)
     with jax.default_matmul_precision(None if precision == "default" else precision):
         after, loss = parallel.jit(step)(state, batch)
@@ -245,10 +255,18 @@ def _final(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def _end_with_parent() -> None:
+    """Ends this part and the processes that it started as soon as the parent has ended."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main(part: str, file: str, budget: str, rest: str) -> int:
     """Runs one part; "cpu" writes the reference of `agreement` and takes the precision last."""
     tiny = budget == "tiny"
     work = Part(Path(file), tiny, None if part == "cpu" else rest or None)
+    if os.getpgrp() == os.getpid():
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     cache.enable_compilation_cache()
     if part == "cpu":
         arrays = {
