@@ -131,6 +131,12 @@ def _train_seeds(config, workdir: Path, name: str, values: flags.FlagValues) -> 
     from cnn_jax.studies import markdown
     from cnn_jax.train import seeds
 
+    for change in values.set:
+        if change.partition("=")[0].strip() == "seed":
+            raise ConfigError(
+                f"--set {change}: must not be given with --seeds={values.seeds}, which sets the "
+                "seeds 0, 1, ...; leave one of the two out"
+            )
     given = values.data_dir, values.download, values.verify, values.init_from
     ended = seeds.train_seeds(config, values.seeds, workdir, name, *given)
     accuracy = markdown.spread([lines[-1]["test_accuracy"] for lines in ended])
