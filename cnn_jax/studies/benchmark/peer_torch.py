@@ -79,11 +79,10 @@ def main(network: str, batch_size: int, variant: str) -> None:
     torch.manual_seed(0)
     # The parent hides the GPU where the CPUs are compared.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_default_device(device)
     height, width, channels = NETWORKS[network].image_shape
-    model = build(NETWORKS[network])
-    image = torch.rand(batch_size, channels, height, width)
-    label = torch.randint(0, 10, (batch_size,))
+    model = build(NETWORKS[network]).to(device)
+    image = torch.rand(batch_size, channels, height, width, device=device)
+    label = torch.randint(0, 10, (batch_size,), device=device)
     if variant != "default":
         model = model.to(memory_format=torch.channels_last)
         image = image.to(memory_format=torch.channels_last)
