@@ -120,6 +120,7 @@ def train(values: flags.FlagValues) -> None:
         )
     print(f"next: {PROGRAM} evaluate {shlex.quote(str(workdir))}")
     if name == "quickstart":
+        print(f"to look inside, in a browser: {PROGRAM} playground {shlex.quote(str(workdir))}")
         print(f"then the real data: {PROGRAM} train fashion_mnist/lenet --download")
 
 

@@ -122,7 +122,9 @@ def _between(run: RestoredRun, before: Any, after: Any, last: str, name: str) ->
             factor = float(np.vdot(output, after)) / norm
             if np.allclose(factor * output, after, rtol=1e-4, atol=1e-6 * abs(factor)):
                 return [*steps, {"kind": "scale", "factor": factor}]
-    raise _unknown(run, f"between {last} and {name} is a function that the playground does not know")
+    raise _unknown(
+        run, f"between {last} and {name} is a function that the playground does not know"
+    )
 
 
 def _step(run: RestoredRun, call: features.Call, weights: Weights) -> dict:
@@ -142,11 +144,15 @@ def _step(run: RestoredRun, call: features.Call, weights: Weights) -> dict:
         plain = isinstance(module, nn.Dense) or _is_plain(module)
         size = arrays["kernel"].shape
         if plain and len(size) in (2, 4):
-            shape = size if len(size) == 4 else (1, 1, *size)  # dense: a 1x1 convolution of one place
+            shape = (
+                size if len(size) == 4 else (1, 1, *size)
+            )  # dense: a 1x1 convolution of one place
             bias = {"bias": weights.add(arrays["bias"])} if "bias" in arrays else {}
             kernel = {"kernel": weights.add(arrays["kernel"], shape)}
             return {"kind": "conv", **_geometry(module), **kernel, **bias}
-    raise _unknown(run, f"{call.layer.name} is a {call.layer.kind} that the playground cannot compute")
+    raise _unknown(
+        run, f"{call.layer.name} is a {call.layer.kind} that the playground cannot compute"
+    )
 
 
 def _own(tree: Any, module: nn.Module) -> dict:
@@ -169,4 +175,7 @@ def _geometry(module: nn.Dense | nn.Conv) -> dict:
     padding = canonicalize_padding(module.padding, 2)
     if not isinstance(padding, str):
         padding = [list(map(int, pair)) for pair in padding]
-    return {"strides": [strides] * 2 if isinstance(strides, int) else list(strides), "padding": padding}
+    return {
+        "strides": [strides] * 2 if isinstance(strides, int) else list(strides),
+        "padding": padding,
+    }

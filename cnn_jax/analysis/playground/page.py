@@ -30,6 +30,11 @@ IMAGES_A_KIND = 10
 LOOKED_AT, BATCH = 1000, 250
 # The page is replaced where this is its first line; another file never is.
 FIRST_LINE = "<!DOCTYPE html><!-- a playground of cnn_jax -->"
+# Light colours that differ for any colour vision; the page writes the number of the class on them.
+CLASS_COLOURS = (
+    *("#7fc4e8", "#f2b45c", "#6fcfa8", "#f5e663", "#e79ac0"),
+    *("#a9b4f0", "#f08a6b", "#c9ccd1", "#b7dd72", "#d2b48c"),
+)
 PARTS = Path(__file__).parent / "page"
 
 
@@ -73,6 +78,7 @@ def playground(
         "classes": runs[0].class_names,
         **drawing(test["image"]),
         "colours": images.DIVERGING,
+        "class_colours": CLASS_COLOURS,
         "images": [[kind, place, int(test["label"][place])] for kind, place in chosen],
         "pixels": _base64(np.ascontiguousarray(test["image"][places]).tobytes()),
         "runs": [about for about, _ in parts],
@@ -127,7 +133,7 @@ def drawing(image: np.ndarray) -> dict[str, Any]:
     """
     rows, columns = image[:, [0, -1]], image[:, :, [0, -1]]
     border = np.concatenate([part.reshape(-1, image.shape[-1]) for part in (rows, columns)])
-    background = np.median(border, 0)
+    background = np.round(np.median(border, 0))
     uniform = (np.abs(border - background) <= 16).all(-1).mean() > 0.6
     inside = (np.abs(image - background) > 32).any(-1)
     sides = [_side(inside.any(axis)) for axis in (1, 2)]

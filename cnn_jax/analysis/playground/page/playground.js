@@ -7,6 +7,9 @@ const MAPS = 8; // of a layer, shown at once
 const MOST_UNITS = 1024; // of a dense layer, drawn
 const SLICE = 12; // milliseconds of computation before the page may react
 const GRID = 7; // the largest kernel that is written as numbers
+const BARS = 8; // the largest parts of a sum, shown one by one
+const LINES = 24; // from the largest parts of a sum to the value
+const ZOOM = 8; // pixels of the screen's canvas for one of the larger picture
 
 // ---- The arithmetic -------------------------------------------------------------------------------
 
@@ -182,7 +185,12 @@ function sample(x, where) {
       const [r, q] = [Math.floor(row), Math.floor(column)];
       for (let c = 0; c < x.c; c++) {
         let sum = 0;
-        for (const [a, b] of [[r, q], [r, q + 1], [r + 1, q], [r + 1, q + 1]]) {
+        for (const [a, b] of [
+          [r, q],
+          [r, q + 1],
+          [r + 1, q],
+          [r + 1, q + 1],
+        ]) {
           const share = (1 - Math.abs(row - a)) * (1 - Math.abs(column - b));
           const inside = a >= 0 && a < x.h && b >= 0 && b < x.w;
           if (share) sum += share * (inside ? x.d[(a * x.w + b) * x.c + c] : content.background[c]);
@@ -222,7 +230,13 @@ function* views(kind, x) {
   const inside = (k, size) => (k < 0 ? -k : k >= size ? 2 * size - 2 - k : k);
   const moved = (by) => (i, j) => [inside(i + by, x.h), inside(j + by, x.w)];
   const turned = (by) => (i, j) => moved(by)(...mirror(i, j));
-  const shifts = kind === "mirror_shift" ? [[-1, 0.125], [1, 0.125]] : [];
+  const shifts =
+    kind === "mirror_shift"
+      ? [
+          [-1, 0.125],
+          [1, 0.125],
+        ]
+      : [];
   const weight = kind === "none" ? 1 : kind === "mirror" ? 0.5 : 0.25;
   yield [x, weight];
   if (kind !== "none") yield [sample(x, mirror), weight];
@@ -246,22 +260,16 @@ function* predict(run, x) {
   return { maps, logits, probabilities: softmax(logits) };
 }
 
-// ---- The runs -------------------------------------------------------------------------------------
+// ---- The runs, the state, the texts ----------------------------------------------------------------
 
 function bytes(text) {
   return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 }
 
-const runs = content.runs.map((run, number) => {
-  const data = new Float32Array(
-    bytes(document.getElementsByClassName("weights")[number].textContent).buffer,
-  );
-  for (const step of run.steps) {
-    for (const value of Object.values(step)) {
-      if (!value?.shape) continue;
-      const size = value.shape.reduce((a, b) => a * b, 1);
-      value.d = data.subarray(value.at, value.at + size);
-    }
+const runs = content.runs.map((run, place) => {
+  const data = new Float32Array(bytes(document.getElementsByClassName("weights")[place].textContent).buffer);
+  for (const array of run.steps.flatMap(Object.values)) {
+    if (array?.shape) array.d = data.subarray(array.at, array.at + array.shape.reduce((a, b) => a * b, 1));
   }
   run.steps.push({ kind: "softmax" });
   const same = content.runs.filter((other) => other.name === run.name).length > 1;
@@ -270,67 +278,90 @@ const runs = content.runs.map((run, number) => {
 });
 
 const pixels = bytes(content.pixels);
-const testImage = (i) =>
-  map(H, W, C, Float32Array.from(pixels.subarray(i * H * W * C, (i + 1) * H * W * C), (v) => v / 255));
+const fromBytes = (data) =>
+  map(
+    H,
+    W,
+    C,
+    Float32Array.from(data, (value) => value / 255),
+  );
+const testImage = (i) => fromBytes(pixels.subarray(i * H * W * C, (i + 1) * H * W * C));
 
 const state = {
-  exact: 0, // the test image that is shown, or null for a drawing
-  image: testImage(0),
+  exact: 0, // the test image on the pad, or null once it is drawn on
+  image: null, // before the sliders
+  shown: null, // after them
   run: 0,
   chosen: null, // {step, y, x, c}: a value of the shown run
   from: {}, // the first channel that a layer's column shows, by step
   input: null, // the input channel whose products are shown
-  ticket: 0,
+  ticket: 0, // counts the inputs
 };
 
 const $ = (id) => document.getElementById(id);
 const current = () => runs[state.run];
 const best = (values) => values.indexOf(Math.max(...values));
+const range = (size) => [...Array(size).keys()];
 
-function element(name, options = {}, ...children) {
-  const { style, data, ...rest } = options;
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(rest)) {
-    if (key in made) made[key] = value;
-    else made.setAttribute(key, value);
-  }
-  Object.assign(made.style, style);
-  Object.assign(made.dataset, data);
-  made.append(...children);
-  return made;
-}
-
-// ---- Texts ----------------------------------------------------------------------------------------
-
-const preferred = navigator.language.slice(0, 2);
-let language = preferred in content.texts ? preferred : "en";
+let language = navigator.language.slice(0, 2) in content.texts ? navigator.language.slice(0, 2) : "en";
 const number = (value, digits = 3) =>
-  (Math.abs(value) < 5e-7 ? "0" : `${+value.toPrecision(digits)}`).replace("-", "−");
+  `${Math.abs(value) < 5e-7 ? 0 : +(+value).toPrecision(digits)}`.replace("e-", "e−").replace(/^-/, "−");
+const bracket = (value) => (value < 0 ? `(${number(value)})` : number(value));
 const percent = (value) => `${(100 * value).toFixed(value < 0.9995 && value >= 0.0005 ? 1 : 0)}%`;
 const count = (value) => value.toLocaleString(language);
 
 function t(key, values = {}) {
-  const text = content.texts[language][key] ?? content.texts.en[key];
-  return text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
+  return content.texts[language][key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
 }
 
-function titleOf(step) {
-  if (step.title) return step.name.split("/").at(-1);
-  return step.function ?? t(step.kind);
+// A template whose values are escaped, unless they are such templates or lists of them.
+const html = (parts, ...values) => ({ markup: parts.reduce((whole, part, i) => whole + write(values[i - 1]) + part) });
+
+function write(value) {
+  if (Array.isArray(value)) return value.map(write).join("");
+  return value?.markup ?? String(value ?? "").replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
+}
+
+const waiting = []; // pictures whose canvases are not yet in the page
+
+// A canvas of h x w pixels, whose colours [red, green, blue] `at` gives.
+function picture(h, w, at, label) {
+  waiting.push([h, w, at]);
+  const role = label ? html`role="img" aria-label="${label}"` : html`aria-hidden="true"`;
+  return html`<canvas data-picture="${waiting.length - 1}" ${role}></canvas>`;
+}
+
+function paint(canvas, h, w, at) {
+  Object.assign(canvas, { width: w, height: h });
+  const data = new ImageData(w, h);
+  for (let i = 0; i < h * w; i++) data.data.set([...at(i), 255], 4 * i);
+  canvas.getContext("2d").putImageData(data, 0, 0);
+  return canvas;
+}
+
+// Replaces what an element holds. The page's policy allows no style attributes, so data-style has them.
+function put(target, ...made) {
+  const focused = document.activeElement?.id;
+  target.innerHTML = write(made);
+  for (const one of target.querySelectorAll("[data-style]")) one.style.cssText = one.dataset.style;
+  for (const one of target.querySelectorAll("[data-picture]")) paint(one, ...waiting[one.dataset.picture]);
+  waiting.length = 0;
+  if (focused && document.activeElement?.id !== focused) $(focused)?.focus({ preventScroll: true });
 }
 
 function translate() {
   document.documentElement.lang = language;
-  for (const made of document.querySelectorAll("[data-t]")) made.textContent = t(made.dataset.t);
-  for (const made of document.querySelectorAll("[data-label]")) {
-    made.setAttribute("aria-label", t(made.dataset.label, { size: `${H}×${W}` }));
+  for (const one of document.querySelectorAll("[data-t]")) one.textContent = t(one.dataset.t);
+  for (const one of document.querySelectorAll("[data-label]")) {
+    one.setAttribute("aria-label", t(one.dataset.label, { size: `${H}×${W}` }));
   }
-  buildTests();
-  buildRow();
-  trust();
+  const about = (run) =>
+    t("about", { model: run.model, parameters: count(run.parameters), step: count(run.step), name: run.label });
+  $("about").textContent = runs.map(about).join(" · ");
+  showTests();
 }
 
-// ---- Pictures -------------------------------------------------------------------------------------
+// ---- Colours and pictures --------------------------------------------------------------------------
 
 // The colour of a value in [-1, 1].
 function colour(value) {
@@ -340,114 +371,43 @@ function colour(value) {
   return low.map((level, k) => Math.round(level + (place - i) * (high[k] - level)));
 }
 const css = (value) => `rgb(${colour(value).join(" ")})`;
-const ink = (value) => (Math.abs(value) > 0.75 ? "#fff" : "#1c2126");
+const rgb = (x) => (i) => range(3).map((k) => Math.round(255 * x.d[i * x.c + (x.c === 3 ? k : 0)]));
+const imageOf = (x, label) => picture(x.h, x.w, rgb(x), label);
+const canvasOf = (x) => paint(document.createElement("canvas"), x.h, x.w, rgb(x));
+const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
 
-// Paints h x w pixels, whose colours [red, green, blue] `at` gives, onto a canvas of that size.
-function paint(canvas, h, w, at) {
-  Object.assign(canvas, { width: w, height: h });
-  const picture = new ImageData(w, h);
-  for (let i = 0; i < h * w; i++) picture.data.set([...at(i), 255], 4 * i);
-  canvas.getContext("2d").putImageData(picture, 0, 0);
-  return canvas;
+// A frame around an area [top, left, height, width] of a picture of [h, w].
+function frame([top, left, height, width], [h, w], part = "") {
+  const share = (value, whole) => `${(100 * value) / whole}%`;
+  const place = `left:${share(left, w)};top:${share(top, h)};width:${share(width, w)};height:${share(height, h)}`;
+  return html`<i class="mark" data-part="${part}" data-style="${place}"></i>`;
 }
 
-const rgb = (x) => (i) =>
-  [0, 1, 2].map((k) => Math.round(255 * x.d[i * x.c + (x.c === 3 ? k : 0)]));
-const paintImage = (canvas, x) => paint(canvas, x.h, x.w, rgb(x));
+// ---- The drawing pad -------------------------------------------------------------------------------
 
-const largest = (x) => x.d.reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
-
-function box(kind, x, size) {
-  const part = (value, whole) => `${(100 * value) / whole}%`;
-  return element("i", {
-    className: kind,
-    style: {
-      left: part(x[1], size[1]),
-      top: part(x[0], size[0]),
-      width: part(x[3], size[1]),
-      height: part(x[2], size[0]),
-    },
-  });
-}
-
-// ---- The drawing pad ------------------------------------------------------------------------------
-
-const PAD = 280;
 const pad = $("pad");
-Object.assign(pad, { width: Math.round((PAD * W) / Math.max(H, W)), height: Math.round((PAD * H) / Math.max(H, W)) });
+pad.width = Math.round((280 * W) / Math.max(H, W));
+pad.height = Math.round((280 * H) / Math.max(H, W));
 const pen = pad.getContext("2d", { willReadFrequently: true });
-const background = `rgb(${content.background.map((v) => Math.round(255 * v)).join(" ")})`;
-const paper = C === 1 ? `rgb(${Array(3).fill(Math.round(255 * content.background[0])).join(" ")})` : background;
-let photo = null;
 const cursor = { x: pad.width / 2, y: pad.height / 2 };
+const paper = range(3).map((k) => Math.round(255 * content.background[k % C]));
+let photo = null;
 
-function clearPad(frame) {
-  pen.fillStyle = paper;
+function clearPad(centred) {
+  pen.fillStyle = `rgb(${paper.join(" ")})`;
   pen.fillRect(0, 0, pad.width, pad.height);
-  $("frame").checked = frame && content.extent !== null;
-}
-
-function showTest(i) {
-  state.exact = i;
-  clearPad(false);
-  pen.imageSmoothingEnabled = false;
-  pen.drawImage(paintImage(document.createElement("canvas"), testImage(i)), 0, 0, pad.width, pad.height);
-  for (const button of $("tests").querySelectorAll("button")) {
-    button.setAttribute("aria-pressed", button.dataset.image === `${i}`);
-  }
-  update();
+  $("frame").checked = centred && content.extent !== null;
 }
 
 function drawn() {
   state.exact = null;
-  for (const button of $("tests").querySelectorAll("[aria-pressed=true]")) {
-    button.setAttribute("aria-pressed", false);
-  }
+  showTests();
   update();
 }
 
-// A pixel of the pad differs from the background.
-function boundingBox() {
-  const { data } = pen.getImageData(0, 0, pad.width, pad.height);
-  let [top, left, bottom, right] = [pad.height, pad.width, -1, -1];
-  const levels = C === 1 ? Array(3).fill(content.background[0]) : content.background;
-  for (let i = 0; i < data.length; i += 4) {
-    if (!levels.some((level, k) => Math.abs(data[i + k] - 255 * level) > 32)) continue;
-    const [y, x] = [Math.floor(i / 4 / pad.width), (i / 4) % pad.width];
-    [top, bottom, left, right] = [Math.min(top, y), Math.max(bottom, y), Math.min(left, x), Math.max(right, x)];
-  }
-  return bottom < 0 ? null : [left, top, right - left + 1, bottom - top + 1];
-}
-
-// The pad as the dataset's images are: of their size, and a drawing centred and scaled as their things.
-function padImage() {
-  const canvas = element("canvas", { width: W, height: H });
-  const small = canvas.getContext("2d");
-  small.fillStyle = paper;
-  small.fillRect(0, 0, W, H);
-  small.imageSmoothingQuality = "high";
-  const found = $("frame").checked && content.extent !== null ? boundingBox() : null;
-  if (found) {
-    const scale = (content.extent * Math.max(H, W)) / Math.max(found[2], found[3]);
-    const [w, h] = [found[2] * scale, found[3] * scale];
-    small.drawImage(pad, ...found, (W - w) / 2, (H - h) / 2, w, h);
-  } else small.drawImage(pad, 0, 0, W, H);
-  return fromCanvas(small, H, W);
-}
-
-function fromCanvas(context, h, w) {
-  const { data } = context.getImageData(0, 0, w, h);
-  const x = map(h, w, C);
-  for (let i = 0; i < h * w; i++) {
-    const [red, green, blue] = data.subarray(4 * i, 4 * i + 3);
-    if (C === 3) x.d.set([red / 255, green / 255, blue / 255], 3 * i);
-    else x.d[i] = Math.round(0.299 * red + 0.587 * green + 0.114 * blue) / 255;
-  }
-  return x;
-}
-
 function stroke(x, y) {
-  pen.strokeStyle = C === 3 ? $("colour").value : `rgb(${Array(3).fill($("shade").value).join(" ")})`;
+  const { value } = $("shade");
+  pen.strokeStyle = C === 3 ? $("colour").value : `rgb(${value} ${value} ${value})`;
   pen.lineWidth = +$("brush").value;
   pen.lineCap = pen.lineJoin = "round";
   pen.beginPath();
@@ -458,85 +418,76 @@ function stroke(x, y) {
   drawn();
 }
 
-function listenToPad() {
-  const place = (event) => {
-    const area = pad.getBoundingClientRect();
-    return [
-      ((event.clientX - area.left) * pad.width) / area.width,
-      ((event.clientY - area.top) * pad.height) / area.height,
-    ];
-  };
-  pad.addEventListener("pointerdown", (event) => {
-    pad.setPointerCapture(event.pointerId);
-    [cursor.x, cursor.y] = place(event);
-    stroke(cursor.x, cursor.y);
-  });
-  pad.addEventListener("pointermove", (event) => {
-    if (event.buttons) stroke(...place(event));
-  });
-  pad.addEventListener("keydown", (event) => {
-    const move = ARROWS[event.key];
-    if (!move && event.key !== " ") return;
-    event.preventDefault();
-    const [dy, dx] = (move ?? [0, 0]).map((v) => v * 10);
-    const [x, y] = [cursor.x + dx, cursor.y + dy];
-    if (event.key === " " || event.shiftKey) stroke(x, y);
-    else Object.assign(cursor, { x, y });
-  });
+// The part of the pad that differs from the background: left, top, width, height; null if none does.
+function boundingBox() {
+  const { data } = pen.getImageData(0, 0, pad.width, pad.height);
+  let [top, left, bottom, right] = [pad.height, pad.width, -1, -1];
+  for (let i = 0; i < data.length; i += 4) {
+    if (paper.every((level, k) => Math.abs(data[i + k] - level) <= 32)) continue;
+    const [y, x] = [Math.floor(i / 4 / pad.width), (i / 4) % pad.width];
+    [top, bottom] = [Math.min(top, y), Math.max(bottom, y)];
+    [left, right] = [Math.min(left, x), Math.max(right, x)];
+  }
+  return bottom < 0 ? null : [left, top, right - left + 1, bottom - top + 1];
 }
 
-const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+// The pad as an image of the dataset: of its size, with a drawing centred and scaled as its things are.
+function padImage() {
+  const found = $("frame").checked ? boundingBox() : null;
+  if (!found) return reduced(pad, H, W, [0, 0, W, H]);
+  const scale = (content.extent * Math.max(H, W)) / Math.max(found[2], found[3]);
+  const [w, h] = [found[2] * scale, found[3] * scale];
+  return reduced(pad, H, W, found, [(W - w) / 2, (H - h) / 2, w, h]);
+}
 
-const say = (text) => {
-  $("message").textContent = text;
-};
+function reduced(source, h, w, ...areas) {
+  const canvas = Object.assign(document.createElement("canvas"), { width: w, height: h });
+  const context = canvas.getContext("2d");
+  context.fillStyle = `rgb(${paper.join(" ")})`;
+  context.fillRect(0, 0, w, h);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(source, ...areas.flat());
+  const { data } = context.getImageData(0, 0, w, h);
+  const grey = (i) => Math.round(0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2]);
+  const at = (i) => (C === 1 ? grey(4 * i) : data[4 * Math.floor(i / 3) + (i % 3)]) / 255;
+  return map(
+    h,
+    w,
+    C,
+    Float32Array.from({ length: h * w * C }, (_, i) => at(i)),
+  );
+}
 
-// An image file on the pad. It is decoded and reduced outside of this thread.
+// Lays an image file on the pad. The browser decodes and reduces it outside of this thread.
 async function openFile(file) {
-  say(t("reading"));
-  let bitmap = null;
-  try {
-    bitmap = await createImageBitmap(file, { resizeWidth: 512, resizeQuality: "medium" });
-  } catch {
-    return say(t("not_image"));
-  }
-  if (bitmap.height > 4096) return say(t("too_long"));
+  $("message").textContent = t("reading");
+  const bitmap = await createImageBitmap(file, { resizeWidth: 512, resizeQuality: "medium" }).catch(() => null);
+  const refusal = !bitmap ? t("not_image") : bitmap.height > 4096 ? t("too_long") : "";
+  $("message").textContent = refusal;
+  if (refusal) return;
   photo = bitmap;
   $("scene").querySelector("[value=photo]").disabled = false;
   clearPad(false);
-  pen.fillStyle = "#fff"; // behind what is transparent, as predict does
+  pen.fillStyle = "#fff"; // behind what is transparent, as in predict
   pen.fillRect(0, 0, pad.width, pad.height);
   pen.imageSmoothingEnabled = true;
   pen.imageSmoothingQuality = "high";
   pen.drawImage(bitmap, 0, 0, pad.width, pad.height);
-  say("");
   drawn();
 }
 
-function listenToFiles() {
-  $("open").addEventListener("click", () => $("file").click());
-  $("file").addEventListener("change", () => $("file").files[0] && openFile($("file").files[0]));
-  document.addEventListener("dragover", (event) => event.preventDefault());
-  document.addEventListener("drop", (event) => {
-    event.preventDefault();
-    if (event.dataTransfer.files[0]) openFile(event.dataTransfer.files[0]);
-    else say(t("not_image"));
-  });
-  document.addEventListener("paste", (event) => {
-    const file = event.clipboardData.files[0];
-    if (file) openFile(file);
-  });
-}
+// ---- From the input to all that is shown -----------------------------------------------------------
+
+const SLIDERS = { dx: "", dy: "", turn: "°", noise: "%" };
 
 function sliders() {
-  const value = (id) => +$(id).value;
-  return { dx: value("dx"), dy: value("dy"), turn: value("turn"), noise: value("noise") / 100 };
+  const values = Object.fromEntries(Object.keys(SLIDERS).map((id) => [id, +$(id).value]));
+  return { ...values, noise: values.noise / 100 };
 }
-
-// ---- From the input to everything shown -----------------------------------------------------------
 
 let busy = false;
 
+// Computes the newest input; one that comes meanwhile is next.
 async function update() {
   state.ticket++;
   if (busy) return;
@@ -559,155 +510,161 @@ async function update() {
 }
 
 function show() {
-  paintImage($("seen"), state.shown);
-  for (const id of ["dx", "dy", "turn", "noise"]) {
-    $(id).nextElementSibling.textContent = `${$(id).value}${{ turn: "°", noise: "%" }[id] ?? ""}`;
-  }
+  paint($("seen"), H, W, rgb(state.shown));
+  for (const [id, unit] of Object.entries(SLIDERS)) $(id).nextElementSibling.textContent = $(id).value + unit;
+  const { steps, probabilities } = current();
+  state.chosen ??= { step: steps.length - 1, y: 0, x: 0, c: best(probabilities) };
   showBars();
-  if (!state.chosen) {
-    const step = current().steps.length - 1;
-    state.chosen = { step, y: 0, x: 0, c: best(current().probabilities) };
-  }
   showRow();
   showDetail();
 }
 
+function showTests() {
+  const thumb = ([kind, place, label], i) => {
+    const name = t("test_label", { place, name: content.classes[label] });
+    const own = html`id="test-${i}" title="${name}" aria-label="${name}" aria-pressed="${i === state.exact}"`;
+    return {
+      kind,
+      button: html`<button type="button" data-do="test" data-at="${i}" ${own}>${imageOf(testImage(i))}</button>`,
+    };
+  };
+  const thumbs = content.images.map(thumb);
+  const group = (kind) =>
+    html`<h3>${t(kind)}</h3><div class="thumbs">${thumbs.filter((one) => one.kind === kind).map((one) => one.button)}</div>`;
+  // In the order of their pictures.
+  put($("tests"), ["right", "wrong", "unsure"].map(group));
+}
+
 function showBars() {
-  const label = state.exact === null ? null : content.images[state.exact][2];
-  $("bars").replaceChildren(
-    ...(label === null ? [] : [element("p", {}, t("truth", { place: content.images[state.exact][1], name: content.classes[label] }))]),
-    ...runs.map((run) => {
-      const top = best(run.probabilities);
-      const rows = run.probabilities.map((value, i) =>
-        element(
-          "li",
-          { className: i === top ? "top" : "" },
-          element("span", {}, content.classes[i]),
-          element("span", { className: "bar" }, element("i", { style: { width: `${100 * value}%` } })),
-          element("span", { className: "right" }, percent(value)),
-        ),
-      );
-      const time = t("milliseconds", { ms: number(run.milliseconds, 2) });
-      const note = run.views === "none" ? time : `${time}. ${t("views", { count: VIEWS[run.views] })}`;
-      return element("div", {}, element("h3", {}, run.label), element("ol", {}, ...rows), element("p", { className: "muted" }, note));
-    }),
-  );
+  const [, place, label] = content.images[state.exact] ?? [];
+  const truth = state.exact === null ? "" : html`<p>${t("truth", { place, name: content.classes[label] })}</p>`;
+  const line = (run) => (value, i) =>
+    html`<li class="${i === best(run.probabilities) ? "top" : ""}"><span>${content.classes[i]}</span>
+      <span class="bar"><i data-style="width:${100 * value}%"></i></span><span class="right">${percent(value)}</span></li>`;
+  const note = (run) => (run.views === "none" ? "" : t("views", { count: VIEWS[run.views] }));
+  const block = (run) =>
+    html`<div><h3>${run.label}</h3><ol>${run.probabilities.map(line(run))}</ol>
+      <p class="muted">${t("milliseconds", { ms: number(run.milliseconds, 2) })} ${note(run)}</p></div>`;
+  put($("bars"), truth, runs.map(block));
 }
 
-// ---- The row of maps ------------------------------------------------------------------------------
+// ---- The row of maps -------------------------------------------------------------------------------
 
-function buildTests() {
-  const kinds = ["right", "wrong", "unsure"];
-  $("tests").replaceChildren(
-    ...kinds.map((kind) => {
-      const buttons = content.images.flatMap(([own, place, label], i) => {
-        if (own !== kind) return [];
-        const name = t("test_label", { place, name: content.classes[label] });
-        const picture = paintImage(document.createElement("canvas"), testImage(i));
-        const pressed = i === state.exact;
-        const options = { type: "button", title: name, ariaLabel: name, ariaPressed: pressed, data: { image: i } };
-        const button = element("button", options, picture);
-        button.addEventListener("click", () => showTest(i));
-        return [button];
-      });
-      return element("div", {}, element("h3", {}, t(kind)), element("div", { className: "thumbs" }, ...buttons));
-    }),
-  );
-}
+const isMap = (x) => x.h * x.w > 1;
+const across = (x) => (x.c <= 12 ? 1 : x.c <= 160 ? 8 : 16);
+const shownUnits = (x) => Math.min(x.c, MOST_UNITS);
+// The picture of a map's channel, or of all units: height, width.
+const extentOf = (x) => (isMap(x) ? [x.h, x.w] : [Math.ceil(shownUnits(x) / across(x)), across(x)]);
 
-function buildSwitch() {
-  $("switch").replaceChildren(
-    ...(runs.length > 1 ? runs : []).map((run, i) => {
-      const button = element("button", { type: "button", ariaPressed: i === state.run }, run.label);
-      button.addEventListener("click", () => {
-        Object.assign(state, { run: i, chosen: null, from: {}, input: null });
-        buildRow();
-        show();
-      });
-      return button;
-    }),
-  );
-  $("about").textContent = runs
-    .map((run) => t("about", { model: run.model, parameters: count(run.parameters), step: count(run.step) }))
-    .join(" · ");
+function titleOf(step) {
+  return step ? (step.name?.split("/").at(-1) ?? step.function ?? t(step.kind)) : t("input");
 }
 
 function facts(step, x) {
-  const shape = x.h * x.w > 1 ? `${x.h}×${x.w}×${x.c}` : `${x.c}`;
-  const lines = [shape];
-  if (step?.title?.includes(" ")) lines.push(step.title.slice(step.title.indexOf(" ") + 1));
+  const lines = [isMap(x) ? `${x.h}×${x.w}×${x.c}` : x.c, step?.title?.split(" ").slice(1).join(" ")];
   if (step?.parameters) lines.push(t("parameters", { count: count(step.parameters) }));
   if (step?.field) lines.push(t("window", { height: step.field[0], width: step.field[1] }));
-  return lines.map((line) => element("span", {}, line));
+  return lines.filter(Boolean).map((line) => html`<span>${line}</span>`);
 }
 
-// One column for the input and for each step; its pictures are painted by showRow.
-function buildRow() {
-  buildSwitch();
+function showRow() {
   const run = current();
-  if (!run.maps) return;
+  const button = ({ label }, i) =>
+    html`<button type="button" id="run-${i}" data-do="run" data-at="${i}" aria-pressed="${i === state.run}">${label}</button>`;
+  put($("switch"), runs.length > 1 ? runs.map(button) : "");
+  const made = explain(run, state.chosen);
+  const strongest = [...made.parts].sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, LINES);
+  // The frames in a column: of the chosen value, and of the inputs that its lines come from.
+  const marks = (i, x, channels) => {
+    const { step, y, x: column, c } = state.chosen;
+    const found = i === step + 1 ? [{ channel: c, area: [y, column, 1, 1], name: "to" }] : [];
+    if (i === made.source) found.push(...strongest.map((part, k) => ({ ...part, name: k })));
+    return found
+      .filter(({ channel }) => (i > 0 && isMap(x) ? channels.includes(channel) : channel < MOST_UNITS))
+      .map(({ channel, area, name }) => {
+        const unit = [Math.floor(channel / across(x)), channel % across(x), 1, 1];
+        return { channel: isMap(x) && i > 0 ? channel : 0, mark: frame(isMap(x) ? area : unit, extentOf(x), name) };
+      });
+  };
   const columns = run.maps.map((x, i) => {
     const step = run.steps[i - 1];
-    const title = step ? titleOf(step) : t("input");
-    const column = element("div", { className: "column" }, element("h3", {}, title), element("p", {}, ...facts(step, x)));
-    column.append(...(i === 0 ? [element("div", { className: "cell" }, element("canvas"))] : buildCells(i, x, title)));
-    return column;
+    const start = state.from[i] ?? 0;
+    const channels = isMap(x) && i > 0 ? range(x.c).slice(start, start + MAPS) : [0];
+    const found = marks(i, x, channels);
+    const framed = (channel) => found.filter((one) => one.channel === channel).map((one) => one.mark);
+    const cells =
+      i === 0
+        ? html`<div class="cell">${imageOf(state.shown)}${framed(0)}</div>`
+        : channels.map((channel) => cell(x, i, channel, framed(channel)));
+    return html`<div class="column"><h3>${titleOf(step)}</h3><p>${facts(step, x)}</p>${cells}${below(x, i, start)}</div>`;
   });
-  const lines = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  lines.setAttribute("aria-hidden", true);
-  $("row").replaceChildren(element("div", { className: "columns" }, lines, ...columns));
+  put($("row"), html`<div class="columns"><svg aria-hidden="true"></svg>${columns}</div>`);
+  drawLines(strongest);
 }
 
-const isMap = (x) => x.h * x.w > 1;
-const unitsAcross = (x) => (x.c <= 12 ? 1 : x.c <= 160 ? 8 : 16);
+function cell(x, i, channel, marks) {
+  const layer = titleOf(current().steps[i - 1]);
+  const name = isMap(x) ? t("map_label", { layer, channel }) : t("units_label", { layer, count: x.c });
+  const most = largest(x.d);
+  const at = isMap(x)
+    ? (k) => colour(x.d[k * x.c + channel] / most)
+    : (k) => (k < shownUnits(x) ? colour(x.d[k] / most) : [128, 128, 128]);
+  const own = html`id="cell-${i}-${channel}" data-at="${i}" data-channel="${channel}" aria-label="${name}"`;
+  const kind = isMap(x) ? "cell" : `cell across${across(x)}`;
+  return html`<button type="button" class="${kind}" data-do="cell" ${own}>${picture(...extentOf(x), at)}${marks}</button>`;
+}
 
-function buildCells(i, x, layer) {
-  const from = state.from[i] ?? 0;
-  const shown = isMap(x) ? Math.min(MAPS, x.c - from) : 1;
-  const cells = Array.from({ length: shown }, (_, k) => {
-    const name = isMap(x) ? t("map_label", { layer, channel: from + k }) : t("units_label", { layer, count: x.c });
-    const kind = isMap(x) ? "cell" : `cell units across${unitsAcross(x)}`;
-    const cell = element("button", { type: "button", className: kind, ariaLabel: name }, element("canvas"));
-    cell.addEventListener("click", (event) => chooseIn(i, from + k, cell, event));
-    cell.addEventListener("keydown", (event) => moveBy(event, ARROWS[event.key]));
-    return cell;
-  });
-  if (isMap(x) && x.c > MAPS) {
-    const page = (by, key, sign) => {
-      const button = element("button", { type: "button", ariaLabel: `${layer}: ${t(key)}` }, sign);
-      button.disabled = from + by < 0 || from + by >= x.c;
-      button.addEventListener("click", () => {
-        state.from[i] = from + by;
-        buildRow();
-        showRow();
-      });
-      return button;
+function below(x, i, start) {
+  const last = i === current().steps.length;
+  if (last) return html`<ol>${content.classes.map((name) => html`<li>${name}</li>`)}</ol>`;
+  if (i > 0 && isMap(x) && x.c > MAPS) {
+    const layer = titleOf(current().steps[i - 1]);
+    const page = (to, key, sign) => {
+      const off = to < 0 || to >= x.c ? html`disabled` : "";
+      const own = html`id="${key}-${i}" data-at="${i}" data-from="${to}" aria-label="${layer}: ${t(key)}"`;
+      return html`<button type="button" data-do="page" ${own} ${off}>${sign}</button>`;
     };
-    const text = t("channels", { from, to: from + shown - 1, count: x.c });
-    cells.push(element("div", { className: "pager" }, page(-MAPS, "previous", "‹"), element("span", {}, text), page(MAPS, "next", "›")));
+    const text = t("channels", { from: start, to: Math.min(start + MAPS, x.c) - 1, count: x.c });
+    const buttons = [page(start - MAPS, "previous", "‹"), page(start + MAPS, "next", "›")];
+    return html`<div class="pager">${buttons[0]}<span>${text}</span>${buttons[1]}</div>`;
   }
-  if (!isMap(x) && x.c > MOST_UNITS) cells.push(element("span", {}, t("first_units", { count: count(MOST_UNITS) })));
-  if (i === current().steps.length) cells.push(element("ol", {}, ...content.classes.map((name) => element("li", {}, name))));
-  return cells;
+  return !isMap(x) && x.c > MOST_UNITS ? html`<span>${t("first_units", { count: count(MOST_UNITS) })}</span>` : "";
+}
+
+// Lines from the inputs of the chosen value to it, as thick as their contributions.
+function drawLines(parts) {
+  const svg = $("row").querySelector("svg");
+  const origin = svg.getBoundingClientRect();
+  const area = (name) => $("row").querySelector(`[data-part="${name}"]`)?.getBoundingClientRect();
+  const to = area("to");
+  const most = largest(parts.map(({ value }) => value));
+  const line = ({ value }, k) => {
+    const from = area(k);
+    if (!from || !to) return "";
+    const [x, y] = [from.right - origin.left, from.top + from.height / 2 - origin.top];
+    const [u, v] = [to.left - origin.left, to.top + to.height / 2 - origin.top];
+    const path = `M${x} ${y} C${(x + u) / 2} ${y} ${(x + u) / 2} ${v} ${u} ${v}`;
+    const width = 0.5 + (3.5 * Math.abs(value)) / most;
+    return html`<path class="${value < 0 ? "minus" : "plus"}" d="${path}" data-style="stroke-width:${width}px"></path>`;
+  };
+  put(svg, parts.map(line));
 }
 
 // The value of a map at the place of a click; of a key, the largest one.
-function chooseIn(i, channel, cell, event) {
+function placeIn(button, event) {
+  const [i, channel] = [+button.dataset.at, +button.dataset.channel];
   const x = current().maps[i];
-  const area = cell.firstChild.getBoundingClientRect();
-  const place = (at, start, size, cells) => Math.max(0, Math.min(cells - 1, Math.floor(((at - start) * cells) / size)));
-  const found = { step: i - 1, y: 0, x: 0, c: channel };
-  const rows = isMap(x) ? x.h : Math.ceil(Math.min(x.c, MOST_UNITS) / unitsAcross(x));
-  const row = place(event.clientY, area.top, area.height, rows);
-  const column = place(event.clientX, area.left, area.width, isMap(x) ? x.w : unitsAcross(x));
+  const area = button.firstChild.getBoundingClientRect();
+  const at = (place, size, cells) => Math.max(0, Math.min(cells - 1, Math.floor((place * cells) / size)));
+  let row = at(event.clientY - area.top, area.height, extentOf(x)[0]);
+  let column = at(event.clientX - area.left, area.width, extentOf(x)[1]);
   if (event.detail === 0) {
-    const of = isMap(x) ? x.d.filter((_, k) => k % x.c === channel) : x.d;
-    const most = of.reduce((top, value, k) => (Math.abs(value) > Math.abs(of[top]) ? k : top), 0);
-    if (isMap(x)) [found.y, found.x] = [Math.floor(most / x.w), most % x.w];
-    else found.c = most;
-  } else if (isMap(x)) [found.y, found.x] = [row, column];
-  else found.c = Math.min(x.c - 1, row * unitsAcross(x) + column);
-  choose(found);
+    const values = isMap(x) ? x.d.filter((_, k) => k % x.c === channel) : x.d;
+    const most = values.findIndex((value) => Math.abs(value) === largest(values));
+    [row, column] = [Math.floor(Math.max(0, most) / extentOf(x)[1]), Math.max(0, most) % extentOf(x)[1]];
+  }
+  if (isMap(x)) return { step: i - 1, y: row, x: column, c: channel };
+  return { step: i - 1, y: 0, x: 0, c: Math.min(shownUnits(x) - 1, row * across(x) + column) };
 }
 
 function choose(found) {
@@ -717,313 +674,203 @@ function choose(found) {
   showDetail();
 }
 
-function moveBy(event, move) {
-  if (!move) return;
-  event?.preventDefault();
+function moveBy([down, right]) {
   const { step, y, x, c } = state.chosen;
   const of = current().maps[step + 1];
   const wrap = (value, size) => (value + size) % size;
-  if (isMap(of)) choose({ step, y: wrap(y + move[0], of.h), x: wrap(x + move[1], of.w), c });
-  else choose({ step, y: 0, x: 0, c: wrap(c + move[0] * unitsAcross(of) + move[1], of.c) });
+  if (isMap(of)) choose({ step, y: wrap(y + down, of.h), x: wrap(x + right, of.w), c });
+  else choose({ step, y: 0, x: 0, c: wrap(c + down * across(of) + right, of.c) });
 }
 
-function paintCell(canvas, x, channel) {
-  const most = largest(x);
-  if (isMap(x)) return paint(canvas, x.h, x.w, (k) => colour(x.d[k * x.c + channel] / most));
-  const across = unitsAcross(x);
-  const shown = Math.min(x.c, MOST_UNITS);
-  return paint(canvas, Math.ceil(shown / across), across, (k) => (k < shown ? colour(x.d[k] / most) : [128, 128, 128]));
-}
+// ---- One value and all its sums --------------------------------------------------------------------
 
-const cellsOf = (i) => [...$("row").querySelectorAll(".column")[i].querySelectorAll(".cell")];
-
-function showRow() {
-  const run = current();
-  if (!$("row").firstChild) buildRow();
-  run.maps.forEach((x, i) => {
-    cellsOf(i).forEach((cell, k) => {
-      cell.querySelectorAll("i").forEach((mark) => mark.remove());
-      if (i === 0) paintImage(cell.firstChild, state.shown);
-      else paintCell(cell.firstChild, x, (state.from[i] ?? 0) + k);
-    });
-  });
-  const { step, y, x, c } = state.chosen;
-  markIn(step + 1, [y, x, 1, 1], c);
-  drawLines();
-}
-
-// Marks a rectangle of a channel in a column; returns the mark, or null if the channel is not shown.
-function markIn(i, area, channel) {
-  const of = current().maps[i];
-  const across = unitsAcross(of);
-  const k = isMap(of) && i > 0 ? channel - (state.from[i] ?? 0) : 0;
-  const cell = cellsOf(i)[k];
-  if (!cell || (!isMap(of) && channel >= MOST_UNITS)) return null;
-  const unit = [Math.floor(channel / across), channel % across, 1, 1];
-  const size = isMap(of) ? [of.h, of.w] : [Math.ceil(Math.min(of.c, MOST_UNITS) / across), across];
-  const mark = box("mark", isMap(of) ? area : unit, size);
-  cell.append(mark);
-  return mark;
-}
-
-// Lines from the inputs of the chosen value to it, as thick as their contributions.
-function drawLines() {
-  const made = explain(current(), state.chosen);
-  const svg = $("row").querySelector("svg");
-  const origin = svg.getBoundingClientRect();
-  const center = (mark) => {
-    const area = mark.getBoundingClientRect();
-    return [area.left - origin.left, area.right - origin.left, area.top + area.height / 2 - origin.top];
-  };
-  const target = $("row").querySelectorAll(".mark")[0];
-  if (!target) return svg.replaceChildren();
-  const to = center(target);
-  const most = Math.max(...made.parts.map(({ value }) => Math.abs(value))) || 1;
-  const strongest = [...made.parts].sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 24);
-  svg.replaceChildren(
-    ...strongest.flatMap(({ channel, value, area }) => {
-      const mark = markIn(made.source, area, channel);
-      if (!mark) return [];
-      const from = center(mark);
-      const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
-      const middle = (from[1] + to[0]) / 2;
-      line.setAttribute("d", `M${from[1]} ${from[2]} C${middle} ${from[2]} ${middle} ${to[2]} ${to[0]} ${to[2]}`);
-      line.style.strokeWidth = `${0.5 + (3.5 * Math.abs(value)) / most}px`;
-      line.setAttribute("class", value < 0 ? "minus" : "plus");
-      return [line];
-    }),
-  );
-}
-
-// ---- One value and all its sums -------------------------------------------------------------------
-
-// What a value is made of: the column of its inputs, and for each channel of them its part and its area.
+// What a value is made of: the column of its inputs; the part and the area of each channel of them.
 function explain(run, { step: at, y, x, c }) {
   const step = run.steps[at];
-  const given = run.maps[at];
-  const value = run.maps[at + 1].d[(y * run.maps[at + 1].w + x) * run.maps[at + 1].c + c];
-  const one = (channel, part, area = [y, x, 1, 1]) => ({ channel, value: part, area });
-  const input = (row, column, channel) => given.d[(row * given.w + column) * given.c + channel];
-  if (step.kind === "conv") return { ...explainConv(run, at, y, x, c), value };
+  const [given, of] = [run.maps[at], run.maps[at + 1]];
+  const value = of.d[(y * of.w + x) * of.c + c];
+  const made = { step, source: at, given, value };
+  const one = (area, channel = c) => ({ ...made, parts: [{ channel, area, value }], area });
+  if (step.kind === "conv") return { ...made, ...explainConv(run, at, y, x, c) };
   if (step.kind === "softmax") {
-    return { source: at, value, parts: [...given.d].map((logit, k) => one(k, Math.exp(logit - Math.max(...given.d)))) };
+    const parts = [...softmax(given.d)].map((part, channel) => ({ channel, value: part, area: [0, 0, 1, 1] }));
+    return { ...made, parts };
   }
   if (step.kind === "pool") {
     const [kh, kw] = step.window;
-    return { source: at, value, parts: [one(c, value, [y * kh, x * kw, kh, kw])] };
+    return one([y * kh, x * kw, kh, kw]);
   }
-  if (step.kind === "mean") return { source: at, value, parts: [one(c, value, [0, 0, given.h, given.w])] };
+  if (step.kind === "mean") return one([0, 0, given.h, given.w]);
   if (step.kind === "flatten") {
-    const [place, channel] = [Math.floor(c / given.c), c % given.c];
-    const [row, column] = [Math.floor(place / given.w), place % given.w];
-    return { source: at, value, row, column, channel, parts: [one(channel, value, [row, column, 1, 1])] };
+    const place = Math.floor(c / given.c);
+    return one([Math.floor(place / given.w), place % given.w, 1, 1], c % given.c);
   }
-  return { source: at, value, given: input(y, x, c), parts: [one(c, value)] };
+  return { ...one([y, x, 1, 1]), input: given.d[(y * given.w + x) * given.c + c] };
 }
 
 // A dense layer behind a flattened map is a convolution whose kernel is as large as the map.
 function explainConv(run, at, y, x, c) {
   const step = run.steps[at];
   const flat = run.steps[at - 1]?.kind === "flatten";
-  const source = flat ? at - 1 : at;
-  const given = run.maps[source];
-  const [, , , co] = step.kernel.shape;
-  const g = flat
-    ? { kh: given.h, kw: given.w, sh: 1, sw: 1, top: 0, left: 0 }
-    : geometry(step, given);
-  const [row, column] = [y * g.sh - g.top, x * g.sw - g.left];
-  const weight = (a, b, k) => step.kernel.d[((a * g.kw + b) * given.c + k) * co + c];
+  const given = run.maps[at - flat];
+  const whole = { kh: given.h, kw: given.w, sh: 1, sw: 1, top: 0, left: 0 };
+  const { kh, kw, sh, sw, top, left } = flat ? whole : geometry(step, given);
+  const [row, column] = [y * sh - top, x * sw - left];
+  const weight = (a, b, k) => step.kernel.d[((a * kw + b) * given.c + k) * step.kernel.shape[3] + c];
   const input = (a, b, k) => {
     const [i, j] = [row + a, column + b];
     return i < 0 || j < 0 || i >= given.h || j >= given.w ? null : given.d[(i * given.w + j) * given.c + k];
   };
-  const parts = Array.from({ length: given.c }, (_, channel) => {
-    let value = 0;
-    for (let a = 0; a < g.kh; a++) for (let b = 0; b < g.kw; b++) value += (input(a, b, channel) ?? 0) * weight(a, b, channel);
-    return { channel, value, area: [row, column, g.kh, g.kw] };
-  });
-  return { source, parts, weight, input, kh: g.kh, kw: g.kw, bias: step.bias ? step.bias.d[c] : 0, flat };
+  const places = range(kh * kw).map((k) => [Math.floor(k / kw), k % kw]);
+  const part = (k) => places.reduce((sum, [a, b]) => sum + input(a, b, k) * weight(a, b, k), 0);
+  const parts = range(given.c).map((k) => ({ channel: k, value: part(k), area: [row, column, kh, kw] }));
+  return { source: at - flat, given, parts, places, weight, input, kh, kw, bias: step.bias?.d[c] ?? 0 };
 }
 
 function showDetail() {
   const run = current();
   const { step: at, y, x, c } = state.chosen;
-  const step = run.steps[at];
   const made = explain(run, state.chosen);
   const of = run.maps[at + 1];
-  const values = { layer: titleOf(step), channel: c, row: y, column: x, value: number(made.value, 5), name: content.classes[c] };
-  const key = isMap(of) ? "statement" : of.c === content.classes.length && at >= run.steps.length - 3 ? "statement_class" : "statement_unit";
-  $("statement").textContent = t(key, values);
+  const isClass = !run.steps.slice(at + 1).some(({ kind }) => !["scale", "mean", "softmax"].includes(kind));
+  const key = isMap(of) ? "statement" : isClass ? "statement_class" : "statement_unit";
+  const values = { layer: titleOf(made.step), channel: c, row: y, column: x, name: content.classes[c] };
+  $("statement").textContent = t(key, { ...values, value: number(made.value, 5) });
   $("slide").disabled = !isMap(of);
-  $("detail").replaceChildren(seenWindow(run, at, y, x), element("div", { className: "sums" }, ...DETAIL[step.kind](step, made, run)));
-}
-
-// The image with the window that a value sees.
-function seenWindow(run, at, y, x) {
-  let k = at;
-  while (k >= 0 && !run.steps[k].field) k--;
-  const canvas = paintImage(element("canvas", { role: "img", ariaLabel: t("sees") }), state.shown);
-  const figure = element("figure", {}, element("div", { className: "window" }, canvas), element("figcaption", {}, t("sees")));
-  const field = run.steps[k]?.field;
-  if (field) {
-    const [height, width, sh, sw, top, left] = field;
-    figure.firstChild.append(box("mark", [top + y * sh, left + x * sw, height, width], [H, W]));
-  }
-  return figure;
+  const field = run.steps.slice(0, at + 1).findLast((step) => step.field)?.field;
+  const area = field && [field[4] + y * field[2], field[5] + x * field[3], field[0], field[1]];
+  put(
+    $("detail"),
+    html`<figure><div class="window">${imageOf(state.shown, t("sees"))}${field ? frame(area, [H, W]) : ""}</div>
+      <figcaption>${t("sees")}</figcaption></figure>
+      <div class="sums">${DETAIL[made.step.kind](made, c)}</div>`,
+  );
 }
 
 // A small matrix as numbers, a larger one as a picture.
 function grid(title, h, w, at, most) {
-  const caption = element("figcaption", {}, title);
-  const cells = Array.from({ length: h * w }, (_, k) => at(Math.floor(k / w), k % w));
-  const limit = most ?? (Math.max(...cells.map((value) => Math.abs(value ?? 0))) || 1);
-  if (Math.max(h, w) > GRID) {
-    const canvas = paint(document.createElement("canvas"), h, w, (k) => colour((cells[k] ?? 0) / limit));
-    Object.assign(canvas, { role: "img", ariaLabel: title });
-    return element("figure", { className: "heat" }, canvas, caption);
-  }
-  const rows = Array.from({ length: h }, (_, i) =>
-    element("tr", {}, ...cells.slice(i * w, i * w + w).map((value) => {
-      if (value === null) return element("td", { className: "padding" }, "0");
-      const style = { backgroundColor: css(value / limit), color: ink(value / limit) };
-      return element("td", { style }, number(value, 2));
-    })),
-  );
-  return element("figure", {}, element("table", { ariaLabel: title }, element("tbody", {}, ...rows)), caption);
+  const cells = range(h * w).map((k) => at(Math.floor(k / w), k % w));
+  const limit = most ?? largest(cells);
+  const figure = (inside) => html`<figure>${inside}<figcaption>${title}</figcaption></figure>`;
+  if (Math.max(h, w) > GRID) return figure(picture(h, w, (k) => colour(cells[k] / limit), title));
+  const one = (value) => {
+    if (value === null) return html`<td class="padding">0</td>`;
+    const ink = Math.abs(value / limit) > 0.75 ? "#fff" : "#1c2126";
+    return html`<td data-style="background:${css(value / limit)};color:${ink}">${number(value, 2)}</td>`;
+  };
+  const rows = range(h).map((i) => html`<tr>${cells.slice(i * w, i * w + w).map(one)}</tr>`);
+  return figure(html`<table aria-label="${title}"><tbody>${rows}</tbody></table>`);
 }
 
-const sign = (text) => element("span", { className: "sign", ariaHidden: true }, text);
-const text = (key, values) => element("p", {}, t(key, values));
-const formula = (line) => element("p", { className: "formula" }, line);
-const bracket = (value) => (value < 0 ? `(${number(value)})` : number(value));
+const sentence = (key, values) => html`<p>${t(key, values)}</p>`;
+const muted = (key, values) => html`<p class="muted">${t(key, values)}</p>`;
+const formula = (line) => html`<p class="formula">${line}</p>`;
 
-function bars(parts, bias, total, pick) {
-  const shown = [...parts].sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 8);
-  const rest = parts.length - shown.length;
+// The sum over the input channels as bars; each channel can be chosen.
+function bars(order, bias, total, channel) {
+  const shown = order.slice(0, BARS);
   const others = total - bias - shown.reduce((sum, { value }) => sum + value, 0);
-  const most = Math.max(...shown.map(({ value }) => Math.abs(value)), Math.abs(bias), Math.abs(others)) || 1;
+  const most = largest([...shown.map(({ value }) => value), bias, others]);
   const line = (name, value, kind = "") => {
     const share = (50 * Math.abs(value)) / most;
-    const style = { width: `${share}%`, left: `${value < 0 ? 50 - share : 50}%`, backgroundColor: css(value < 0 ? -0.7 : 0.7) };
-    return element("li", { className: kind }, name, element("span", { className: "bar" }, element("i", { style })), element("span", { className: "right" }, number(value)));
+    const style = `width:${share}%;left:${value < 0 ? 50 - share : 50}%;background:${css(value < 0 ? -0.7 : 0.7)}`;
+    return html`<li class="${kind}">${name}<span class="bar"><i data-style="${style}"></i></span>
+      <span class="right">${number(value)}</span></li>`;
   };
-  const list = shown.map(({ channel, value }) => line(pick(channel), value));
-  if (rest) list.push(line(element("span", {}, t("others", { count: count(rest) })), others));
-  list.push(line(element("span", {}, t("bias")), bias), line(element("span", {}, t("total")), total, "total"));
-  return element("figure", {}, element("figcaption", {}, t("by_channel")), element("ol", { className: "parts" }, ...list));
+  const pick = ({ channel: k, value }) =>
+    line(
+      html`<button type="button" id="input-${k}" data-do="input" data-at="${k}" aria-pressed="${k === channel}">${k}</button>`,
+      value,
+    );
+  const rest = order.length - shown.length;
+  return html`<figure><figcaption>${t("by_channel")}</figcaption><ol class="parts">${shown.map(pick)}
+    ${rest ? line(html`<span>${t("others", { count: count(rest) })}</span>`, others) : ""}
+    ${line(html`<span>${t("bias")}</span>`, bias)}${line(html`<span>${t("total")}</span>`, total, "total")}</ol></figure>
+    ${muted("choose_channel")}`;
 }
 
 const DETAIL = {
-  conv(step, made, run) {
-    const order = [...made.parts].sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+  conv({ step, given, parts, places, weight, input, kh, kw, bias, value }) {
+    const order = [...parts].sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
     const channel = state.input ?? order[0].channel;
-    const part = made.parts[channel];
-    const { kh, kw, input, weight } = made;
-    const single = kh * kw === 1;
-    const pick = (k) => {
-      const button = element("button", { type: "button", ariaPressed: k === channel }, String(k));
-      button.addEventListener("click", () => {
-        state.input = k;
-        showDetail();
-      });
-      return button;
-    };
-    const terms = [];
-    for (let a = 0; a < kh; a++) for (let b = 0; b < kw; b++) terms.push([input(a, b, channel) ?? 0, weight(a, b, channel)]);
-    terms.sort((a, b) => (terms.length > GRID * GRID ? Math.abs(b[0] * b[1]) - Math.abs(a[0] * a[1]) : 0));
-    const written = terms.slice(0, terms.length > GRID * GRID ? 8 : GRID * GRID).map(([v, w]) => `${number(v)}*${bracket(w)}`);
-    if (written.length < terms.length) written.push("…");
-    const most = largest(run.maps[made.source]);
-    const padded = terms.length && !made.flat && kh * kw > 1 && Array.from({ length: kh * kw }).some((_, k) => input(Math.floor(k / kw), k % kw, channel) === null);
-    const grids = [
-      grid(t("patch", { channel }), kh, kw, (a, b) => input(a, b, channel), most),
-      sign("×"),
-      grid(t("kernel"), kh, kw, (a, b) => weight(a, b, channel)),
-      sign("="),
-      grid(t("products"), kh, kw, (a, b) => (input(a, b, channel) ?? 0) * weight(a, b, channel)),
-    ];
-    return [
-      text(made.flat || (single && !isMap(run.maps[made.source])) ? "dense_text" : "conv_text"),
-      element("div", { className: "grids" }, ...grids),
-      ...(padded ? [element("p", { className: "muted" }, t("padding"))] : []),
-      formula(`${t("sum_of", { channel })}: ${written.join(" + ")} = ${number(part.value, 4)}`),
-      ...(made.parts.length > 1 ? [bars(made.parts, made.bias, made.value, pick), element("p", { className: "muted" }, t("choose_channel"))] : []),
-      formula(`${t("total")}: ${order.slice(0, 3).map(({ value }) => bracket(value)).join(" + ")}${order.length > 3 ? " + …" : ""} + ${bracket(made.bias)} = ${number(made.value, 5)}`),
-    ];
+    const many = places.length > GRID * GRID;
+    const terms = places.map(([a, b]) => [input(a, b, channel) ?? 0, weight(a, b, channel)]);
+    if (many) terms.sort((a, b) => Math.abs(b[0] * b[1]) - Math.abs(a[0] * a[1]));
+    const written = terms.slice(0, many ? BARS : terms.length).map(([v, w]) => `${number(v)}*${bracket(w)}`);
+    const rest = many ? " + …" : "";
+    const firsts =
+      order
+        .slice(0, 3)
+        .map((part) => bracket(part.value))
+        .join(" + ") + (order.length > 3 ? " + …" : "");
+    return html`${sentence(step.title?.startsWith("Dense") ? "dense_text" : "conv_text")}
+      <div class="grids">
+        ${grid(t("patch", { channel }), kh, kw, (a, b) => input(a, b, channel), largest(given.d))}<span class="sign">×</span>
+        ${grid(t("kernel"), kh, kw, (a, b) => weight(a, b, channel))}<span class="sign">=</span>
+        ${grid(t("products"), kh, kw, (a, b) => input(a, b, channel) * weight(a, b, channel))}
+      </div>
+      ${places.some(([a, b]) => input(a, b, channel) === null) ? muted("padding") : ""}
+      ${formula(`${t("sum_of", { channel })}: ${written.join(" + ")}${rest} = ${number(parts[channel].value, 4)}`)}
+      ${parts.length > 1 ? bars(order, bias, value, channel) : ""}
+      ${formula(`${t("total")}: ${firsts} + ${bracket(bias)} = ${number(value, 5)}`)}`;
   },
-  pool(step, made, run) {
-    const [y, x, kh, kw] = made.parts[0].area;
-    const given = run.maps[made.source];
-    const { channel } = made.parts[0];
+  pool({ area: [y, x, kh, kw], given, value }, channel) {
     const at = (a, b) => given.d[((y + a) * given.w + x + b) * given.c + channel];
-    const all = Array.from({ length: kh * kw }, (_, k) => number(at(Math.floor(k / kw), k % kw)));
-    return [
-      text("pool_text"),
-      element("div", { className: "grids" }, grid(t("patch", { channel }), kh, kw, at, largest(given))),
-      formula(`max(${all.join(", ")}) = ${number(made.value)}`),
-    ];
+    const all = range(kh * kw).map((k) => number(at(Math.floor(k / kw), k % kw)));
+    return html`${sentence("pool_text")}
+      <div class="grids">${grid(t("patch", { channel }), kh, kw, at, largest(given.d))}</div>
+      ${formula(`max(${all.join(", ")}) = ${number(value)}`)}`;
   },
-  norm(step, made) {
-    const c = state.chosen.c;
-    const [factor] = normOf(step, c);
-    const [mean, scale, bias] = [step.mean.d[c], step.scale ? step.scale.d[c] : 1, step.bias ? step.bias.d[c] : 0];
-    const deviation = scale / factor;
-    return [
-      text("norm_text"),
-      formula(`(${number(made.given)} − ${bracket(mean)}) / ${number(deviation)} × ${number(scale)} + ${bracket(bias)} = ${number(made.value)}`),
-    ];
+  norm({ step, input, value }, c) {
+    const [mean, scale, shift] = [step.mean.d[c], step.scale?.d[c] ?? 1, step.bias?.d[c] ?? 0];
+    const deviation = Math.sqrt(step.var.d[c] + step.epsilon);
+    const line = `(${number(input)} − ${bracket(mean)}) / ${number(deviation)} × ${number(scale)} + ${bracket(shift)}`;
+    return html`${sentence("norm_text")}${formula(`${line} = ${number(value)}`)}`;
   },
-  activation(step, made) {
-    const name = step.function;
-    const forms = { ReLU: `max(0, ${number(made.given)})`, GELU: `${number(made.given)} × P(Z < ${number(made.given)})` };
-    return [text("activation_text", { name }), formula(`${forms[name] ?? `${name}(${number(made.given)})`} = ${number(made.value)}`)];
+  activation({ step: { function: name }, input, value }) {
+    const given = number(input);
+    const forms = { ReLU: `max(0, ${given})`, GELU: `${given} × P(Z < ${given})` };
+    const line = `${forms[name] ?? `${name}(${given})`} = ${number(value)}`;
+    return html`${sentence("activation_text", { name })}${formula(line)}`;
   },
-  scale: (step, made) => [text("scale_text"), formula(`${number(made.given)} × ${number(step.factor)} = ${number(made.value)}`)],
-  flatten(_, made, run) {
-    const { h, w, c } = run.maps[made.source];
-    const { row, column, channel } = made;
-    return [
-      text("flatten_text", { row, column, channel, width: w, channels: c, index: state.chosen.c }),
-      formula(`(${row} × ${w} + ${column}) × ${c} + ${channel} = ${state.chosen.c} < ${h * w * c}`),
-    ];
+  scale: ({ step, input, value }) =>
+    html`${sentence("scale_text")}${formula(`${number(input)} × ${number(step.factor)} = ${number(value)}`)}`,
+  flatten({ area: [row, column], parts: [{ channel }], given: { w: width, c: channels } }, index) {
+    const line = `(${row} × ${width} + ${column}) × ${channels} + ${channel} = ${index}`;
+    return html`${sentence("flatten_text", { row, column, channel, width, channels, index })}${formula(line)}`;
   },
-  mean(_, made, run) {
-    const { h, w } = run.maps[made.source];
-    return [text("mean_text", { count: count(h * w), channel: state.chosen.c }), formula(`= ${number(made.value)}`)];
-  },
-  softmax(_, made, run) {
-    const logits = run.maps[made.source].d;
-    const most = Math.max(...logits);
-    const powers = [...logits].map((logit) => Math.exp(logit - most));
+  mean: ({ given, value }, channel) =>
+    html`${sentence("mean_text", { count: count(given.h * given.w), channel })}${formula(`= ${number(value)}`)}`,
+  softmax({ given, value }, c) {
+    const most = Math.max(...given.d);
+    const powers = [...given.d].map((logit) => Math.exp(logit - most));
     const sum = powers.reduce((a, b) => a + b, 0);
-    const rows = [...logits].map((logit, k) =>
-      element("tr", { className: k === state.chosen.c ? "top" : "" }, element("th", { scope: "row" }, content.classes[k]), ...[number(logit), number(powers[k]), percent(powers[k] / sum)].map((cell) => element("td", {}, cell))),
-    );
-    const head = ["", t("logit"), t("power"), "softmax"].map((cell) => element("td", {}, cell));
-    return [
-      text("softmax_text"),
-      element("table", { className: "plain" }, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows)),
-      formula(`exp(${number(logits[state.chosen.c])} − ${bracket(most)}) / ${number(sum)} = ${number(made.value)}`),
-    ];
+    const line = (power, k) =>
+      html`<tr class="${k === c ? "top" : ""}"><th scope="row">${content.classes[k]}</th>
+        ${[number(given.d[k]), number(power), percent(power / sum)].map((text) => html`<td>${text}</td>`)}</tr>`;
+    const head = [t("class"), t("logit"), t("power"), t("softmax")].map((text) => html`<th scope="col">${text}</th>`);
+    return html`${sentence("softmax_text")}
+      <table class="plain"><thead><tr>${head}</tr></thead><tbody>${powers.map(line)}</tbody></table>
+      ${formula(`exp(${number(given.d[c])} − ${bracket(most)}) / ${number(sum)} = ${number(value)}`)}`;
   },
 };
 
 let sliding = null;
+
 function slide() {
-  const on = sliding === null;
+  const start = sliding === null && isMap(current().maps[state.chosen.step + 1]);
   clearInterval(sliding);
-  sliding = on ? setInterval(slideOn, 400) : null;
-  $("slide").setAttribute("aria-pressed", on);
+  sliding = start ? setInterval(slideOn, 400) : null;
+  $("slide").setAttribute("aria-pressed", start);
 }
 
 function slideOn() {
-  const { step, x } = state.chosen;
-  const of = current().maps[step + 1];
-  if (!isMap(of)) return slide();
-  moveBy(null, [x === of.w - 1 ? 1 : 0, 1]);
+  const of = current().maps[state.chosen.step + 1];
+  if (isMap(of)) moveBy([state.chosen.x === of.w - 1 ? 1 : 0, 1]);
+  else slide();
 }
 
-// ---- Questions: shifts, covers, a larger picture --------------------------------------------------
+// ---- Questions: shifts, covers, a larger picture ---------------------------------------------------
 
 // What takes longer, once the reader pauses.
 async function later() {
@@ -1031,77 +878,65 @@ async function later() {
   const wanted = () => ticket === state.ticket;
   await new Promise((next) => setTimeout(next, 150));
   if (!wanted()) return;
-  $("covered").replaceChildren();
+  put($("covered"));
   await showShifts(wanted);
-  if (wanted() && !$("found").firstChild) showLarger();
+  if (!larger.scores) await showLarger();
+  if (wanted()) await trust(wanted);
 }
 
 async function showShifts(wanted) {
   const target = state.exact === null ? best(runs[0].probabilities) : content.images[state.exact][2];
   const reach = Math.round(W / 3);
-  const places = Array.from({ length: 2 * reach + 1 }, (_, i) => i - reach);
+  const places = range(2 * reach + 1).map((i) => i - reach);
   const curves = [];
   for (const run of runs) {
-    const curve = [];
+    curves.push([]);
     for (const dx of places) {
       const found = await finish(predict(run, changed(state.image, { ...sliders(), dx })), wanted);
       if (!found) return;
-      curve.push(found.probabilities[target]);
+      curves.at(-1).push(found.probabilities[target]);
     }
-    curves.push(curve);
   }
+  const x = (place) => 44 + ((place + reach) / (2 * reach)) * 540;
+  const y = (value) => 170 - 150 * value;
   const name = content.classes[target];
-  const said = curves.map((curve, k) => `${runs[k].label}: ${places.map((dx, i) => `${dx}: ${percent(curve[i])}`).join(", ")}`);
-  const svg = chart(places, curves, sliders().dx);
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", t("shifts_label", { name, curves: said.join(". ") }));
-  const legend = runs.map((run, k) => element("span", { className: `curve${k}` }, run.label));
-  $("shifts").replaceChildren(element("figcaption", {}, `${t("shifts_class", { name })} `, ...legend), svg);
-}
-
-function shape(name, attributes, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-
-function chart(places, curves, here) {
-  const at = (place) => 44 + ((place - places[0]) / (places.at(-1) - places[0])) * 540;
-  const up = (value) => 170 - 150 * value;
-  const words = (x, y, anchor, content) => shape("text", { x, y, "text-anchor": anchor }, content);
-  return shape(
-    "svg",
-    { viewBox: "0 0 600 212" },
-    ...[0, 0.5, 1].map((value) => shape("path", { class: "rule", d: `M44 ${up(value)}H584` })),
-    ...[0, 0.5, 1].map((value) => words(38, up(value) + 4, "end", percent(value))),
-    ...places.filter((place) => place % 3 === 0).map((place) => words(at(place), 188, "middle", number(place))),
-    words(314, 207, "middle", t("shifts_axis")),
-    shape("path", { class: "here", d: `M${at(Math.max(places[0], Math.min(places.at(-1), here)))} 20V170` }),
-    ...curves.map((curve, k) => shape("path", { class: `curve${k}`, d: `M${curve.map((value, i) => `${at(places[i])} ${up(value)}`).join("L")}` })),
+  const said = (curve, k) =>
+    `${runs[k].label}: ${curve.map((value, i) => `${places[i]}: ${percent(value)}`).join(", ")}`;
+  const label = t("shifts_label", { name, curves: curves.map(said).join(". ") });
+  const rule = (value) =>
+    html`<path d="M44 ${y(value)}H584"></path><text x="38" y="${y(value) + 4}" text-anchor="end">${percent(value)}</text>`;
+  const tick = (place) => html`<text x="${x(place)}" y="188" text-anchor="middle">${number(place)}</text>`;
+  const curve = (values, k) =>
+    html`<path class="curve${k}" d="M${values.map((v, i) => `${x(places[i])} ${y(v)}`).join("L")}"></path>`;
+  const here = x(Math.max(-reach, Math.min(reach, sliders().dx)));
+  put(
+    $("shifts"),
+    html`<figcaption>${t("shifts_class", { name })} ${runs.map((run, k) => html`<span class="curve${k}">${run.label}</span>`)}</figcaption>
+      <svg viewBox="0 0 600 212" role="img" aria-label="${label}">${[0, 0.5, 1].map(rule)}
+      ${places.filter((place) => place % 3 === 0).map(tick)}<text x="314" y="207" text-anchor="middle">${t("shifts_axis")}</text>
+      <path class="here" d="M${here} 20V170"></path>${curves.map(curve)}</svg>`,
   );
 }
 
-// The fall of a class's probability when a square is covered, as the mean over the squares at a pixel.
+// The fall of a class's probability where a square covers the image, as the mean over the squares.
 async function occlusion(run, image, target, wanted = () => true, progress = () => {}) {
   const side = Math.max(2, Math.round(Math.max(H, W) / 7));
-  const step = side >> 1;
+  const steps = (size) => range(Math.floor((size - side) / (side >> 1)) + 1).map((i) => i * (side >> 1));
+  const corners = steps(H).flatMap((y) => steps(W).map((x) => [y, x]));
   const [fall, times] = [new Float64Array(H * W), new Float64Array(H * W)];
-  const before = (await finish(predict(run, image), wanted))?.probabilities[target];
-  const corners = [];
-  for (let y = 0; y + side <= H; y += step) for (let x = 0; x + side <= W; x += step) corners.push([y, x]);
+  const probability = async (x) => (await finish(predict(run, x), wanted))?.probabilities[target];
+  const before = await probability(image);
   let least = 1;
   for (const [k, [y, x]] of corners.entries()) {
-    const inside = (i) => Math.floor(i / C / W) - y >>> 0 < side && (Math.floor(i / C) % W) - x >>> 0 < side;
-    const covered = each(image, (value, i) => (inside(i) ? content.background[i % C] : value));
-    const found = await finish(predict(run, covered), wanted);
-    if (!found) return null;
-    const after = found.probabilities[target];
+    const covered = map(H, W, C, image.d.slice());
+    const places = range(side * side).map((i) => (y + Math.floor(i / side)) * W + x + (i % side));
+    for (const place of places) covered.d.set(content.background, place * C);
+    const after = await probability(covered);
+    if (after === undefined) return null;
     least = Math.min(least, after);
-    for (let i = 0; i < H * W; i++) {
-      if (!inside(i * C)) continue;
-      fall[i] += before - after;
-      times[i]++;
+    for (const place of places) {
+      fall[place] += before - after;
+      times[place]++;
     }
     progress(k + 1, corners.length);
   }
@@ -1111,245 +946,317 @@ async function occlusion(run, image, target, wanted = () => true, progress = () 
 async function showCovered() {
   const { ticket } = state;
   const wanted = () => ticket === state.ticket;
-  const figures = [];
+  const results = [];
   for (const run of runs) {
     const target = best(run.probabilities);
-    const progress = element("p", { className: "muted" });
-    $("covered").replaceChildren(...figures, progress);
-    const found = await occlusion(run, state.shown, target, wanted, (done, count) => {
-      progress.textContent = t("cover_progress", { done, count });
-    });
+    const progress = (done, all) => {
+      $("message_cover").textContent = t("cover_progress", { run: run.label, done, count: all });
+    };
+    const found = await occlusion(run, state.shown, target, wanted, progress);
+    $("message_cover").textContent = "";
     if (!found) return;
-    const most = Math.max(...found.fall.map(Math.abs)) || 1;
-    const name = content.classes[target];
-    const canvas = paint(document.createElement("canvas"), H, W, (i) => colour(found.fall[i] / most));
-    const said = t("cover_result", { run: run.label, name, before: percent(found.before), after: percent(found.least), patch: found.side });
-    Object.assign(canvas, { role: "img", ariaLabel: said });
-    const image = Object.assign(paintImage(document.createElement("canvas"), state.shown), { ariaHidden: true });
-    figures.push(element("figure", {}, element("div", { className: "pair" }, image, canvas), element("figcaption", {}, said)));
-    $("covered").replaceChildren(...figures);
+    results.push([run, target, found]);
   }
+  const figure = ([run, target, { before, least, side, fall }]) => {
+    const values = { name: content.classes[target], before: percent(before), after: percent(least), patch: side };
+    const said = t("cover_result", { run: run.label, ...values });
+    const heat = picture(H, W, (i) => colour(fall[i] / largest(fall)), said);
+    return html`<figure><div class="pair">${imageOf(state.shown)}${heat}</div><figcaption>${said}</figcaption></figure>`;
+  };
+  put($("covered"), results.map(figure));
 }
 
 // The steps of a network whose dense layers are convolutions; null if it has no such form.
-function convolutional(run) {
+function convolutional({ steps, maps }) {
   const made = [];
-  for (const [i, step] of run.steps.slice(0, -1).entries()) {
-    const { h, w, c } = run.maps[i];
-    if (step.kind === "mean" && i < run.steps.length - 2) return null;
+  for (const [i, step] of steps.slice(0, -1).entries()) {
+    const behind = steps[i - 1]?.kind === "flatten";
+    if ((step.kind === "mean" && i < steps.length - 2) || (behind && step.kind !== "conv")) return null;
     if (step.kind === "mean" || step.kind === "flatten") continue;
-    const behind = run.steps[i - 1]?.kind === "flatten";
-    if (behind && step.kind !== "conv") return null;
-    const before = behind ? run.maps[i - 1] : { h, w, c };
-    const shape = [before.h, before.w, before.c, step.kernel?.shape[3]];
-    made.push(behind ? { ...step, kernel: { ...step.kernel, shape } } : step);
+    const { h, w, c } = maps[i - behind];
+    made.push(behind ? { ...step, kernel: { ...step.kernel, shape: [h, w, c, step.kernel.shape[3]] } } : step);
   }
   return made;
 }
 
-const larger = { y: 0, x: 0, h: 2 * H, w: 2 * W, cell: null };
+const larger = { y: 0, x: 0, h: 2 * H, w: 2 * W, cell: null, scores: null, ticket: 0 };
 
-// The picture under the window: test images on a canvas, or the reader's own.
+// What the window moves over: test images on a canvas, or the reader's own picture.
 function scene() {
-  if ($("scene").value === "photo" && photo) {
-    const scale = Math.max((4 * W) / photo.width, (3 * H) / photo.height, 1 / 8);
-    const [h, w] = [Math.round(photo.height * scale), Math.round(photo.width * scale)];
-    const context = element("canvas", { width: w, height: h }).getContext("2d");
-    context.drawImage(photo, 0, 0, w, h);
-    return fromCanvas(context, h, w);
+  if ($("scene").value === "photo") {
+    const scale = Math.max((4 * W) / photo.width, (3 * H) / photo.height);
+    const [h, w] = [photo.height, photo.width].map((size) => Math.round(size * scale));
+    return reduced(photo, h, w, [0, 0, w, h]);
   }
   const whole = map(3 * H, 5 * W, C);
-  whole.d.forEach((_, i) => {
-    whole.d[i] = content.background[i % C];
-  });
-  const rightOnes = content.images.flatMap(([kind], i) => (kind === "right" ? [i] : []));
-  rightOnes.slice(0, 8).forEach((i, k) => {
-    const [top, left] = [Math.round((0.15 + 1.45 * (k % 2) + 0.1 * (k % 3)) * H), Math.round((0.05 + 1.25 * (k >> 1)) * W)];
-    const image = testImage(i);
-    for (let row = 0; row < H; row++) {
-      whole.d.set(image.d.subarray(row * W * C, (row + 1) * W * C), ((top + row) * whole.w + left) * C);
-    }
+  for (const i of range(whole.h * whole.w)) whole.d.set(content.background, i * C);
+  content.images.slice(0, 8).forEach((_, k) => {
+    const top = Math.round((0.15 + 1.45 * (k % 2) + 0.1 * (k % 3)) * H);
+    const left = Math.round((0.05 + 1.25 * (k >> 1)) * W);
+    lay(whole, testImage(k), top, left);
   });
   return whole;
+}
+
+// Copies an image onto a map where it is inside; negative places cut a part out.
+function lay(onto, image, top, left) {
+  for (const i of range(image.h)) {
+    if (top + i < 0 || top + i >= onto.h) continue;
+    const [from, to] = [Math.max(0, -left), Math.min(image.w, onto.w - left)];
+    const row = image.d.subarray((i * image.w + from) * C, (i * image.w + to) * C);
+    onto.d.set(row, ((top + i) * onto.w + left + from) * C);
+  }
 }
 
 async function showLarger() {
   const run = current();
   const steps = convolutional(run);
-  if (!steps) return $("found").replaceChildren(text("larger_none"));
+  if (!steps) return put($("found"), sentence("larger_none"));
   const whole = scene();
   larger.y = Math.max(0, Math.min(whole.h - larger.h, larger.y));
   larger.x = Math.max(0, Math.min(whole.w - larger.w, larger.x));
-  const part = sampleArea(whole);
-  larger.ticket = (larger.ticket ?? 0) + 1;
-  const { ticket } = larger;
+  const part = map(larger.h, larger.w, C);
+  lay(part, whole, -larger.y, -larger.x);
+  const ticket = ++larger.ticket;
   const maps = await finish(forward(steps, normalise(run, part)), () => ticket === larger.ticket);
   if (!maps) return;
-  Object.assign(larger, { part, scores: maps.at(-1), field: run.steps.findLast((step) => step.field)?.field });
+  Object.assign(larger, { part, scores: maps.at(-1), field: run.steps.findLast((step) => step.field).field });
   paintLarger();
 }
 
-function sampleArea(whole) {
-  const part = map(larger.h, larger.w, C);
-  for (let row = 0; row < larger.h; row++) {
-    const from = ((larger.y + row) * whole.w + larger.x) * C;
-    part.d.set(whole.d.subarray(from, from + larger.w * C), row * larger.w * C);
-  }
-  return part;
+// The middle of the window that a score sees; the grid of the scores lies in the middle of the picture.
+function middle(k) {
+  const { scores, field, h, w } = larger;
+  const at = (size, cells, stride, i) => (size - (cells - 1) * stride) / 2 + i * stride;
+  return [at(h, scores.h, field[2], Math.floor(k / scores.w)), at(w, scores.w, field[3], k % scores.w)];
 }
 
-// The picture, and over the middle of each window a square of its class's colour and number.
+// The picture, and over the middle of each window its class, in a colour as strong as the probability.
 function paintLarger() {
   const { part, scores, field } = larger;
-  const zoom = 8;
   const canvas = $("larger");
-  Object.assign(canvas, { width: part.w * zoom, height: part.h * zoom });
+  Object.assign(canvas, { width: part.w * ZOOM, height: part.h * ZOOM });
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
-  context.drawImage(paintImage(document.createElement("canvas"), part), 0, 0, canvas.width, canvas.height);
-  const [, , sh, sw] = field;
-  const ends = [scores.h, scores.w].map((size, axis) => ([H, W][axis] + (axis ? larger.w : larger.h) - (size - 1) * [sh, sw][axis] - [H, W][axis]) / 2);
-  larger.center = (i, j) => [ends[0] + i * sh, ends[1] + j * sw];
-  const seen = Array.from({ length: scores.h * scores.w }, (_, k) => softmax(scores.d.subarray(k * scores.c, (k + 1) * scores.c)));
-  larger.cell ??= seen.reduce((top, row, k) => (Math.max(...row) > Math.max(...seen[top]) ? k : top), 0);
-  larger.cell = Math.min(larger.cell, seen.length - 1);
-  context.textAlign = "center";
-  context.textBaseline = "middle";
+  context.drawImage(canvasOf(part), 0, 0, canvas.width, canvas.height);
+  const seen = range(scores.h * scores.w).map((k) => softmax(scores.d.subarray(k * scores.c, (k + 1) * scores.c)));
+  const tops = seen.map((row) => Math.max(...row));
+  if (!(larger.cell < seen.length)) larger.cell = null;
+  larger.cell ??= best(tops);
+  Object.assign(context, { textAlign: "center", textBaseline: "middle", font: "600 20px system-ui, sans-serif" });
   seen.forEach((row, k) => {
-    const [y, x] = larger.center(Math.floor(k / scores.w), k % scores.w).map((v) => v * zoom);
-    const side = Math.min(sh, sw) * zoom - 4;
-    const top = best(row);
-    context.globalAlpha = 0.15 + 0.85 * row[top] ** 2;
-    context.fillStyle = CLASSES[top % CLASSES.length];
+    const [y, x] = middle(k).map((value) => value * ZOOM);
+    const side = Math.min(field[2], field[3], 8) * ZOOM - 4;
+    context.globalAlpha = 0.15 + 0.85 * tops[k] ** 2;
+    context.fillStyle = content.class_colours[best(row) % content.class_colours.length];
     context.fillRect(x - side / 2, y - side / 2, side, side);
     context.fillStyle = "#111";
-    context.font = `600 ${Math.min(side * 0.7, 20)}px system-ui, sans-serif`;
-    context.fillText(top, x, y);
+    context.fillText(best(row), x, y);
   });
-  context.globalAlpha = 1;
-  const [y, x] = larger.center(Math.floor(larger.cell / scores.w), larger.cell % scores.w);
-  context.lineWidth = 4;
-  context.strokeStyle = "#ec7a1c";
-  context.strokeRect((x - W / 2) * zoom, (y - H / 2) * zoom, W * zoom, H * zoom);
-  const row = seen[larger.cell];
-  const used = [...new Set(seen.map(best))].sort((a, b) => a - b);
-  $("found").replaceChildren(
-    text("larger_found", { height: scores.h, width: scores.w, name: content.classes[best(row)], probability: percent(Math.max(...row)) }),
-    element("ul", {}, ...used.map((k) => element("li", {}, element("i", { style: { backgroundColor: CLASSES[k % CLASSES.length] } }, `${k}`), content.classes[k]))),
+  const [y, x] = middle(larger.cell);
+  Object.assign(context, { globalAlpha: 1, lineWidth: 5, strokeStyle: "#e8590c" });
+  context.strokeRect((x - W / 2) * ZOOM, (y - H / 2) * ZOOM, W * ZOOM, H * ZOOM);
+  const name = content.classes[best(seen[larger.cell])];
+  const values = { height: scores.h, width: scores.w, name, probability: percent(tops[larger.cell]) };
+  const item = (k) =>
+    html`<li><i data-style="background:${content.class_colours[k % content.class_colours.length]}">${k}</i>${content.classes[k]}</li>`;
+  put(
+    $("found"),
+    sentence("larger_found", values),
+    html`<ul>${[...new Set(seen.map(best))].sort((a, b) => a - b).map(item)}</ul>`,
   );
 }
 
-// Light colours that colour-blind readers tell apart; the number says the same.
-const CLASSES = ["#7fc4e8", "#f2b45c", "#6fcfa8", "#f5e663", "#e79ac0", "#a9b4f0", "#f08a6b", "#c9ccd1", "#b7dd72", "#d2b48c"];
+// ---- The start -------------------------------------------------------------------------------------
 
-function listenToLarger() {
-  const canvas = $("larger");
-  let start = null;
-  const scale = () => larger.w / canvas.getBoundingClientRect().width;
+// The largest difference of a logit from predict's, by the largest logit of the run.
+async function trust(wanted) {
+  if (state.differences === undefined) {
+    const differences = [];
+    for (const run of runs) {
+      let [difference, most] = [0, 0];
+      for (const [i, logits] of run.logits_of_predict.entries()) {
+        const found = await finish(predict(run, testImage(i)), wanted);
+        if (!found) return;
+        difference = Math.max(difference, ...logits.map((value, k) => Math.abs(value - found.logits[k])));
+        most = Math.max(most, largest(logits));
+      }
+      differences.push(difference / most);
+    }
+    state.differences = differences;
+  }
+  const checked = t("trust", {
+    count: content.images.length,
+    difference: Math.max(...state.differences).toExponential(1),
+  });
+  const others = runs.filter(({ dtype }) => dtype !== "float32").map(({ dtype }) => t("trust_dtype", { dtype }));
+  $("trust").textContent = [checked, ...others].join(" ");
+}
+
+const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+
+// What a click on an element with data-do does.
+const CLICKS = {
+  test({ dataset }) {
+    state.exact = +dataset.at;
+    clearPad(false);
+    pen.imageSmoothingEnabled = false;
+    pen.drawImage(canvasOf(testImage(state.exact)), 0, 0, pad.width, pad.height);
+    showTests();
+    update();
+  },
+  run({ dataset }) {
+    Object.assign(state, { run: +dataset.at, chosen: null, from: {}, input: null });
+    Object.assign(larger, { scores: null, cell: null });
+    show();
+    later();
+  },
+  cell: (button, event) => choose(placeIn(button, event)),
+  page({ dataset }) {
+    state.from[dataset.at] = +dataset.from;
+    showRow();
+  },
+  input({ dataset }) {
+    state.input = +dataset.at;
+    showDetail();
+  },
+  move: ({ dataset }) => moveBy(dataset.by.split(",").map(Number)),
+  slide,
+  cover: showCovered,
+  open: () => $("file").click(),
+  clear() {
+    clearPad(true);
+    drawn();
+  },
+  invert() {
+    Object.assign(pen, { globalCompositeOperation: "difference", fillStyle: "#fff" });
+    pen.fillRect(0, 0, pad.width, pad.height);
+    pen.globalCompositeOperation = "source-over";
+    drawn();
+  },
+  reset() {
+    for (const id of Object.keys(SLIDERS)) $(id).value = 0;
+    update();
+  },
+};
+
+// What a key does in an element; `move` is that of an arrow.
+function pressed(target, { key, shiftKey }, move) {
+  if (target.dataset.do === "cell" && move) {
+    if (state.chosen.step !== target.dataset.at - 1) choose(placeIn(target, { detail: 0 }));
+    else moveBy(move);
+  } else if (target.id === "larger" && move) {
+    Object.assign(larger, { y: larger.y + 2 * move[0], x: larger.x + 2 * move[1] });
+    showLarger();
+  } else if (target.id === "pad" && (move || key === " ")) {
+    const [y, x] = [cursor.y + 10 * (move?.[0] ?? 0), cursor.x + 10 * (move?.[1] ?? 0)];
+    if (key === " " || shiftKey) stroke(x, y);
+    else Object.assign(cursor, { x, y });
+  } else return false;
+  return true;
+}
+
+// Calls `begin`, `drag` and `end` with places on a canvas, in its pixels.
+function listenToPointer(canvas, begin, drag, end) {
+  const place = (event) => {
+    const area = canvas.getBoundingClientRect();
+    const scale = canvas.width / area.width;
+    return [(event.clientX - area.left) * scale, (event.clientY - area.top) * scale];
+  };
   canvas.addEventListener("pointerdown", (event) => {
     canvas.setPointerCapture(event.pointerId);
-    start = { x: event.clientX, y: event.clientY, left: larger.x, top: larger.y, moved: false };
+    begin(...place(event));
   });
-  canvas.addEventListener("pointermove", (event) => {
-    if (!event.buttons || !start) return;
-    const [dx, dy] = [event.clientX - start.x, event.clientY - start.y].map((v) => Math.round(v * scale()));
-    start.moved ||= Math.abs(dx) + Math.abs(dy) > 1;
-    Object.assign(larger, { x: start.left - dx, y: start.top - dy });
-    if (start.moved) showLarger();
-  });
-  canvas.addEventListener("pointerup", (event) => {
-    if (start?.moved || !larger.scores) return;
-    const area = canvas.getBoundingClientRect();
-    const [y, x] = [event.clientY - area.top, event.clientX - area.left].map((v) => v * scale());
-    const near = (k) => {
-      const [a, b] = larger.center(Math.floor(k / larger.scores.w), k % larger.scores.w);
-      return (a - y) ** 2 + (b - x) ** 2;
-    };
-    larger.cell = Array.from({ length: larger.scores.h * larger.scores.w }, (_, k) => k).reduce((a, b) => (near(b) < near(a) ? b : a));
-    paintLarger();
-  });
-  canvas.addEventListener("keydown", (event) => {
-    const move = ARROWS[event.key];
-    if (!move) return;
-    event.preventDefault();
-    larger.y += 2 * move[0];
-    larger.x += 2 * move[1];
-    showLarger();
-  });
+  canvas.addEventListener("pointermove", (event) => event.buttons && drag(...place(event)));
+  canvas.addEventListener("pointerup", (event) => end(...place(event)));
 }
 
-// ---- The start ------------------------------------------------------------------------------------
-
-// The largest difference of a logit from predict's, by the largest logit.
-async function trust() {
-  if (state.difference === undefined) {
-    let [difference, most] = [0, 0];
-    for (const run of runs) {
-      for (const [i, logits] of run.logits_of_predict.entries()) {
-        const found = await finish(predict(run, testImage(i)));
-        logits.forEach((value, k) => {
-          difference = Math.max(difference, Math.abs(value - found.logits[k]));
-          most = Math.max(most, Math.abs(value));
-        });
-      }
-    }
-    state.difference = difference / most;
-  }
-  const others = runs.filter(({ dtype }) => dtype !== "float32").map(({ dtype }) => t("trust_dtype", { dtype }));
-  $("trust").textContent = [t("trust", { count: content.images.length, difference: state.difference.toExponential(1) }), ...others].join(" ");
-}
-
-function start() {
-  for (const name of Object.keys(content.texts)) $("language").append(element("option", { value: name }, content.texts[name]._name));
-  $("language").value = language;
+function listen() {
+  document.addEventListener("click", (event) => {
+    const target = event.target.closest("[data-do]");
+    if (target) CLICKS[target.dataset.do](target, event);
+  });
+  document.addEventListener("keydown", (event) => {
+    if (pressed(event.target, event, ARROWS[event.key])) event.preventDefault();
+  });
+  const beginStroke = (x, y) => {
+    Object.assign(cursor, { x, y });
+    stroke(x, y);
+  };
+  listenToPointer(pad, beginStroke, stroke, () => {});
+  listenToLarger();
+  for (const id of Object.keys(SLIDERS)) $(id).addEventListener("input", update);
+  $("frame").addEventListener("change", drawn);
+  $("file").addEventListener("change", () => $("file").files[0] && openFile($("file").files[0]));
+  $("scene").addEventListener("change", showLarger);
   $("language").addEventListener("change", () => {
     language = $("language").value;
     translate();
     show();
-    later();
     if (larger.scores) paintLarger();
+    later();
   });
-  for (const [id, size] of [["dx", W], ["dy", H]]) Object.assign($(id), { min: -Math.round(size / 2), max: Math.round(size / 2), value: 0 });
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  for (const [name, from] of [
+    ["drop", "dataTransfer"],
+    ["paste", "clipboardData"],
+  ]) {
+    document.addEventListener(name, (event) => {
+      event.preventDefault();
+      openFile(event[from].files[0]);
+    });
+  }
+  addEventListener("resize", () => current().maps && showRow());
+}
+
+function listenToLarger() {
+  let start = null;
+  const begin = (x, y) => {
+    start = { x, y, left: larger.x, top: larger.y, moved: false };
+  };
+  const drag = (x, y) => {
+    const [right, down] = [x - start.x, y - start.y].map((value) => Math.round(value / ZOOM));
+    start.moved ||= Math.abs(right) + Math.abs(down) > 1;
+    Object.assign(larger, { x: start.left - right, y: start.top - down });
+    if (start.moved) showLarger();
+  };
+  const end = (x, y) => {
+    if (start.moved || !larger.scores) return;
+    const far = (k) => Math.hypot(middle(k)[0] - y / ZOOM, middle(k)[1] - x / ZOOM);
+    larger.cell = range(larger.scores.h * larger.scores.w).reduce((a, b) => (far(b) < far(a) ? b : a));
+    paintLarger();
+  };
+  listenToPointer($("larger"), begin, drag, end);
+}
+
+function start() {
+  put(
+    $("language"),
+    Object.entries(content.texts).map(([name, { _name }]) => html`<option value="${name}">${_name}</option>`),
+  );
+  $("language").value = language;
+  for (const [id, size] of [
+    ["dx", W],
+    ["dy", H],
+  ]) {
+    Object.assign($(id), { min: -Math.round(size / 2), max: Math.round(size / 2), value: 0 });
+  }
   $("shade").value = content.background[0] > 0.5 ? 0 : 255;
   $(C === 3 ? "shade_label" : "colour_label").hidden = true;
   $("frame_label").hidden = content.extent === null;
-  for (const id of ["dx", "dy", "turn", "noise"]) $(id).addEventListener("input", update);
-  $("frame").addEventListener("change", drawn);
-  $("clear").addEventListener("click", () => {
-    clearPad(true);
-    drawn();
-  });
-  $("invert").addEventListener("click", () => {
-    pen.globalCompositeOperation = "difference";
-    pen.fillStyle = "#fff";
-    pen.fillRect(0, 0, pad.width, pad.height);
-    pen.globalCompositeOperation = "source-over";
-    drawn();
-  });
-  $("reset").addEventListener("click", () => {
-    for (const id of ["dx", "dy", "turn", "noise"]) $(id).value = 0;
-    update();
-  });
-  for (const button of document.querySelectorAll("[data-move]")) {
-    button.addEventListener("click", (event) => moveBy(event, button.dataset.move.split(",").map(Number)));
-  }
-  $("slide").addEventListener("click", slide);
-  $("cover").addEventListener("click", showCovered);
-  $("scene").addEventListener("change", showLarger);
-  addEventListener("resize", () => current().maps && showRow());
-  listenToPad();
-  listenToFiles();
-  listenToLarger();
   translate();
-  showTest(0);
+  listen();
+  $("test-0").click();
 }
 
-// For tests, and for readers who open the console.
+// For the tests, and for readers who open the console.
 globalThis.playground = {
   state,
   runs,
-  predict: (run, data) => finish(predict(runs[run], map(H, W, C, Float32Array.from(bytes(data), (value) => value / 255)))),
-  occlusion: (run, i) => occlusion(runs[run], testImage(i), best(runs[run].probabilities)),
+  background: content.background,
+  images: content.images.map(([, place]) => place),
+  predict: (run, data) => finish(predict(runs[run], fromBytes(bytes(data)))),
+  occlusion: (run, i, target) => occlusion(runs[run], testImage(i), target),
 };
 
 start();
