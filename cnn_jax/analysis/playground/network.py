@@ -73,7 +73,10 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
                 }
             )
         last, before = call.layer.name, call.output
-    return steps + _between(run, before, logits, last, "the logits"), weights
+    steps += _between(run, before, logits, last, "the logits")
+    if logits.ndim == 4 and logits[0].size > logits.shape[-1]:
+        steps.append({"kind": "mean"})  # as `step.predict_step` does with a class map
+    return steps, weights
 
 
 def check(run: RestoredRun, layers: Summary) -> None:
@@ -98,7 +101,7 @@ def check(run: RestoredRun, layers: Summary) -> None:
 def _unknown(run: RestoredRun, what: str) -> ConfigError:
     return ConfigError(
         f"model={type(run.model).__name__}: {what}; the playground computes chains of Conv, Dense, "
-        f"MaxPool, Flatten, BatchNorm, Dropout, {', '.join(features.ACTIVATIONS)}, and the mean of a map"
+        f"MaxPool, Flatten, BatchNorm, Dropout, {', '.join(features.ACTIVATIONS)}, and means of maps"
     )
 
 
@@ -110,14 +113,12 @@ def _between(run: RestoredRun, before: Any, after: Any, last: str, name: str) ->
         candidates.append(([{"kind": "activation", "function": function}], apply))
     for steps, apply in candidates:
         output = np.asarray(apply(before))
-        if output.shape == after.shape and np.allclose(output, after, **TOLERANCE):
-            return steps
-        if output.ndim == 4 and after.shape == (len(output), output[0].size):
-            if np.allclose(output.reshape(after.shape), after, **TOLERANCE):
-                return [*steps, {"kind": "flatten"}]
-        if output.ndim == 4 and after.shape == output.shape[::3]:
-            if np.allclose(output.mean((1, 2)), after, **TOLERANCE):
-                return [*steps, {"kind": "mean"}]
+        results = {"": output}
+        if output.ndim == 4:
+            results |= {"flatten": output.reshape(len(output), -1), "mean": output.mean((1, 2))}
+        for kind, result in results.items():
+            if result.shape == after.shape and np.allclose(result, after, **TOLERANCE):
+                return [*steps, {"kind": kind}] if kind else steps
         if output.shape == after.shape and (norm := float(np.vdot(output, output))):
             factor = float(np.vdot(output, after)) / norm
             if np.allclose(factor * output, after, rtol=1e-4, atol=1e-6 * abs(factor)):

@@ -15,7 +15,8 @@ from tests.browser import Browser
 
 READY = """
 (async () => {
-  for (let i = 0; i < 400 && !playground.state.differences; i++) await new Promise((next) => setTimeout(next, 25));
+  const pause = () => new Promise((next) => setTimeout(next, 25));
+  for (let i = 0; i < 400 && !playground.state.differences; i++) await pause();
   return playground.state.differences;
 })()
 """
