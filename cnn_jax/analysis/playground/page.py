@@ -17,7 +17,7 @@ from cnn_jax.analysis.playground import network
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import images
 from cnn_jax.common.errors import ConfigError
-from cnn_jax.common.files import writing
+from cnn_jax.common.files import check_folder, writing
 from cnn_jax.data import sources
 from cnn_jax.models.summary import Summary, summarise
 from cnn_jax.train import parallel, step
@@ -159,6 +159,7 @@ def _check_target(target: Path) -> None:
         raise ConfigError(f"--output={target}: is a folder; name a file, as in playground.html")
     if target.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--output={target}: must end in .html")
+    check_folder(target.parent)
     if target.exists():
         with open(target, "rb") as file:
             if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():
