@@ -33,27 +33,21 @@ function geometry(step, x) {
   return { kh, kw, sh, sw, oh, ow, top, left };
 }
 
-// Abramowitz and Stegun 7.1.5 (series) and 7.1.14 (continued fraction); exact to 1e-15.
+// Abramowitz and Stegun 7.1.6: all terms have one sign, so that nothing cancels.
 function erf(x) {
-  const a = Math.abs(x);
-  if (a > 6) return Math.sign(x);
-  let sum = 0;
-  if (a < 2.5) {
-    for (let n = 0, term = a; Math.abs(term) > 1e-17 * a; n++, term *= (-a * a) / n) {
-      sum += term / (2 * n + 1);
-    }
-    return (Math.sign(x) * 2 * sum) / Math.sqrt(Math.PI);
+  let [sum, term] = [0, x];
+  for (let n = 1; Math.abs(x) < 6 && Math.abs(term) > 1e-17 * Math.abs(sum); n++) {
+    sum += term;
+    term *= (2 * x * x) / (2 * n + 1);
   }
-  for (let n = 60; n > 0; n--) sum = n / 2 / (a + sum);
-  return Math.sign(x) * (1 - Math.exp(-a * a) / (a + sum) / Math.sqrt(Math.PI));
+  return Math.abs(x) < 6 ? (2 / Math.sqrt(Math.PI)) * Math.exp(-x * x) * sum : Math.sign(x);
 }
 
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
-const tanhGelu = (x) => (x / 2) * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
 const ACTIVATIONS = {
   ReLU: (x) => Math.max(0, x),
   GELU: (x) => (x / 2) * (1 + erf(x / Math.SQRT2)),
-  "GELU (tanh)": tanhGelu,
+  "GELU (tanh)": (x) => (x / 2) * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
   SiLU: (x) => x * sigmoid(x),
   tanh: Math.tanh,
   sigmoid,
@@ -67,6 +61,7 @@ function normOf(step, c) {
   return [factor, (step.bias ? step.bias.d[c] : 0) - step.mean.d[c] * factor];
 }
 
+const range = (size) => [...Array(size).keys()];
 const each = (x, f) => map(x.h, x.w, x.c, x.d.map(f));
 
 // What each kind of step computes. A generator stops after each row, so that a long one can be cut.
@@ -178,71 +173,41 @@ const normalise = (run, x) =>
 
 // The image at places that `where` gives for each pixel, between four pixels; outside, the background.
 function sample(x, where) {
-  const y = map(x.h, x.w, x.c);
-  for (let i = 0; i < x.h; i++) {
-    for (let j = 0; j < x.w; j++) {
-      const [row, column] = where(i, j);
-      const [r, q] = [Math.floor(row), Math.floor(column)];
-      for (let c = 0; c < x.c; c++) {
-        let sum = 0;
-        for (const [a, b] of [
-          [r, q],
-          [r, q + 1],
-          [r + 1, q],
-          [r + 1, q + 1],
-        ]) {
-          const share = (1 - Math.abs(row - a)) * (1 - Math.abs(column - b));
-          const inside = a >= 0 && a < x.h && b >= 0 && b < x.w;
-          if (share) sum += share * (inside ? x.d[(a * x.w + b) * x.c + c] : content.background[c]);
-        }
-        y.d[(i * x.w + j) * x.c + c] = sum;
-      }
-    }
-  }
-  return y;
+  const at = (a, b, c) => (a >= 0 && a < x.h && b >= 0 && b < x.w ? x.d[(a * x.w + b) * C + c] : content.background[c]);
+  const values = Array.from({ length: x.h * x.w }, (_, k) => {
+    const [row, column] = where(Math.floor(k / x.w), k % x.w);
+    const [r, q] = [Math.floor(row), Math.floor(column)];
+    const across = (a, c) => (q + 1 - column) * at(a, q, c) + (column - q) * at(a, q + 1, c);
+    return range(C).map((c) => (r + 1 - row) * across(r, c) + (row - r) * across(r + 1, c));
+  });
+  return map(x.h, x.w, C, Float32Array.from(values.flat()));
 }
 
 function changed(x, { dx, dy, turn, noise }) {
   const [sin, cos] = [Math.sin((turn * Math.PI) / 180), Math.cos((turn * Math.PI) / 180)];
   const [a, b] = [(x.h - 1) / 2, (x.w - 1) / 2];
-  let y = x;
-  if (dx || dy || turn) {
-    y = sample(x, (i, j) => {
-      const [u, v] = [i - a - dy, j - b - dx];
-      return turn ? [a + cos * u - sin * v, b + sin * u + cos * v] : [a + u, b + v];
-    });
-  }
-  if (!noise) return y;
+  const where = (u, v) => (turn ? [a + cos * u - sin * v, b + sin * u + cos * v] : [a + u, b + v]);
+  const y = dx || dy || turn ? sample(x, (i, j) => where(i - a - dy, j - b - dx)) : x;
   let seed = 1; // the same noise for every image, so that only the image changes
   const uniform = () => {
     seed = (seed * 48271) % 2147483647;
     return seed / 2147483647;
   };
   const normal = () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform());
-  return each(y, (value) => Math.min(1, Math.max(0, value + noise * normal())));
+  return noise ? each(y, (value) => Math.min(1, Math.max(0, value + noise * normal()))) : y;
 }
 
 const VIEWS = { none: 1, mirror: 2, mirror_shift: 6 };
 
 // The views of an image whose logits predict averages, and their weights.
 function* views(kind, x) {
-  const mirror = (i, j) => [i, x.w - 1 - j];
   const inside = (k, size) => (k < 0 ? -k : k >= size ? 2 * size - 2 - k : k);
-  const moved = (by) => (i, j) => [inside(i + by, x.h), inside(j + by, x.w)];
-  const turned = (by) => (i, j) => moved(by)(...mirror(i, j));
-  const shifts =
-    kind === "mirror_shift"
-      ? [
-          [-1, 0.125],
-          [1, 0.125],
-        ]
-      : [];
-  const weight = kind === "none" ? 1 : kind === "mirror" ? 0.5 : 0.25;
-  yield [x, weight];
-  if (kind !== "none") yield [sample(x, mirror), weight];
-  for (const [by, share] of shifts) {
-    yield [sample(x, moved(by)), share];
-    yield [sample(x, turned(by)), share];
+  for (const by of kind === "mirror_shift" ? [0, -1, 1] : [0]) {
+    for (const mirrored of kind === "none" ? [false] : [false, true]) {
+      const where = (i, j) => [inside(i + by, x.h), inside((mirrored ? x.w - 1 - j : j) + by, x.w)];
+      const weight = { none: 1, mirror: 0.5, mirror_shift: by ? 0.125 : 0.25 }[kind];
+      yield [by || mirrored ? sample(x, where) : x, weight];
+    }
   }
 }
 
@@ -278,13 +243,7 @@ const runs = content.runs.map((run, place) => {
 });
 
 const pixels = bytes(content.pixels);
-const fromBytes = (data) =>
-  map(
-    H,
-    W,
-    C,
-    Float32Array.from(data, (value) => value / 255),
-  );
+const fromBytes = (data) => each(map(H, W, C, Float32Array.from(data)), (value) => value / 255);
 const testImage = (i) => fromBytes(pixels.subarray(i * H * W * C, (i + 1) * H * W * C));
 
 const state = {
@@ -301,14 +260,13 @@ const state = {
 const $ = (id) => document.getElementById(id);
 const current = () => runs[state.run];
 const best = (values) => values.indexOf(Math.max(...values));
-const range = (size) => [...Array(size).keys()];
 
 let language = navigator.language.slice(0, 2) in content.texts ? navigator.language.slice(0, 2) : "en";
 const number = (value, digits = 3) =>
   `${Math.abs(value) < 5e-7 ? 0 : +(+value).toPrecision(digits)}`.replace("e-", "e−").replace(/^-/, "−");
 const bracket = (value) => (value < 0 ? `(${number(value)})` : number(value));
 const percent = (value) => `${(100 * value).toFixed(value < 0.9995 && value >= 0.0005 ? 1 : 0)}%`;
-const count = (value) => value.toLocaleString(language);
+const count = (value) => value.toLocaleString("en");
 
 function t(key, values = {}) {
   return content.texts[language][key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
@@ -450,12 +408,7 @@ function reduced(source, h, w, ...areas) {
   const { data } = context.getImageData(0, 0, w, h);
   const grey = (i) => Math.round(0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2]);
   const at = (i) => (C === 1 ? grey(4 * i) : data[4 * Math.floor(i / 3) + (i % 3)]) / 255;
-  return map(
-    h,
-    w,
-    C,
-    Float32Array.from({ length: h * w * C }, (_, i) => at(i)),
-  );
+  return map(h, w, C, Float32Array.from(range(h * w * C).map(at)));
 }
 
 // Lays an image file on the pad. The browser decodes and reduces it outside of this thread.
@@ -520,18 +473,13 @@ function show() {
 }
 
 function showTests() {
-  const thumb = ([kind, place, label], i) => {
+  const thumb = ([, place, label], i) => {
     const name = t("test_label", { place, name: content.classes[label] });
-    const own = html`id="test-${i}" title="${name}" aria-label="${name}" aria-pressed="${i === state.exact}"`;
-    return {
-      kind,
-      button: html`<button type="button" data-do="test" data-at="${i}" ${own}>${imageOf(testImage(i))}</button>`,
-    };
+    const about = html`id="test-${i}" title="${name}" aria-label="${name}" aria-pressed="${i === state.exact}"`;
+    return html`<button type="button" data-do="test" data-at="${i}" ${about}>${imageOf(testImage(i))}</button>`;
   };
-  const thumbs = content.images.map(thumb);
-  const group = (kind) =>
-    html`<h3>${t(kind)}</h3><div class="thumbs">${thumbs.filter((one) => one.kind === kind).map((one) => one.button)}</div>`;
-  // In the order of their pictures.
+  const of = (kind) => content.images.map((one, i) => (one[0] === kind ? thumb(one, i) : ""));
+  const group = (kind) => html`<h3>${t(kind)}</h3><div class="thumbs">${of(kind)}</div>`;
   put($("tests"), ["right", "wrong", "unsure"].map(group));
 }
 
@@ -556,6 +504,8 @@ const shownUnits = (x) => Math.min(x.c, MOST_UNITS);
 // The picture of a map's channel, or of all units: height, width.
 const extentOf = (x) => (isMap(x) ? [x.h, x.w] : [Math.ceil(shownUnits(x) / across(x)), across(x)]);
 
+const unitArea = (x, unit) => [Math.floor(unit / across(x)), unit % across(x), 1, 1];
+
 function titleOf(step) {
   return step ? (step.name?.split("/").at(-1) ?? step.function ?? t(step.kind)) : t("input");
 }
@@ -575,27 +525,19 @@ function showRow() {
   const made = explain(run, state.chosen);
   const strongest = [...made.parts].sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, LINES);
   // The frames in a column: of the chosen value, and of the inputs that its lines come from.
-  const marks = (i, x, channels) => {
-    const { step, y, x: column, c } = state.chosen;
-    const found = i === step + 1 ? [{ channel: c, area: [y, column, 1, 1], name: "to" }] : [];
-    if (i === made.source) found.push(...strongest.map((part, k) => ({ ...part, name: k })));
-    return found
-      .filter(({ channel }) => (i > 0 && isMap(x) ? channels.includes(channel) : channel < MOST_UNITS))
-      .map(({ channel, area, name }) => {
-        const unit = [Math.floor(channel / across(x)), channel % across(x), 1, 1];
-        return { channel: isMap(x) && i > 0 ? channel : 0, mark: frame(isMap(x) ? area : unit, extentOf(x), name) };
-      });
-  };
+  const { step: at, y, x: left, c } = state.chosen;
+  const parts = strongest.map((part, k) => ({ ...part, name: k, i: made.source }));
+  parts.push({ i: at + 1, channel: c, area: [y, left, 1, 1], name: "to" });
+  const framed = (x, i, channel) =>
+    parts
+      .filter((part) => part.i === i && (i > 0 && isMap(x) ? part.channel === channel : part.channel < MOST_UNITS))
+      .map((part) => frame(isMap(x) ? part.area : unitArea(x, part.channel), extentOf(x), part.name));
   const columns = run.maps.map((x, i) => {
     const step = run.steps[i - 1];
     const start = state.from[i] ?? 0;
-    const channels = isMap(x) && i > 0 ? range(x.c).slice(start, start + MAPS) : [0];
-    const found = marks(i, x, channels);
-    const framed = (channel) => found.filter((one) => one.channel === channel).map((one) => one.mark);
-    const cells =
-      i === 0
-        ? html`<div class="cell">${imageOf(state.shown)}${framed(0)}</div>`
-        : channels.map((channel) => cell(x, i, channel, framed(channel)));
+    const channels = isMap(x) ? range(x.c).slice(start, start + MAPS) : [0];
+    const input = html`<div class="cell">${imageOf(state.shown)}${framed(x, 0)}</div>`;
+    const cells = i ? channels.map((channel) => cell(x, i, channel, framed(x, i, channel))) : input;
     return html`<div class="column"><h3>${titleOf(step)}</h3><p>${facts(step, x)}</p>${cells}${below(x, i, start)}</div>`;
   });
   put($("row"), html`<div class="columns"><svg aria-hidden="true"></svg>${columns}</div>`);
@@ -615,20 +557,16 @@ function cell(x, i, channel, marks) {
 }
 
 function below(x, i, start) {
-  const last = i === current().steps.length;
-  if (last) return html`<ol>${content.classes.map((name) => html`<li>${name}</li>`)}</ol>`;
-  if (i > 0 && isMap(x) && x.c > MAPS) {
-    const layer = titleOf(current().steps[i - 1]);
-    const page = (to, key, sign) => {
-      const off = to < 0 || to >= x.c ? html`disabled` : "";
-      const own = html`id="${key}-${i}" data-at="${i}" data-from="${to}" aria-label="${layer}: ${t(key)}"`;
-      return html`<button type="button" data-do="page" ${own} ${off}>${sign}</button>`;
-    };
-    const text = t("channels", { from: start, to: Math.min(start + MAPS, x.c) - 1, count: x.c });
-    const buttons = [page(start - MAPS, "previous", "‹"), page(start + MAPS, "next", "›")];
-    return html`<div class="pager">${buttons[0]}<span>${text}</span>${buttons[1]}</div>`;
-  }
-  return !isMap(x) && x.c > MOST_UNITS ? html`<span>${t("first_units", { count: count(MOST_UNITS) })}</span>` : "";
+  if (i === current().steps.length) return html`<ol>${content.classes.map((name) => html`<li>${name}</li>`)}</ol>`;
+  if (!isMap(x) && x.c > MOST_UNITS) return html`<span>${t("first_units", { count: count(MOST_UNITS) })}</span>`;
+  if (i === 0 || !isMap(x) || x.c <= MAPS) return "";
+  const layer = titleOf(current().steps[i - 1]);
+  const page = (to, key, sign) => {
+    const about = html`id="${key}-${i}" data-at="${i}" data-from="${to}" aria-label="${layer}: ${t(key)}"`;
+    return html`<button type="button" data-do="page" ${about} ${to < 0 || to >= x.c ? "disabled" : ""}>${sign}</button>`;
+  };
+  const text = t("channels", { from: start, to: Math.min(start + MAPS, x.c) - 1, count: x.c });
+  return html`<div class="pager">${page(start - MAPS, "previous", "‹")}<span>${text}</span>${page(start + MAPS, "next", "›")}</div>`;
 }
 
 // Lines from the inputs of the chosen value to it, as thick as their contributions.
@@ -656,15 +594,15 @@ function placeIn(button, event) {
   const x = current().maps[i];
   const area = button.firstChild.getBoundingClientRect();
   const at = (place, size, cells) => Math.max(0, Math.min(cells - 1, Math.floor((place * cells) / size)));
-  let row = at(event.clientY - area.top, area.height, extentOf(x)[0]);
-  let column = at(event.clientX - area.left, area.width, extentOf(x)[1]);
+  const [rows, columns] = extentOf(x);
+  let place =
+    at(event.clientY - area.top, area.height, rows) * columns + at(event.clientX - area.left, area.width, columns);
   if (event.detail === 0) {
-    const values = isMap(x) ? x.d.filter((_, k) => k % x.c === channel) : x.d;
-    const most = values.findIndex((value) => Math.abs(value) === largest(values));
-    [row, column] = [Math.floor(Math.max(0, most) / extentOf(x)[1]), Math.max(0, most) % extentOf(x)[1]];
+    const values = [...x.d].filter((_, k) => !isMap(x) || k % x.c === channel).map(Math.abs);
+    place = Math.max(0, best(values));
   }
-  if (isMap(x)) return { step: i - 1, y: row, x: column, c: channel };
-  return { step: i - 1, y: 0, x: 0, c: Math.min(shownUnits(x) - 1, row * across(x) + column) };
+  if (isMap(x)) return { step: i - 1, y: Math.floor(place / columns), x: place % columns, c: channel };
+  return { step: i - 1, y: 0, x: 0, c: Math.min(shownUnits(x) - 1, place) };
 }
 
 function choose(found) {
@@ -692,19 +630,13 @@ function explain(run, { step: at, y, x, c }) {
   const made = { step, source: at, given, value };
   const one = (area, channel = c) => ({ ...made, parts: [{ channel, area, value }], area });
   if (step.kind === "conv") return { ...made, ...explainConv(run, at, y, x, c) };
-  if (step.kind === "softmax") {
-    const parts = [...softmax(given.d)].map((part, channel) => ({ channel, value: part, area: [0, 0, 1, 1] }));
-    return { ...made, parts };
-  }
-  if (step.kind === "pool") {
-    const [kh, kw] = step.window;
-    return one([y * kh, x * kw, kh, kw]);
-  }
+  const share = (value, channel) => ({ channel, value, area: [0, 0, 1, 1] });
+  if (step.kind === "softmax") return { ...made, parts: [...softmax(given.d)].map(share) };
+  const [kh, kw] = step.window ?? [];
+  if (step.kind === "pool") return one([y * kh, x * kw, kh, kw]);
   if (step.kind === "mean") return one([0, 0, given.h, given.w]);
-  if (step.kind === "flatten") {
-    const place = Math.floor(c / given.c);
-    return one([Math.floor(place / given.w), place % given.w, 1, 1], c % given.c);
-  }
+  const place = Math.floor(c / given.c);
+  if (step.kind === "flatten") return one([Math.floor(place / given.w), place % given.w, 1, 1], c % given.c);
   return { ...one([y, x, 1, 1]), input: given.d[(y * given.w + x) * given.c + c] };
 }
 
@@ -798,11 +730,8 @@ const DETAIL = {
     if (many) terms.sort((a, b) => Math.abs(b[0] * b[1]) - Math.abs(a[0] * a[1]));
     const written = terms.slice(0, many ? BARS : terms.length).map(([v, w]) => `${number(v)}*${bracket(w)}`);
     const rest = many ? " + …" : "";
-    const firsts =
-      order
-        .slice(0, 3)
-        .map((part) => bracket(part.value))
-        .join(" + ") + (order.length > 3 ? " + …" : "");
+    const firsts = order.slice(0, 3).map((part) => bracket(part.value));
+    if (order.length > 3) firsts.push("…");
     return html`${sentence(step.title?.startsWith("Dense") ? "dense_text" : "conv_text")}
       <div class="grids">
         ${grid(t("patch", { channel }), kh, kw, (a, b) => input(a, b, channel), largest(given.d))}<span class="sign">×</span>
@@ -812,7 +741,7 @@ const DETAIL = {
       ${places.some(([a, b]) => input(a, b, channel) === null) ? muted("padding") : ""}
       ${formula(`${t("sum_of", { channel })}: ${written.join(" + ")}${rest} = ${number(parts[channel].value, 4)}`)}
       ${parts.length > 1 ? bars(order, bias, value, channel) : ""}
-      ${formula(`${t("total")}: ${firsts} + ${bracket(bias)} = ${number(value, 5)}`)}`;
+      ${formula(`${t("total")}: ${firsts.join(" + ")} + ${bracket(bias)} = ${number(value, 5)}`)}`;
   },
   pool({ area: [y, x, kh, kw], given, value }, channel) {
     const at = (a, b) => given.d[((y + a) * given.w + x + b) * given.c + channel];
@@ -1071,26 +1000,20 @@ function paintLarger() {
 
 // The largest difference of a logit from predict's, by the largest logit of the run.
 async function trust(wanted) {
-  if (state.differences === undefined) {
-    const differences = [];
-    for (const run of runs) {
-      let [difference, most] = [0, 0];
-      for (const [i, logits] of run.logits_of_predict.entries()) {
-        const found = await finish(predict(run, testImage(i)), wanted);
-        if (!found) return;
-        difference = Math.max(difference, ...logits.map((value, k) => Math.abs(value - found.logits[k])));
-        most = Math.max(most, largest(logits));
-      }
-      differences.push(difference / most);
+  const differences = [];
+  for (const run of state.differences ? [] : runs) {
+    let difference = 0;
+    for (const [i, logits] of run.logits_of_predict.entries()) {
+      const found = await finish(predict(run, testImage(i)), wanted);
+      if (!found) return;
+      difference = Math.max(difference, ...logits.map((value, k) => Math.abs(value - found.logits[k])));
     }
-    state.differences = differences;
+    differences.push(difference / largest(run.logits_of_predict.flat()));
   }
-  const checked = t("trust", {
-    count: content.images.length,
-    difference: Math.max(...state.differences).toExponential(1),
-  });
+  state.differences ??= differences;
+  const difference = Math.max(...state.differences).toExponential(1);
   const others = runs.filter(({ dtype }) => dtype !== "float32").map(({ dtype }) => t("trust_dtype", { dtype }));
-  $("trust").textContent = [checked, ...others].join(" ");
+  $("trust").textContent = [t("trust", { count: content.images.length, difference }), ...others].join(" ");
 }
 
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
@@ -1197,13 +1120,10 @@ function listen() {
     later();
   });
   document.addEventListener("dragover", (event) => event.preventDefault());
-  for (const [name, from] of [
-    ["drop", "dataTransfer"],
-    ["paste", "clipboardData"],
-  ]) {
+  for (const name of ["drop", "paste"]) {
     document.addEventListener(name, (event) => {
       event.preventDefault();
-      openFile(event[from].files[0]);
+      openFile((event.dataTransfer ?? event.clipboardData).files[0]);
     });
   }
   addEventListener("resize", () => current().maps && showRow());
@@ -1230,17 +1150,12 @@ function listenToLarger() {
 }
 
 function start() {
-  put(
-    $("language"),
-    Object.entries(content.texts).map(([name, { _name }]) => html`<option value="${name}">${_name}</option>`),
-  );
+  const option = ([name, { _name }]) => html`<option value="${name}">${_name}</option>`;
+  put($("language"), Object.entries(content.texts).map(option));
   $("language").value = language;
-  for (const [id, size] of [
-    ["dx", W],
-    ["dy", H],
-  ]) {
-    Object.assign($(id), { min: -Math.round(size / 2), max: Math.round(size / 2), value: 0 });
-  }
+  const bounds = (size) => ({ min: -Math.round(size / 2), max: Math.round(size / 2), value: 0 });
+  Object.assign($("dx"), bounds(W));
+  Object.assign($("dy"), bounds(H));
   $("shade").value = content.background[0] > 0.5 ? 0 : 255;
   $(C === 3 ? "shade_label" : "colour_label").hidden = true;
   $("frame_label").hidden = content.extent === null;
