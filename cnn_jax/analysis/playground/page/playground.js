@@ -808,8 +808,8 @@ async function later() {
   await new Promise((next) => setTimeout(next, 150));
   if (!wanted()) return;
   put($("covered"));
-  await showShifts(wanted);
   if (!larger.scores) await showLarger();
+  await showShifts(wanted);
   if (wanted()) await trust(wanted);
 }
 
@@ -824,6 +824,8 @@ async function showShifts(wanted) {
       const found = await finish(predict(run, changed(state.image, { ...sliders(), dx })), wanted);
       if (!found) return;
       curves.at(-1).push(found.probabilities[target]);
+      const done = curves.at(-1).length;
+      if (run.milliseconds > 50) put($("shifts"), muted("progress", { run: run.label, done, count: places.length }));
     }
   }
   const x = (place) => 44 + ((place + reach) / (2 * reach)) * 540;
@@ -879,7 +881,7 @@ async function showCovered() {
   for (const run of runs) {
     const target = best(run.probabilities);
     const progress = (done, all) => {
-      $("message_cover").textContent = t("cover_progress", { run: run.label, done, count: all });
+      $("message_cover").textContent = t("progress", { run: run.label, done, count: all });
     };
     const found = await occlusion(run, state.shown, target, wanted, progress);
     $("message_cover").textContent = "";
