@@ -784,19 +784,17 @@ const DETAIL = {
   },
 };
 
-let sliding = null;
+let sliding = 0;
 
 function slide() {
-  const start = sliding === null && isMap(current().maps[state.chosen.step + 1]);
   clearInterval(sliding);
-  sliding = start ? setInterval(slideOn, 400) : null;
-  $("slide").setAttribute("aria-pressed", start);
-}
-
-function slideOn() {
-  const of = current().maps[state.chosen.step + 1];
-  if (isMap(of)) moveBy([state.chosen.x === of.w - 1 ? 1 : 0, 1]);
-  else slide();
+  const next = () => {
+    const of = current().maps[state.chosen.step + 1];
+    if (isMap(of)) moveBy([state.chosen.x === of.w - 1 ? 1 : 0, 1]);
+    else slide();
+  };
+  sliding = sliding ? 0 : setInterval(next, 400);
+  $("slide").setAttribute("aria-pressed", sliding > 0);
 }
 
 // ---- Questions: shifts, covers, a larger picture ---------------------------------------------------
@@ -955,11 +953,11 @@ async function showLarger() {
   paintLarger();
 }
 
-// The middle of the window that a score sees; the grid of the scores lies in the middle of the picture.
+// The middle of the window that a score sees: row, column.
 function middle(k) {
-  const { scores, field, h, w } = larger;
-  const at = (size, cells, stride, i) => (size - (cells - 1) * stride) / 2 + i * stride;
-  return [at(h, scores.h, field[2], Math.floor(k / scores.w)), at(w, scores.w, field[3], k % scores.w)];
+  const [height, width, down, right, top, left] = larger.field;
+  const [i, j] = [Math.floor(k / larger.scores.w), k % larger.scores.w];
+  return [top + height / 2 + i * down, left + width / 2 + j * right];
 }
 
 // The picture, and over the middle of each window its class, in a colour as strong as the probability.
