@@ -20,7 +20,7 @@ pytestmark = [
 ]
 IMAGES = 1000
 # With test-time augmentation an image takes a second.
-FEWER = {"cifar10/speedrun": 100, "fashion_mnist/record": 100}
+FEWER = {"cifar10/speedrun": 50, "fashion_mnist/record": 50}
 
 
 @pytest.mark.parametrize("name", experiment.names())
