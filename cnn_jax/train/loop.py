@@ -12,7 +12,6 @@ its line is missing, the run first evaluates and writes the line. So no line is 
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from cnn_jax.train import (
     pretrained,
     start,
 )
+from cnn_jax.train.calls import make_calls
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
@@ -163,17 +163,18 @@ class _Run:
             if self._is_over():
                 return
             began = time.perf_counter()
-            train = start.compiled_step(
+            self.calls = make_calls(
                 config, self.optimizer, self.splits.train, self.mesh, self.state
             )
-            self.reporter.compiled(time.perf_counter() - began, self.mesh.size)
+            seconds = time.perf_counter() - began
+            self.reporter.compiled(seconds, self.mesh.size, self.calls.described)
             self.signals.let_finish(config.grace_seconds)
             for remaining in range(epoch, config.epochs):
-                self._epoch(remaining, train)
+                self._epoch(remaining)
                 if self._is_over():
                     return
 
-    def _epoch(self, epoch: int, train: Callable) -> None:
+    def _epoch(self, epoch: int) -> None:
         config = self.config
         order = self.saver.order(epoch)
         first = epoch * self.steps_per_epoch
@@ -184,11 +185,10 @@ class _Run:
         self.reporter.progress.start_epoch(epoch, skipped)
         began, before = time.perf_counter(), self.epoch_seconds
         running: deque[jax.Array] = deque()
-        data = loader.training_batches(self.splits.train, order, config.batch_size, skipped, epoch)
-        for done, batch in enumerate(data, skipped + 1):
-            self.state, loss = train(self.state, parallel.shard(batch, self.mesh))
+        for done, program, batch in self.calls.epoch(order, epoch, skipped):
+            self.state, loss = program(self.state, batch)
             running.append(loss)
-            if len(running) > parallel.QUEUE:
+            if len(running) > self.calls.queue:
                 running.popleft().block_until_ready()
             last = done == self.steps_per_epoch
             if done % config.log_every_steps == 0 or last:

@@ -29,14 +29,14 @@ class Reporter:
     def close(self) -> None:
         self._tensorboard.close()
 
-    def compiled(self, seconds: float, devices: int) -> None:
-        """Prints the devices for which the step was compiled."""
+    def compiled(self, seconds: float, devices: int, calls: str) -> None:
+        """Prints the devices for which the step was compiled; `calls` says how it is called."""
         device, how = jax.devices()[0], ""
         if self._compute_dtype == "bfloat16" and device.platform == "cpu":
             onednn = parallel.uses_onednn(self._compute_dtype)
             how = ", bfloat16 " + ("by oneDNN" if onednn else "with convolutions in float32")
         self.progress.message(
-            f"compiled in {seconds:.1f} s for {devices} x {device.device_kind}{how}"
+            f"compiled in {seconds:.1f} s for {devices} x {device.device_kind}{how}{calls}"
         )
 
     def steps(self, step: int, sums: dict[str, np.ndarray], loss: jax.Array) -> None:

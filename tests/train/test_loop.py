@@ -454,6 +454,8 @@ def test_what_does_not_touch_the_mathematics_may_change(splits, tmp_path):
         "heartbeat_seconds": 50,
         "keep_checkpoints": 4,
         "log_every_steps": 3,
+        "resident_data": True,
+        "steps_per_call": 2,
     }
     assert changed.keys() == CHANGEABLE_ON_RESUME
     loop.train(simple(epochs=1, **changed), tmp_path, splits=splits)
