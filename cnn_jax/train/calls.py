@@ -1,6 +1,8 @@
 """The calls of a run's compiled programs: where their examples are, and how many steps each does."""
 
+import abc
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,11 +22,51 @@ from cnn_jax.train.step import Batch, TrainState, train_step
 SHARE = 4
 
 
-class Streamed:
-    """One step a call. The host makes each batch and sends it."""
+class Calls(abc.ABC):
+    """How a run's steps are called.
 
-    queue = parallel.QUEUE
+    Attributes:
+      described: what to say of it, "" for one step a call from the host's memory.
+      queue: the calls that may wait for the device.
+    """
+
     described = ""
+    queue = parallel.QUEUE
+
+    @abc.abstractmethod
+    def epoch(
+        self, order: np.ndarray, epoch: int, done: int
+    ) -> Iterator[tuple[int, Callable, Any]]:
+        """The calls of an epoch from which steps are left to do.
+
+        Args:
+          order: of the examples.
+          epoch: from 0.
+          done: its steps that were done before.
+
+        Yields:
+          The steps done after the call, the program, and what it takes after the state.
+        """
+
+    def steps(
+        self, state: TrainState, order: np.ndarray, epoch: int, done: int
+    ) -> Iterator[tuple[int, TrainState, jax.Array]]:
+        """Calls `epoch`'s programs; waits only for those before the last `queue`.
+
+        Yields:
+          The steps done, the state after them and the last one's loss, which may not be computed yet.
+        """
+        running: deque[jax.Array] = deque()
+        for after, program, batch in self.epoch(order, epoch, done):
+            state, loss = program(state, batch)
+            running.append(loss)
+            if len(running) > self.queue:
+                running.popleft().block_until_ready()
+            yield after, state, loss
+
+
+class Streamed(Calls):
+    """One step a call. The host makes each batch and sends it."""
 
     def __init__(
         self,
@@ -41,22 +83,13 @@ class Streamed:
     def epoch(
         self, order: np.ndarray, epoch: int, done: int
     ) -> Iterator[tuple[int, Callable, Any]]:
-        """The calls of an epoch from which steps are left to do.
-
-        Args:
-          order: of the examples.
-          epoch: from 0.
-          done: its steps that were done before.
-
-        Yields:
-          The steps done after the call, the program, and what it takes after the state.
-        """
+        """As `Calls.epoch`."""
         data = loader.training_batches(self._examples, order, self._batch_size, done, epoch)
         for after, batch in enumerate(data, done + 1):
             yield after, self._step, parallel.shard(batch, self._mesh)
 
 
-class Resident:
+class Resident(Calls):
     """Several steps a call. Every device has all examples, and gathers its part of each batch.
 
     In a loop, XLA:CPU computes convolutions without vector instructions (LeNet trained at a fifth of
@@ -97,7 +130,7 @@ class Resident:
     def epoch(
         self, order: np.ndarray, epoch: int, done: int
     ) -> Iterator[tuple[int, Callable, Any]]:
-        """As `Streamed.epoch`."""
+        """As `Calls.epoch`."""
         while done < self._steps:
             length = self._length if self._room(epoch, done) >= self._length else 1
             arguments = self._arguments(order, epoch, done, length)
@@ -162,7 +195,7 @@ def make_calls(
     examples: Examples,
     mesh: Any,
     state: TrainState,
-) -> Streamed | Resident:
+) -> Calls:
     """The calls of a run, compiled for a state like this.
 
     Raises:

@@ -78,6 +78,11 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return _copy_to(mesh)(tree)
 
 
+def copied(tree: Any, mesh: Mesh) -> Any:
+    """A copy of replicated arrays, which stays when a step reuses their memory; does not wait."""
+    return _copy_to(mesh)(tree)
+
+
 @functools.cache
 def _copy_to(mesh: Mesh) -> Callable:
     # jax.device_put may return the source's buffer, and a step that reuses it would destroy it.

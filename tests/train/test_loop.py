@@ -104,6 +104,21 @@ def undisturbed(splits, tmp_path_factory):
 # ------------------------------------------------------------------------------ resume, bits
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_data_on_the_devices_give_the_bits_of_data_from_the_host(
+    splits, undisturbed, tmp_path, monkeypatch, devices
+):
+    """Calls of three steps, cut after step 4 for a checkpoint, from which another run goes on."""
+    fields = {"resident_data": True, "checkpoint_every_steps": 4, "devices": devices}
+    config = make_config(steps_per_call=3, **fields)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(Preempted, match="after step 4 of 10, and saved"):
+            loop.train(config, tmp_path, splits=splits)
+    loop.train(config, tmp_path, splits=splits)
+    assert_same_run(tmp_path, undisturbed(devices))
+
+
 @pytest.mark.parametrize(
     ("step", "devices"), [(3, 1), (STEPS, 1), (2 * STEPS - 1, 1), (STEPS, 2), (STEPS + 2, 2)]
 )
@@ -134,7 +149,8 @@ def test_augmented_mixed_and_balanced_examples_are_the_same_after_a_stop(
         stop_at(patch, STEPS + 2)
         with pytest.raises(Preempted):
             loop.train(config, tmp_path / "stopped", splits=splits)
-    loop.train(config, tmp_path / "stopped", splits=splits)
+    resident = dataclasses.replace(config, resident_data=True, steps_per_call=2)
+    loop.train(resident, tmp_path / "stopped", splits=splits)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -259,9 +275,10 @@ def bad_batch(config, step, total=160):
     return order[place * config.batch_size :][: config.batch_size].tolist()
 
 
-def test_the_first_step_whose_loss_is_not_finite_is_named(splits, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"resident_data": True, "steps_per_call": 5}])
+def test_the_first_step_whose_loss_is_not_finite_is_named(splits, tmp_path, fields):
     """The loop looks at the end of the epoch only; the state remembers the first bad step."""
-    config = simple(optimizer=optax.sgd, learning_rate=3e38, log_every_steps=1000)
+    config = simple(optimizer=optax.sgd, learning_rate=3e38, log_every_steps=1000, **fields)
     with pytest.raises(
         NotFiniteError, match=r"loss=(nan|inf) at step 1 \(epoch 1\): not finite"
     ) as e:
