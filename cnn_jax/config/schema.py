@@ -284,6 +284,11 @@ class Config:
         Literal["float32", "bfloat16"],
         "of activations and of the kernels' copies that they meet; parameters stay float32",
     ] = "float32"
+    deterministic: Annotated[
+        bool,
+        "on a GPU, XLA takes only algorithms that give the same bits each time; a program that needs "
+        "another one is not compiled",
+    ] = False
     init_examples: Annotated[
         int,
         AT_LEAST_0,

@@ -115,9 +115,8 @@ class Resident(Calls):
         step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
         several = functools.partial(train_steps, step=step, mesh=mesh)
         shardings = (parallel.replicated(mesh), parallel.split(mesh, axis=1))
-        jitted = parallel.jit_step(
-            several, mesh, compute_dtype=config.compute_dtype, shardings=shardings
-        )
+        options = {"compute_dtype": config.compute_dtype, "deterministic": config.deterministic}
+        jitted = parallel.jit_step(several, mesh, shardings=shardings, **options)
         order = np.arange(len(examples))
         self._programs = {
             length: parallel.compile_step(jitted, state, self._arguments(order, 0, 0, length))

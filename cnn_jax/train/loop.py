@@ -110,7 +110,7 @@ class _Run:
         self.reporter = Reporter(config, saver.folder, self.steps_per_epoch)
         self.optimizer = optim.make_optimizer(config, self.steps_per_epoch)
         self.eval_step = evaluation.make_eval_step(
-            config.model, config.data, config.compute_dtype, mesh
+            config.model, config.data, config.compute_dtype, mesh, config.deterministic
         )
         self.state: TrainState
         self.epoch_seconds = 0.0

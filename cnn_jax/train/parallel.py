@@ -160,8 +160,20 @@ _CPU_OPTIONS = {
 _ONEDNN = {"xla_cpu_use_onednn": True, "xla_cpu_experimental_onednn_custom_call": True}
 
 
+# Of XLA for GPUs. The first forbids Triton's matmuls; without the second, XLA makes some and then has no
+# code for them where it cannot measure others.
+_DETERMINISTIC = {
+    "xla_gpu_exclude_nondeterministic_ops": True,
+    "xla_gpu_enable_triton_gemm": False,
+}
+
+
 def jit(
-    function: Callable, compute_dtype: str = "float32", platform: str | None = None, **options: Any
+    function: Callable,
+    compute_dtype: str = "float32",
+    platform: str | None = None,
+    deterministic: bool = False,
+    **options: Any,
 ) -> Callable:
     """`jax.jit` for programs that compute a network, with the platform's compiler options.
 
@@ -169,10 +181,13 @@ def jit(
       function: what to compile.
       compute_dtype: as in `Config`.
       platform: for which; by default JAX's.
+      deterministic: as in `Config`.
       **options: of `jax.jit`.
     """
-    if (platform or jax.default_backend()) != "cpu":
-        return jax.jit(function, **options)
+    platform = platform or jax.default_backend()
+    if platform != "cpu":
+        chosen = _DETERMINISTIC if deterministic and platform in ("gpu", "cuda") else None
+        return jax.jit(function, compiler_options=chosen, **options)
     if not uses_onednn(compute_dtype):
         return jax.jit(function, compiler_options=_CPU_OPTIONS, **options)
     function = bfloat16.with_onednn(function)
@@ -189,6 +204,7 @@ def jit_step(
     mesh: Mesh,
     donate: bool = True,
     compute_dtype: str = "float32",
+    deterministic: bool = False,
     shardings: Any = None,
 ) -> Callable:
     """`step(state, batch)` compiled over the mesh; the state's buffers are reused for the result.
@@ -198,12 +214,14 @@ def jit_step(
       mesh: the devices.
       donate: reuses the buffers.
       compute_dtype: as in `Config`.
+      deterministic: likewise.
       shardings: of the batch; by default its leading axis is split.
     """
     return jit(
         step,
         compute_dtype,
         platform=mesh.devices.flat[0].platform,
+        deterministic=deterministic,
         in_shardings=(replicated(mesh), shardings or split(mesh)),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate else (),

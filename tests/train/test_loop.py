@@ -108,19 +108,19 @@ def undisturbed(splits, tmp_path_factory):
 def test_data_on_the_devices_give_the_bits_of_data_from_the_host(
     splits, undisturbed, tmp_path, monkeypatch, devices
 ):
-    """Calls of three steps, cut after step 4 for a checkpoint, from which another run goes on."""
-    fields = {"resident_data": True, "checkpoint_every_steps": 4, "devices": devices}
-    config = make_config(steps_per_call=3, **fields)
+    """Calls of two steps, cut after step 3 for a checkpoint, from which another run goes on."""
+    fields = {"resident_data": True, "checkpoint_every_steps": 3, "devices": devices}
+    config = make_config(steps_per_call=2, **fields)
     with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        with pytest.raises(Preempted, match="after step 4 of 10, and saved"):
+        stop_at(patch, 3)
+        with pytest.raises(Preempted, match="after step 3 of 10, and saved"):
             loop.train(config, tmp_path, splits=splits)
     loop.train(config, tmp_path, splits=splits)
     assert_same_run(tmp_path, undisturbed(devices))
 
 
 @pytest.mark.parametrize(
-    ("step", "devices"), [(3, 1), (STEPS, 1), (2 * STEPS - 1, 1), (STEPS, 2), (STEPS + 2, 2)]
+    ("step", "devices"), [(3, 1), (STEPS, 1), (2 * STEPS - 1, 1), (STEPS, 4), (STEPS + 2, 4)]
 )
 def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(
     splits, undisturbed, tmp_path, monkeypatch, step, devices
@@ -149,7 +149,7 @@ def test_augmented_mixed_and_balanced_examples_are_the_same_after_a_stop(
         stop_at(patch, STEPS + 2)
         with pytest.raises(Preempted):
             loop.train(config, tmp_path / "stopped", splits=splits)
-    resident = dataclasses.replace(config, resident_data=True, steps_per_call=2)
+    resident = dataclasses.replace(config, resident_data=True)
     loop.train(resident, tmp_path / "stopped", splits=splits)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
