@@ -113,7 +113,8 @@ class Resident(Calls):
         self._length = min(steps_of(config, mesh), *most)
         self.queue = max(1, parallel.QUEUE // self._length)
         step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-        several = functools.partial(train_steps, step=step, mesh=mesh)
+        loop = mesh.devices.flat[0].platform != "cpu"
+        several = functools.partial(train_steps, step=step, mesh=mesh, loop=loop)
         shardings = (parallel.replicated(mesh), parallel.split(mesh, axis=1))
         options = {"compute_dtype": config.compute_dtype, "deterministic": config.deterministic}
         jitted = parallel.jit_step(several, mesh, shardings=shardings, **options)
@@ -153,7 +154,7 @@ class Resident(Calls):
 
 
 def train_steps(
-    state: TrainState, batch: tuple[Batch, Batch], *, step: Callable, mesh: Any
+    state: TrainState, batch: tuple[Batch, Batch], *, step: Callable, mesh: Any, loop: bool
 ) -> tuple[TrainState, jax.Array]:
     """Several steps on examples that are on the devices.
 
@@ -163,6 +164,7 @@ def train_steps(
         epoch int32 [K, N] of K steps.
       step: `step.train_step`, with its keywords.
       mesh: the devices.
+      loop: makes a loop of the steps; else they are written out one after another.
 
     Returns:
       The state after the steps, and the last batch's mean loss.
@@ -180,7 +182,7 @@ def train_steps(
         state, loss = step(state, gathered)
         return jax.lax.with_sharding_constraint((state, loss), parallel.replicated(mesh))
 
-    if mesh.devices.flat[0].platform != "cpu":
+    if loop:
         state, losses = jax.lax.scan(one, state, rows)
         return state, losses[-1]
     for i in range(len(rows["index"])):

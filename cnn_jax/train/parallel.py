@@ -160,8 +160,8 @@ _CPU_OPTIONS = {
 _ONEDNN = {"xla_cpu_use_onednn": True, "xla_cpu_experimental_onednn_custom_call": True}
 
 
-# Of XLA for GPUs. The first forbids Triton's matmuls; without the second, XLA makes some and then has no
-# code for them where it cannot measure others.
+# Of XLA for GPUs. The first forbids Triton's matmuls. Without the second, XLA makes some all the same
+# and, for a GPU that is only described, finds nothing to compute them.
 _DETERMINISTIC = {
     "xla_gpu_exclude_nondeterministic_ops": True,
     "xla_gpu_enable_triton_gemm": False,

@@ -371,13 +371,15 @@ def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -
     """Softmax cross-entropy of float32 logits [N, classes] with int32 labels [N]: float32 [N]."""
     if not smoothing:
         plain = optax.softmax_cross_entropy_with_integer_labels
-        return jax.lax.platform_dependent(logits, label, cuda=_by_comparison, default=plain)
+        return jax.lax.platform_dependent(
+            logits, label, cuda=cross_entropy_by_comparison, default=plain
+        )
     target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
     return optax.softmax_cross_entropy(logits, target)
 
 
-def _by_comparison(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """The same without an index, whose gradient is a scatter in a program for a GPU."""
+def cross_entropy_by_comparison(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Without smoothing, and without an index, whose gradient would be a scatter on a GPU."""
     here = label[:, None] == jnp.arange(logits.shape[-1])
     return jax.nn.logsumexp(logits, -1) - jnp.where(here, logits, 0).sum(-1)
 

@@ -1,12 +1,14 @@
+import functools
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.data.sources import InMemory, OnDemand
-from cnn_jax.train import calls, parallel
+from cnn_jax.train import calls, optim, parallel, start, step
 from tests.networks import Linear
 from tests.tiny import make_examples
 
@@ -15,7 +17,7 @@ BYTES = 100 * (28 * 28 + 4)
 
 
 def config(**fields):
-    return Config(Linear(), DataConfig("tiny"), **{"batch_size": 10, **fields})
+    return Config(**{"model": Linear(), "data": DataConfig("tiny"), "batch_size": 10, **fields})
 
 
 def mesh_of(platform, memory):
@@ -89,3 +91,24 @@ def test_calls_are_cut_where_the_run_looks_at_its_state(fields, epoch, done, exp
     seen = [np.asarray(rows["index"]) for *_, (_, rows) in found]
     np.testing.assert_array_equal(np.concatenate(seen).ravel(), order[10 * done :])
     assert all((np.asarray(rows["epoch"]) == epoch).all() for *_, (_, rows) in found)
+
+
+def test_a_loop_of_steps_does_the_same():
+    """What a GPU or TPU runs; a CPU's own form is compared bit for bit in test_loop.py."""
+    mesh, run = parallel.make_mesh(2), config(data=DataConfig("tiny", flip=True))
+    optimizer = optim.make_optimizer(run, 10)
+    one = functools.partial(step.train_step, model=run.model, optimizer=optimizer, config=run)
+    state = start.first_state(run, optimizer, EXAMPLES, mesh)
+    index = np.random.default_rng(0).permutation(100)[:30].reshape(3, 10).astype(np.int32)
+    rows = {"index": index, "epoch": np.zeros((3, 10), np.int32)}
+    held = {"image": EXAMPLES.image, "label": EXAMPLES.label}
+    several = functools.partial(calls.train_steps, step=one, mesh=mesh, loop=True)
+    looped, loss = jax.jit(several)(state, (held, rows))
+    for row in index:
+        batch = EXAMPLES[row] | {"index": row, "epoch": np.zeros(10, np.int32)}
+        state, expected = jax.jit(one)(state, batch)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        (looped, loss),
+        (state, expected),
+    )
