@@ -208,7 +208,7 @@ def make_calls(
 
 
 def is_resident(config: Config, examples: Examples, mesh: Any) -> bool:
-    """Whether the examples are kept on the devices.
+    """Whether the examples are kept on the devices. Every process must call it at the same point.
 
     Raises:
       ConfigError: they do not fit, or `steps_per_call` needs them there.
@@ -230,6 +230,7 @@ def is_resident(config: Config, examples: Examples, mesh: Any) -> bool:
             )
         return True
     resident = wanted == AUTO and in_memory and device.platform != "cpu" and SHARE * size <= memory
+    resident = not parallel.largest(int(not resident))  # of several processes, all do the same
     if not resident and config.steps_per_call not in (AUTO, 1):
         raise ConfigError(
             f"steps_per_call={config.steps_per_call}: must be 1 or auto without the training images on "

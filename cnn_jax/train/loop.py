@@ -32,7 +32,7 @@ from cnn_jax.train import (
     pretrained,
     start,
 )
-from cnn_jax.train.calls import make_calls
+from cnn_jax.train.calls import is_resident, make_calls
 from cnn_jax.train.reporting import Reporter, epoch_line
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
@@ -85,6 +85,9 @@ def train(
         agreement.check_data(splits, source)
         config = statistics.in_numbers(config, splits.train)
         metadata = check_splits(config, splits)
+        is_resident(
+            config, splits.train, mesh
+        )  # refuses what cannot be before a workdir is written
         if source:
             metadata["init_from"] = dataclasses.asdict(source)
         check_same_run(workdir, config, metadata)
