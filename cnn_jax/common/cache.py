@@ -37,9 +37,6 @@ def cache_enabled() -> bool:
 def enable_compilation_cache() -> None:
     """Lets JAX keep compiled programs between runs. Call it before the first JAX computation.
 
-    For a GPU, JAX also keeps there which algorithms XLA measured as the fastest: another start could
-    choose others, which round otherwise.
-
     Each type of processor has its own folder, because machines can share a home folder: a program
     compiled for AVX-512 would crash or run wrongly on a machine without it.
     """
@@ -50,6 +47,7 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # The default minimum is one second; small networks compile faster, but several times a run.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     warnings.showwarning = _Mending(folder, warnings.showwarning)
 
 

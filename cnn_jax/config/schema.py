@@ -30,9 +30,7 @@ AUTO = "auto"
 SEED = Range("from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31)
 COUNT = Range("from 1 to 2**31 - 1", lambda value: 1 <= value < 2**31)
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
-AT_LEAST_1_OR_AUTO = Range(
-    "at least 1, or auto", lambda value: value == AUTO or (value is not True and value >= 1)
-)
+AT_LEAST_1_OR_AUTO = Range("at least 1, or auto", lambda value: value == AUTO or value >= 1)
 AT_LEAST_0 = Range("0 or more", lambda value: value >= 0)
 POSITIVE = Range("greater than 0 and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.inf)

@@ -168,6 +168,13 @@ _DETERMINISTIC = {
 }
 
 
+def _deterministic() -> dict[str, bool | str]:
+    """The options of `deterministic`; what XLA finds fastest is kept for the next start."""
+    folder = jax.config.jax_compilation_cache_dir
+    kept = {"xla_gpu_per_fusion_autotune_cache_dir": f"{folder}/autotuning"} if folder else {}
+    return _DETERMINISTIC | kept
+
+
 def jit(
     function: Callable,
     compute_dtype: str = "float32",
@@ -186,7 +193,7 @@ def jit(
     """
     platform = platform or jax.default_backend()
     if platform != "cpu":
-        chosen = _DETERMINISTIC if deterministic and platform in ("gpu", "cuda") else None
+        chosen = _deterministic() if deterministic and platform == "gpu" else None
         return jax.jit(function, compiler_options=chosen, **options)
     if not uses_onednn(compute_dtype):
         return jax.jit(function, compiler_options=_CPU_OPTIONS, **options)
