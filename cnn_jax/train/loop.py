@@ -9,6 +9,7 @@ A line depends only on the state after the epoch's last step. If a run is restor
 its line is missing, the run first evaluates and writes the line. So no line is lost or repeated.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -49,6 +50,8 @@ def train(
     verify: bool = True,
     splits: Splits | None = None,
     init_from: str | None = None,
+    mesh: Any = None,
+    signals: StopSignals | None = None,
 ) -> list[dict]:
     """Trains to the last epoch; resumes where an earlier call on `workdir` stopped.
 
@@ -61,6 +64,8 @@ def train(
       verify: compares a restored checkpoint with its checksums.
       splits: the examples, if they are loaded already.
       init_from: WORKDIR[:STEP] of the run from which a new run takes its first parameters.
+      mesh: the devices; by default the first `config.devices`.
+      signals: that ask it to stop, if the caller, in the main thread, receives them.
 
     Returns:
       The lines of metrics.jsonl.
@@ -72,13 +77,14 @@ def train(
     """
     # `experiment.load` has checked a command's configuration; nobody has checked one made in Python.
     config = resolve(validate(config))
-    mesh = parallel.make_mesh(config.devices)
+    mesh = mesh or parallel.make_mesh(config.devices)
     parallel.check_divides(mesh, config.batch_size)
     agreement.check_program(config)
     workdir = Path(workdir).absolute()
     if parallel.is_main_process():
         prepare(workdir)
-    with StopSignals() as signals, locked(workdir) as check_lock:
+    receiving = contextlib.nullcontext(signals) if signals else StopSignals()
+    with receiving as signals, locked(workdir) as check_lock:
         check_same_run(workdir, config, metadata={})  # before the data is loaded, which takes time
         source = pretrained.find(init_from, workdir, verify)
         splits = splits or load_splits(config, data_dir, download)
