@@ -124,6 +124,7 @@ def train(values: flags.FlagValues) -> None:
         )
     print(f"next: {PROGRAM} evaluate {shlex.quote(str(workdir))}")
     if name == "quickstart":
+        print(f"to look inside, in a browser: {PROGRAM} playground {shlex.quote(str(workdir))}")
         print(f"then the real data: {PROGRAM} train fashion_mnist/lenet --download")
 
 
@@ -345,14 +346,15 @@ def _is_run(text: str) -> bool:
     return is_folder and ((folder / "config.json").exists() or text not in experiment.names())
 
 
-def _load_run(values: flags.FlagValues):
-    """The run of --workdir; --experiment is needed only for a user-defined model."""
+def _load_run(values: flags.FlagValues, workdir: str | None = None):
+    """The run of --workdir, or of `workdir`; only a user-defined model needs --experiment."""
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.config import experiment
 
     environment.check_devices()
     model = experiment.load(values.experiment).model if values.experiment else None
-    return load_run(_path(values.workdir), values.checkpoint, model, values.verify)
+    workdir = workdir or values.workdir
+    return load_run(_path(workdir), values.checkpoint, model, values.verify)
 
 
 @command(
@@ -380,6 +382,26 @@ def report(values: flags.FlagValues) -> None:
         values.verify,
     )
     print(f"written to {path}")
+
+
+@command(
+    "workdir",
+    "checkpoint",
+    "output",
+    "data_dir",
+    "experiment",
+    "verify",
+    workdir=SEVERAL,
+    experiment=None,
+    words="workdir",
+)
+def playground(values: flags.FlagValues) -> None:
+    """Writes one HTML page to play with a trained network in a browser, or with two."""
+    from cnn_jax.analysis.playground import page
+
+    runs = [_load_run(values, workdir) for workdir in values.workdir]
+    output = _path(values.output) if values.output else None
+    print(f"written to {page.playground(runs, values.data_dir, output)}; open it in a browser")
 
 
 @command(
