@@ -174,6 +174,13 @@ def test_the_report(trained):
         "accuracy",
         "class_accuracy",
         "confusion_matrix",
+        "top_5_accuracy",
+        "macro",
+        "classes",
+        "brier",
+        "ece",
+        "reliability",
+        "intervals",
     ]
     examples = make_examples(48, seed=1)  # what tiny_squares holds
     accuracy, loss, confusion = in_numpy(run.variables["params"], examples)
