@@ -135,18 +135,19 @@ def report_of(
     return report
 
 
-def write(report: dict, run: RestoredRun, output: Path | None = None) -> Path | None:
+def write(report: dict, workdir: Path, output: Path | None = None) -> Path | None:
     """Writes evaluation.json, and returns its path.
 
     Args:
       report: from `evaluate`.
-      run: that was evaluated. If its workdir cannot be written, a warning is logged and None returned.
+      workdir: of the run that was evaluated. If it cannot be written, a warning is logged and None
+        returned.
       output: another folder, made if missing.
 
     Raises:
       ConfigError: `output` cannot be written.
     """
-    path = (output or run.workdir) / "evaluation.json"
+    path = (output or workdir) / "evaluation.json"
     if output:
         with files.writing(output):
             write_json(path, report)

@@ -128,26 +128,64 @@ def train(values: flags.FlagValues) -> None:
     "checkpoint",
     "split",
     "dataset",
+    "watch",
+    "temperature",
+    "corruptions",
+    "shifts",
+    "predictions",
     "data_dir",
     "output",
     "experiment",
     "verify",
+    workdir=SEVERAL,
+    split=["test"],
+    dataset=[],
     experiment=None,
     words="workdir",
 )
 def evaluate(values: flags.FlagValues) -> None:
-    """Restores a checkpoint and evaluates it on every example of a split."""
+    """Restores checkpoints and evaluates them on every example of their splits."""
     from cnn_jax.analysis import evaluate as evaluation
+    from cnn_jax.analysis.study import changes, rows
     from cnn_jax.cli import tables
+    from cnn_jax.train.signals import StopSignals
 
+    workdirs = [_path(workdir) for workdir in dict.fromkeys(values.workdir)]
     output = _path(values.output) if values.output else None
     if output:
         files.check_folder(output)
-    run = _load_run(values)
-    report = evaluation.evaluate(run, values.split, values.dataset, values.data_dir)
-    tables.print_evaluation(report)
-    if path := evaluation.write(report, run, output):
-        print(f"written to {path}")
+    changed = changes.of_kind(values.corruptions, values.shifts)
+    where = [(dataset, split) for dataset in values.dataset or [None] for split in values.split]
+    study = rows.Study(
+        _loader(values),
+        where,
+        values.data_dir,
+        changed,
+        values.temperature,
+        rows.PredictionsFile(_path(values.predictions)) if values.predictions else None,
+    )
+    many = values.watch or values.checkpoint == "all"
+    if not many and len(workdirs) * len(where) + len(changed) == 1:
+        (row,) = rows.each(study, workdirs, values.checkpoint)
+        tables.print_evaluation(row["report"])
+        if path := evaluation.write(row["report"], workdirs[0], output):
+            print(f"written to {path}")
+        return
+    output = output or rows.default_output(workdirs)
+    files.check_folder(output)
+    path = output / "evaluations.json"
+    with StopSignals(f"stopped by a signal; {path} has what was evaluated before"):
+        found = (
+            rows.watch(study, workdirs)
+            if values.watch
+            else rows.each(study, workdirs, values.checkpoint)
+        )
+        for row in found:
+            tables.print_row(row)
+            study.write(output)
+    tables.print_rows(study.rows, study.tests())
+    for written in (path, *rows.draw(study.rows, output)):
+        print(f"written to {written}")
 
 
 @command(
@@ -303,13 +341,18 @@ def _is_run(text: str) -> bool:
 
 
 def _load_run(values: flags.FlagValues):
-    """The run of --workdir; --experiment is needed only for a user-defined model."""
+    """The run of --workdir."""
+    return _loader(values)(_path(values.workdir), values.checkpoint)
+
+
+def _loader(values: flags.FlagValues) -> Callable:
+    """A function of a workdir and a checkpoint; --experiment is needed for a user-defined model."""
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.config import experiment
 
     environment.check_devices()
     model = experiment.load(values.experiment).model if values.experiment else None
-    return load_run(_path(values.workdir), values.checkpoint, model, values.verify)
+    return lambda workdir, which: load_run(workdir, which, model, values.verify)
 
 
 @command(

@@ -163,7 +163,7 @@ def test_the_report(trained):
     workdir, lines, data_dir = trained
     run = restore.load_run(workdir)
     report = evaluate.evaluate(run, data_dir=str(data_dir))
-    evaluate.write(report, run)
+    evaluate.write(report, workdir)
     assert report == json.loads((workdir / "evaluation.json").read_text())
     assert [*report] == [
         "checkpoint",
