@@ -471,15 +471,33 @@ def explain(values: flags.FlagValues) -> None:
 
 
 @command(
-    "workdir", "output", "checkpoint", "experiment", "verify", experiment=None, words="workdir"
+    "workdir",
+    "format",
+    "output",
+    "checkpoint",
+    "data_dir",
+    "experiment",
+    "verify",
+    experiment=None,
+    words="workdir",
 )
 def export(values: flags.FlagValues) -> None:
-    """Writes the network as StableHLO, with its class names, for use without this project."""
+    """Writes the network as StableHLO or ONNX, with its class names, for use without this project."""
+    from cnn_jax.analysis import evaluate as evaluation
     from cnn_jax.analysis import export as exporting
+    from cnn_jax.analysis import export_onnx
 
+    if values.format not in ("stablehlo", "onnx"):
+        raise ConfigError(f"--format={values.format}: must be stablehlo or onnx")
     run = _load_run(values)
     output = _path(values.output) if values.output else run.workdir / "export"
-    for path in exporting.export(run, output):
+    if values.format == "onnx":
+        test, _ = evaluation.load(run, "test", data_dir=values.data_dir)
+        *paths, line = export_onnx.export(run, output, test)
+        print(line)
+    else:
+        paths = exporting.export(run, output)
+    for path in paths:
         print(f"written to {path}")
 
 

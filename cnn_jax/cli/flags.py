@@ -93,6 +93,7 @@ FLAGS = {
         "how many classes to name for each image; default 3, or all if there are fewer",
     ),
     "output": Flag(flags.DEFINE_string, None, "where to write"),
+    "format": Flag(flags.DEFINE_string, "stablehlo", "stablehlo or onnx"),
     "watch": Flag(
         flags.DEFINE_bool, False, "evaluates each new checkpoint until the training ends"
     ),
