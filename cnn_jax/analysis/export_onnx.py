@@ -5,6 +5,7 @@ the layers are traced in a plain formulation, and jitted functions are inlined.
 """
 
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -25,10 +26,13 @@ from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.data.sources import Examples
 from cnn_jax.models import layers
+from cnn_jax.models.convolutional import gives_class_map
 from cnn_jax.train import step
 
 # Tried in this order: older programs read lower versions.
 OPSETS = (13, 15, 17, 21, 23)
+# Of heights and widths, for networks that take several sizes: their strides must divide them.
+MULTIPLES = (1, 4)
 IMAGES = 1000
 TOLERANCE = 1e-5  # of the largest logit
 SCRIPT = '''"""Classifies images with model.onnx: python classify_onnx.py images.npy, or image files.
@@ -53,7 +57,7 @@ else:
 
     opened = [Image.open(f).convert("L" if channels == 1 else "RGB") for f in sys.argv[1:]]
     images = np.stack([np.asarray(image.resize((width, height))) for image in opened])
-images = images.reshape(-1, height, width, channels)
+    images = images.reshape(-1, height, width, channels)
 (logits,) = session.run(None, {{session.get_inputs()[0].name: images}})  # float32 [N, {classes}]
 probabilities = np.exp(logits - logits.max(-1, keepdims=True))
 probabilities /= probabilities.sum(-1, keepdims=True)
@@ -86,14 +90,14 @@ def export(run: RestoredRun, folder: Path, test: Examples) -> tuple[Path, Path, 
     image = test[np.arange(min(IMAGES, len(test)))]["image"]
     options = {"model": run.model, "data": run.data, "compute_dtype": "float32"}
     pure = functools.partial(step.predict_step, jax.tree.map(jnp.asarray, run.variables), **options)
-    expected = np.asarray(jax.jit(pure)(image))
-    model, opset, error = _lowest(run, pure, image, expected)
+    model, opset, multiple, error = _first_that_serves(run, pure, image)
     metadata = {
         "experiment": run.experiment,
         "model": type(run.model).__name__,
         "checkpoint": str(run.step),
         "class_names": json.dumps(run.class_names),
         "image_shape": json.dumps(run.image_shape),
+        "multiple": str(multiple),
     }
     for name, value in metadata.items():
         model.metadata_props.add(key=name, value=value)
@@ -104,10 +108,16 @@ def export(run: RestoredRun, folder: Path, test: Examples) -> tuple[Path, Path, 
         script = SCRIPT.format(shape=shape, classes=len(run.class_names))
         paths[1].write_text(script, encoding="utf-8")
     line = (
-        f"opset {opset}; on {len(image):,} test images ONNX Runtime differs from JAX by at most "
+        f"opset {opset}, images of {_sizes(run.image_shape, multiple)}; on {len(image):,} test images "
+        "ONNX Runtime differs from JAX by at most "
         f"{error:.1e} of the largest logit"
     )
     return *paths, line
+
+
+def _sizes(image_shape: tuple[int, int, int], multiple: int) -> str:
+    height, width, _ = image_shape
+    return f"{height}x{width}" + (f" and larger, multiples of {multiple}" if multiple else "")
 
 
 def _check_installed() -> None:
@@ -121,31 +131,29 @@ def _check_installed() -> None:
         ) from None
 
 
-def _lowest(
-    run: RestoredRun, pure: Callable, image: np.ndarray, expected: np.ndarray
-) -> tuple[Any, int, float]:
-    """The model in the lowest opset that serves, that opset, and its error.
+def _first_that_serves(
+    run: RestoredRun, pure: Callable, image: np.ndarray
+) -> tuple[Any, int, int, float]:
+    """A model for images of as many sizes as can be, in the lowest opset; the arguments of `_error`.
+
+    Returns:
+      The onnx.ModelProto, its opset, the number whose multiples heights and widths must be (0: the
+      training's size alone), and its error.
 
     Raises:
       ConfigError: there is none; says why for the last.
     """
-    import onnxruntime
-
     reason = ""
-    for opset in OPSETS:
+    sizes = MULTIPLES if gives_class_map(run.model, run.image_shape) else ()
+    for multiple, opset in itertools.product((*sizes, 0), OPSETS):
         try:
-            model = to_onnx(pure, run.image_shape, opset)
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4
-            session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-            given = {session.get_inputs()[0].name: image}
-            (logits,) = session.run(None, given)
-        except Exception as error:  # both libraries raise many types
-            reason = " ".join(str(error).split())[:200]
+            model = to_onnx(pure, run.image_shape, opset, multiple)
+            error = _error(model, pure, image, multiple)
+        except Exception as refusal:  # JAX, jax2onnx and ONNX Runtime raise many types
+            reason = " ".join(str(refusal).split())[:200]
             continue
-        error = float(np.abs(logits - expected).max() / np.abs(expected).max())
         if error <= TOLERANCE:
-            return model, opset, error
+            return model, opset, multiple, error
         reason = f"its logits differ by {error:.1e} of the largest, must be at most {TOLERANCE:g}"
     raise ConfigError(
         f"workdir={run.workdir}: {type(run.model).__name__} cannot be exported as ONNX ({reason}); use "
@@ -153,12 +161,50 @@ def _lowest(
     )
 
 
-def to_onnx(pure: Callable, image_shape: tuple[int, int, int], opset: int) -> Any:
-    """An onnx.ModelProto of a function of uint8 [N, *image_shape]."""
+def _error(model: Any, pure: Callable, image: np.ndarray, multiple: int) -> float:
+    """The largest difference between ONNX Runtime and JAX, as a share of the largest logit.
+
+    Args:
+      model: an onnx.ModelProto.
+      pure: the same function of images.
+      image: uint8 [N, H, W, C], used as they are and, if `multiple` is not 0, some larger.
+      multiple: of `to_onnx`.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its errors are raised too
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    name = session.get_inputs()[0].name
+    border = ((0, 0), (0, 3 * multiple), (0, 5 * multiple), (0, 0))
+    errors = []
+    for given in [image, *([np.pad(image[:10], border)] if multiple else [])]:
+        (logits,) = session.run(None, {name: given})
+        expected = np.asarray(jax.jit(pure)(given))
+        errors.append(float(np.abs(logits - expected).max() / np.abs(expected).max()))
+    return max(errors)
+
+
+def to_onnx(
+    pure: Callable, image_shape: tuple[int, int, int], opset: int, multiple: int = 0
+) -> Any:
+    """An onnx.ModelProto of a function of uint8 [N, H, W, C].
+
+    Args:
+      pure: the function.
+      image_shape: (H, W, C) of the training.
+      opset: the version of ONNX's operators.
+      multiple: if not 0, H and W may be any multiples of it that are at least the training's.
+    """
     import jax2onnx
 
     (count,) = jax.export.symbolic_shape("N")
-    spec = jax.ShapeDtypeStruct((count, *image_shape), jnp.uint8)
+    height, width, channels = image_shape
+    if multiple:
+        least = [f"H >= {-(-height // multiple)}", f"W >= {-(-width // multiple)}"]
+        text = f"N, {multiple}*H, {multiple}*W"
+        count, height, width = jax.export.symbolic_shape(text, constraints=least)
+    spec = jax.ShapeDtypeStruct((count, height, width, channels), jnp.uint8)
     with nn.intercept_methods(_plain), jax.disable_jit():
         closed = jax.make_jaxpr(pure)(spec)
     flat = jax.extend.core.jaxpr_as_fun(closed)
