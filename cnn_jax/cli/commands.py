@@ -164,6 +164,10 @@ def evaluate(values: flags.FlagValues) -> None:
         values.temperature,
         rows.PredictionsFile(_path(values.predictions)) if values.predictions else None,
     )
+    if values.watch and values["checkpoint"].present:
+        raise ConfigError(
+            "--checkpoint: must not be given with --watch, which takes all; leave it out"
+        )
     many = values.watch or values.checkpoint == "all"
     if not many and len(workdirs) * len(where) + len(changed) == 1:
         (row,) = rows.each(study, workdirs, values.checkpoint)

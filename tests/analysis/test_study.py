@@ -241,6 +241,25 @@ def test_watching_ends_with_the_training(trained, tmp_path, monkeypatch):
     assert [row["checkpoint"] for row in found] == [4, 8, 12]
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["{a}", "--watch", "--checkpoint=4"], 2, "--checkpoint: must not be given with --watch"),
+        (["{a}/nope", "--watch"], 4, "a/nope: no such folder"),
+        (["{a}/nope", "--checkpoint=all"], 4, "a/nope: no such folder"),
+        (["{a}", "--predictions=/proc/x.csv"], 2, "--predictions=/proc/x.csv: cannot be written"),
+        (["{a}", "{b}", "--checkpoint=5"], 4, "--checkpoint=5: must be latest, best or a step in"),
+    ],
+)
+def test_what_is_refused(trained, caplog, flags, code, says):
+    folder, _, data_dir = trained
+    before = sorted(folder.rglob("*"))
+    given = [flag.format(a=folder / "a", b=folder / "b") for flag in flags]
+    assert evaluate(*given, data_dir) == code
+    assert says in caplog.text
+    assert sorted(folder.rglob("*")) == before
+
+
 # ------------------------------------------------------------------------------------- changes
 
 

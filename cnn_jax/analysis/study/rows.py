@@ -18,7 +18,7 @@ from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.common.files import writing, written
 from cnn_jax.data.sources import Examples
 from cnn_jax.train import checkpoint
-from cnn_jax.train.workdir import write_json
+from cnn_jax.train.workdir import read_config, write_json
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,9 @@ def steps_of(workdir: Path) -> list[int]:
     """The steps of the checkpoints of a run, ascending.
 
     Raises:
-      CheckpointError: there are none.
+      CheckpointError: there are none, or `workdir` is not the folder of a run.
     """
+    read_config(workdir)
     checkpoints = checkpoint.Checkpoints(workdir)
     if not (steps := checkpoints.steps()):
         raise CheckpointError(f"{checkpoints.folder}: holds no checkpoint")
@@ -213,8 +214,13 @@ def watch(study: Study, workdirs: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """The rows of each checkpoint, old ones first, until no run is trained any more.
 
     A checkpoint that the training deletes before it is read is left out.
+
+    Raises:
+      CheckpointError: a workdir is not that of a run, or has no checkpoint in the end.
     """
     done: set[tuple[Path, int]] = set()
+    for workdir in workdirs:
+        read_config(workdir)
     while True:
         # First: a run that ends after this has saved what it will save before the next look.
         running = any(map(is_running, workdirs))
@@ -229,8 +235,10 @@ def watch(study: Study, workdirs: Sequence[Path]) -> Iterator[dict[str, Any]]:
                     if step in checkpoint.Checkpoints(workdir).steps():
                         log.warning("warning: skipped %s", error)
         if not running:
-            return
+            break
         time.sleep(POLL_SECONDS)
+    for workdir in workdirs:
+        steps_of(workdir)
 
 
 def is_running(workdir: Path) -> bool:
