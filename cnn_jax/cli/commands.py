@@ -75,6 +75,7 @@ def list_(values: flags.FlagValues) -> None:
     "download",
     "dry_run",
     "verify",
+    "profile",
     "coordinator",
     "processes",
     "process",
@@ -111,6 +112,7 @@ def train(values: flags.FlagValues) -> None:
             values.download,
             values.verify,
             init_from=values.init_from,
+            profile=values.profile,
         )
     if not parallel.is_main_process():
         return

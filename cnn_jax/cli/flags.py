@@ -93,6 +93,11 @@ FLAGS = {
         "how many classes to name for each image; default 3, or all if there are fewer",
     ),
     "output": Flag(flags.DEFINE_string, None, "where to write"),
+    "profile": Flag(
+        flags.DEFINE_string,
+        None,
+        "START:STOP, training steps counted from 0: writes a trace of them, prints the longest parts",
+    ),
     "format": Flag(flags.DEFINE_string, "stablehlo", "stablehlo or onnx"),
     "watch": Flag(
         flags.DEFINE_bool, False, "evaluates each new checkpoint until the training ends"

@@ -34,6 +34,7 @@ from cnn_jax.train import (
     pretrained,
     start,
 )
+from cnn_jax.train.profile import Profile
 from cnn_jax.train.reporting import Reporter
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
@@ -50,6 +51,7 @@ def train(
     verify: bool = True,
     splits: Splits | None = None,
     init_from: str | None = None,
+    profile: str | None = None,
 ) -> list[dict]:
     """Trains to the last epoch; resumes where an earlier call on `workdir` stopped.
 
@@ -62,6 +64,7 @@ def train(
       verify: compares a restored checkpoint with its checksums.
       splits: the examples, if they are loaded already.
       init_from: WORKDIR[:STEP] of the run from which a new run takes its first parameters.
+      profile: START:STOP, the steps of which to write a trace.
 
     Returns:
       The lines of metrics.jsonl.
@@ -77,6 +80,7 @@ def train(
     parallel.check_divides(mesh, config.batch_size)
     agreement.check_program(config)
     workdir = Path(workdir).absolute()
+    traced = Profile(profile, workdir) if profile else None
     if parallel.is_main_process():
         prepare(workdir)
     with StopSignals() as signals, locked(workdir) as check_lock:
@@ -91,7 +95,7 @@ def train(
         check_same_run(workdir, config, metadata)
         order = loader.make_order(config, splits.train)
         saver = Saver(config, workdir, len(splits.train), order, signals, check_lock)
-        with _Run(config, mesh, splits, signals, saver) as run:
+        with _Run(config, mesh, splits, signals, saver, traced) as run:
             saver.start(run.restore(verify, source))
             if parallel.is_main_process():
                 write_config(workdir, config, experiment, metadata)
@@ -103,8 +107,15 @@ class _Run:
     """The state of one call of `train`, and the order in which it changes."""
 
     def __init__(
-        self, config: Config, mesh: Any, splits: Splits, signals: StopSignals, saver: Saver
+        self,
+        config: Config,
+        mesh: Any,
+        splits: Splits,
+        signals: StopSignals,
+        saver: Saver,
+        profile: Profile | None = None,
     ):
+        self.profile = profile
         self.config, self.mesh, self.splits = config, mesh, splits
         self.signals, self.saver = signals, saver
         self.steps_per_epoch = len(splits.train) // config.batch_size
@@ -186,6 +197,8 @@ class _Run:
         running: deque[jax.Array] = deque()
         data = loader.training_batches(self.splits.train, order, config.batch_size, skipped, epoch)
         for done, batch in enumerate(data, skipped + 1):
+            if self.profile:
+                self._print(self.profile.before(first + done - 1, self.state))
             self.state, loss = train(self.state, parallel.shard(batch, self.mesh))
             running.append(loss)
             if len(running) > parallel.QUEUE:
@@ -203,7 +216,13 @@ class _Run:
                 self.saver.save(self.state, self.epoch_seconds)
             if stop:
                 self.saver.stop(self.state, self.epoch_seconds, stop)
+        if self.profile and epoch + 1 == config.epochs:
+            self._print(self.profile.end(first + done, self.state))
         self._end_epoch(epoch)
+
+    def _print(self, lines: list[str]) -> None:
+        for line in lines:
+            self.reporter.progress.message(line)
 
     def _end_epoch(self, epoch: int) -> None:
         """Does all that follows an epoch's last step; depends only on `state`."""
