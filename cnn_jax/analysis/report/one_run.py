@@ -62,13 +62,8 @@ def content(run: Facts) -> tuple[dict[str, Any], list[Chart]]:
         for k, place in enumerate(run.predictions.mistakes(MISTAKES), 1)
     ]
     kernel = first_kernel(run.run.model, run.run.image_shape, run.run.variables["params"])
+    kernels = kernel and _kernels(*kernel)
     journeys, stages = _journeys(run)
-    kernels = kernel and plotting.picture(
-        "kernels",
-        images.draw_kernels(kernel[1], side=96),
-        f"The first {min(kernel[1].shape[-1], images.MOST_KERNELS)} kernels of {kernel[0]}, "
-        f"{formatting.shape(kernel[1].shape[:3])} weights each, as images.",
-    )
     causes, methods = _causes(run)
     values = dict(
         **shown,
@@ -95,6 +90,16 @@ def content(run: Facts) -> tuple[dict[str, Any], list[Chart]]:
     for example, strips in journeys:
         drawn += [example.picture, *(strip for strip in strips if strip)]
     return values, drawn
+
+
+def _kernels(name: str, kernel: np.ndarray) -> Chart:
+    """The first kernels of a layer."""
+    return plotting.picture(
+        "kernels",
+        images.draw_kernels(kernel, side=96),
+        f"The first {min(kernel.shape[-1], images.MOST_KERNELS)} kernels of {name}, "
+        f"{formatting.shape(kernel.shape[:3])} weights each, as images.",
+    )
 
 
 def _schedule(run: Facts) -> Chart | None:
