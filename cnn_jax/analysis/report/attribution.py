@@ -99,7 +99,8 @@ def grad_cam(
 ) -> np.ndarray | None:
     """The last convolution's maps, weighted by their mean gradients (Selvaraju et al. 2017).
 
-    Taken before the activation, which the gradient passes through. None without such a layer.
+    Taken before the activation, which the gradient passes through. None without such a layer, or if
+    it cannot be intercepted, as under nn.remat.
     """
     names = [
         layer.name
@@ -125,7 +126,10 @@ def grad_cam(
 
     added = jnp.zeros((len(image), *shape), jnp.float32)
     given = normalise(jnp.asarray(image), run.data)
-    gradient, maps = parallel.jit(jax.grad(score, has_aux=True))(added, run.variables, given)
+    try:
+        gradient, maps = parallel.jit(jax.grad(score, has_aux=True))(added, run.variables, given)
+    except (jax.errors.UnexpectedTracerError, IndexError):
+        return None
     cam = np.maximum((np.asarray(gradient).mean((1, 2), keepdims=True) * maps).sum(-1), 0)
     rows, columns = (
         np.arange(n) * have // n for n, have in zip(image.shape[1:], cam.shape[1:], strict=False)

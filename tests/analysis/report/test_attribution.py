@@ -72,6 +72,18 @@ def test_grad_cam_of_a_mean_over_the_map(tmp_path, image):
     np.testing.assert_allclose(found, cam[:, rows][:, :, columns], rtol=1e-4, atol=1e-7)
 
 
+class Hidden(nn.Module):
+    """Its convolution cannot be intercepted."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        return nn.remat(Pooled)()(image)
+
+
+def test_a_convolution_that_cannot_be_intercepted(tmp_path, image):
+    assert [*explained(make_run(tmp_path, Hidden(), SHAPE), image)] == ["saliency", "occlusion"]
+
+
 def test_the_picture_has_a_row_for_each_image():
     grey = make_examples(3).image
     picture = attribution.draw(grey, {"a": np.zeros((3, 28, 28)), "b": np.ones((3, 28, 28))})
