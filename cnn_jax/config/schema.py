@@ -116,6 +116,16 @@ class DataConfig:
     skip_broken: Annotated[
         bool, "leaves out those of your own images that cannot be decoded, instead of ending"
     ] = False
+    streaming: Annotated[
+        Literal["auto", True, False],
+        "reads and decodes images while they are used, instead of keeping all of them in memory; auto: "
+        "where the decoded images of a split take more than half of the memory that is available",
+    ] = "auto"
+    workers: Annotated[
+        int | None,
+        AT_LEAST_0,
+        "processes that decode what is streamed; 0: threads of the program itself; none: one a core",
+    ] = None
     balanced: Annotated[
         bool,
         "draws the examples of an epoch so that each class is as frequent as the others; the number of "
@@ -334,6 +344,8 @@ class Config:
 # The fields that may change when a run resumes. None of them changes the mathematics.
 CHANGEABLE_ON_RESUME = frozenset(
     {
+        "data.streaming",
+        "data.workers",
         "devices",
         "eval_every_epochs",
         "early_stopping_epochs",

@@ -16,15 +16,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cnn_jax.common import cpu, decode, files
 from cnn_jax.common.errors import ConfigError, DataError
-from cnn_jax.config import DataConfig
 from cnn_jax.data import image_files, tfds_builder
 from cnn_jax.data.image_files import ImageFile
 from cnn_jax.data.prefetch import Workers, look_ahead
+
+if TYPE_CHECKING:  # it imports JAX, which processes that only decode images do not need
+    from cnn_jax.config import DataConfig
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ class Dataset:
         """Read once, until a file changes."""
         return _headers(self.root, tuple(image.file for image in self.images), self.digest(True))
 
-    def image_shape(self, data: DataConfig) -> tuple[int, int, int]:
+    def image_shape(self, data: "DataConfig") -> tuple[int, int, int]:
         """(H, W, C): one channel if all files are stored as grey, otherwise three.
 
         Raises:
@@ -146,7 +149,7 @@ class Dataset:
         return [known[part.splitname][part.from_ : part.to] for part in parts]
 
 
-def open_dataset(data: DataConfig) -> Dataset:
+def open_dataset(data: "DataConfig") -> Dataset:
     """Finds the images of `data.name`; decodes none of them.
 
     Raises:
@@ -177,7 +180,7 @@ def open_dataset(data: DataConfig) -> Dataset:
     return Dataset(data.name, root, names, ordered, carved, tuple(remarks))
 
 
-def has_validation(data: DataConfig) -> bool:
+def has_validation(data: "DataConfig") -> bool:
     """Whether the run's validation split is the one that the dataset has."""
     used = f"{data.train_split} {data.test_split}"
     found = "validation" not in used and "validation" in open_dataset(data).splits
@@ -189,7 +192,7 @@ def has_validation(data: DataConfig) -> bool:
     return found
 
 
-def check_training(data: DataConfig) -> None:
+def check_training(data: "DataConfig") -> None:
     """Says what a user should know of the dataset, before it is decoded for training.
 
     Raises:
@@ -231,7 +234,7 @@ class FileRecords:
 
     random_access = True
 
-    def __init__(self, dataset: Dataset, images: Sequence[ImageFile], data: DataConfig):
+    def __init__(self, dataset: Dataset, images: Sequence[ImageFile], data: "DataConfig"):
         """Prepares to decode `images` of `dataset`.
 
         Raises:

@@ -9,17 +9,19 @@ import functools
 import logging
 import os
 import re
+import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from cnn_jax.common import cache, decode
+from cnn_jax.common import cache, cpu, decode, memory
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.config.paths import is_path
-from cnn_jax.data import decoded_cache, folders, tfds_builder
+from cnn_jax.config.schema import AUTO
+from cnn_jax.data import decoded_cache, folders, tfds_builder, workers
 from cnn_jax.data.prefetch import look_ahead
 
 if typing.TYPE_CHECKING:
@@ -73,10 +75,17 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class OnDemand:
-    """Examples that are read and decoded when they are requested."""
+    """Examples that are read and decoded when they are requested.
+
+    Attributes:
+      records: reads and decodes them.
+      indices: of the examples in `records`, int64 [N].
+      workers: how many processes do so for `in_order`; 0: threads of this process.
+    """
 
     records: "Records | folders.FileRecords"
     indices: np.ndarray
+    workers: int
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -99,7 +108,7 @@ class OnDemand:
         return {"image": image, "label": label}
 
     def take(self, indices: np.ndarray) -> "OnDemand":
-        return OnDemand(self.records, self.indices[indices])
+        return dataclasses.replace(self, indices=self.indices[indices])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +137,10 @@ class Relabelled:
         return len(self.examples)
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        batch = self.examples[indices]
+        return self.relabelled(self.examples[indices])
+
+    def relabelled(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A batch of `examples` with the new labels."""
         return batch | {"label": self.new_label[batch["label"]]}
 
     def take(self, indices: np.ndarray) -> "Relabelled":
@@ -146,12 +158,23 @@ def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
     return Relabelled(examples, class_names, new_label)
 
 
+def in_order(examples: Examples, batches: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """`examples[indices]` for the indices of each batch; what must be decoded is decoded ahead."""
+    if isinstance(examples, InMemory):
+        return map(examples.__getitem__, batches)
+    if isinstance(examples, Relabelled):
+        return map(examples.relabelled, in_order(examples.examples, batches))
+    if isinstance(examples, OnDemand) and examples.workers:
+        indices = map(examples.indices.__getitem__, batches)
+        found = workers.in_order(examples.records, indices, examples.workers)
+        return ({"image": image, "label": label} for image, label in found)
+    return look_ahead(map(examples.__getitem__, batches))
+
+
 def chunks(examples: Examples) -> Iterator[dict[str, np.ndarray]]:
     """All examples in order, a few at a time."""
     starts = range(0, len(examples), _CHUNK)
-    return look_ahead(
-        examples[np.arange(start, min(start + _CHUNK, len(examples)))] for start in starts
-    )
+    return in_order(examples, (np.arange(i, min(i + _CHUNK, len(examples))) for i in starts))
 
 
 def default_data_dir() -> str:
@@ -174,7 +197,8 @@ def load_examples(
         TFDS's notation ("test[:10%]").
       data_dir: where TFDS prepared the dataset; None: `default_data_dir()`.
       download: lets TFDS fetch and prepare a dataset that is not prepared.
-      memory_bytes: the limit for the decoded images; None: half of the machine's memory.
+      memory_bytes: the limit for the decoded images, unless data.streaming is true or false; None:
+        half of the memory that is available.
 
     Raises:
       DataError: the dataset or the split is unknown, not prepared, not of labelled images, or
@@ -185,8 +209,10 @@ def load_examples(
         raise DataError(
             "split=validation: this run has no validation split (data.validation_examples=0)"
         )
-    if memory_bytes is None:
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if data.streaming != AUTO:
+        memory_bytes = 0 if data.streaming else sys.maxsize
+    elif memory_bytes is None:
+        memory_bytes = memory.available_bytes() // 2
     load = functools.partial(
         _load, data, data_dir=data_dir, download=download, memory_bytes=memory_bytes
     )
@@ -278,10 +304,10 @@ def _load(
     records = Records(builder, data, split, field)
     if len(records) * int(np.prod(records.image_shape)) > memory_bytes:
         if records.random_access:
-            log.info("%s is decoded on demand: it does not fit in memory", records.name)
-            return OnDemand(records, np.arange(len(records)))
+            return _on_demand(records, np.arange(len(records)), data)
+        reason = "too large for memory" if data.streaming == AUTO else "data.streaming=true"
         raise DataError(
-            f"data.name={data.name}: too large for memory, and the TFRECORD files in data_dir={folder} "
+            f"data.name={data.name}: {reason}, and the TFRECORD files in data_dir={folder} "
             "have no random access; prepare it as array_record: --download with another --data_dir"
         )
     examples = _decode_all(records)
@@ -306,8 +332,7 @@ def _load_files(data: DataConfig, split: str, field: str, memory_bytes: int) -> 
     else:
         records = folders.FileRecords(dataset, images, data)
         if len(records) * int(np.prod(records.image_shape)) > memory_bytes:
-            log.info("%s is decoded on demand: it does not fit in memory", data.name)
-            return OnDemand(records, _readable(records, data))
+            return _on_demand(records, _readable(records, data), data)
         examples = _decode_all(records)
     examples = dataclasses.replace(examples, files=tuple(image.file for image in images))
     broken = examples.label == folders.BROKEN
@@ -316,6 +341,16 @@ def _load_files(data: DataConfig, split: str, field: str, memory_bytes: int) -> 
     if not found:
         decoded_cache.write(key, examples.image, examples.label, examples.class_names)
     return examples.take(np.flatnonzero(~broken)) if broken.any() else examples
+
+
+def _on_demand(
+    records: "Records | folders.FileRecords", indices: np.ndarray, data: DataConfig
+) -> OnDemand:
+    count = cpu.cores() if data.workers is None else data.workers
+    by = f"{count} worker processes" if count else "threads"
+    reason = ": it does not fit in memory" if data.streaming == AUTO else ""
+    log.info("%s is decoded on demand by %s%s", records.name, by, reason)
+    return OnDemand(records, indices, count)
 
 
 def _readable(records: "folders.FileRecords", data: DataConfig) -> np.ndarray:

@@ -16,14 +16,16 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cnn_jax.common import extras
 from cnn_jax.common.errors import DataError
 from cnn_jax.common.files import library_path
-from cnn_jax.config import DataConfig
+
+if TYPE_CHECKING:  # it imports JAX, which processes that only decode images do not need
+    from cnn_jax.config import DataConfig
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +159,7 @@ def shown(path: Any) -> str:
     return str(path) if "://" in str(path) else os.path.realpath(path)
 
 
-def layout(builder: Any, data: DataConfig) -> Layout:
+def layout(builder: Any, data: "DataConfig") -> Layout:
     """The layout of the records of `builder`. The dataset need not be prepared.
 
     Raises:

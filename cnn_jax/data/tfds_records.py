@@ -12,7 +12,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -20,9 +20,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from cnn_jax.common import decode
 from cnn_jax.common.errors import DataError
-from cnn_jax.config import DataConfig
 from cnn_jax.data import tfds_builder
 from cnn_jax.data.prefetch import Workers, look_ahead
+
+if TYPE_CHECKING:  # it imports JAX, which processes that only decode images do not need
+    from cnn_jax.config import DataConfig
 
 CHUNK = 500
 
@@ -50,7 +52,7 @@ class Records:
       random_access: whether `fetch` works.
     """
 
-    def __init__(self, builder: Any, data: DataConfig, split: str, field: str = "split"):
+    def __init__(self, builder: Any, data: "DataConfig", split: str, field: str = "split"):
         """Opens `split` of a prepared `builder`; errors name it as `field`.
 
         Raises:

@@ -72,6 +72,6 @@ def compiled_step(
       ConfigError: as `parallel.compile_step`.
     """
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-    order = np.arange(len(examples))
+    order = np.arange(config.batch_size)
     batch = next(loader.training_batches(examples, order, config.batch_size))
     return parallel.compile_step(step, mesh, state, batch, config.compute_dtype)
