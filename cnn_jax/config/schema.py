@@ -31,6 +31,7 @@ SEED = Range("from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31)
 COUNT = Range("from 1 to 2**31 - 1", lambda value: 1 <= value < 2**31)
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
 AT_LEAST_0 = Range("0 or more", lambda value: value >= 0)
+ANY_NUMBER = Range("0 or more, or all", lambda value: value == "all" or value >= 0)
 POSITIVE = Range("greater than 0 and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.inf)
 SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
@@ -113,9 +114,12 @@ class DataConfig:
         "of your own images without a test split, the share of each class that becomes one, the same "
         "for every seed; none: 0.2",
     ] = None
-    skip_broken: Annotated[
-        bool, "leaves out those of your own images that cannot be decoded, instead of ending"
-    ] = False
+    skip_corrupt: Annotated[
+        int | Literal["all"],
+        ANY_NUMBER,
+        "how many images that cannot be decoded are left out of a split, instead of ending; a run then "
+        "decodes all images once before it begins, and metrics.jsonl counts those that were left out",
+    ] = 0
     streaming: Annotated[
         Literal["auto", True, False],
         "reads and decodes images while they are used, instead of keeping all of them in memory; auto: "

@@ -6,6 +6,7 @@ split where there is none: those of a class with the lowest ones. It is the same
 an image that is added moves few others.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,16 +26,15 @@ from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.data import image_files, tfds_builder
 from cnn_jax.data.image_files import ImageFile
 from cnn_jax.data.prefetch import Workers, look_ahead
+from cnn_jax.data.records import CHUNK, Decoded, ImageRecords, changed
 
 if TYPE_CHECKING:  # it imports JAX, which processes that only decode images do not need
     from cnn_jax.config import DataConfig
 
 log = logging.getLogger(__name__)
 
-CHUNK = 500
 SEED = 0
 TEST_FRACTION = 0.2
-BROKEN = -1  # as a label
 SUGGESTED_SIDE = 64
 
 
@@ -229,8 +229,8 @@ def suggested_size(sizes: np.ndarray) -> tuple[int, int]:
     return side, side
 
 
-class FileRecords:
-    """The examples of one split, in its order; used as `tfds_records.Records` is."""
+class FileRecords(ImageRecords):
+    """The examples of one split; `files` has their paths, relative to `root`."""
 
     random_access = True
 
@@ -243,6 +243,7 @@ class FileRecords:
         self.name, self.root = dataset.name, dataset.root
         self.class_names, self.image_shape = dataset.class_names, dataset.image_shape(data)
         self.files = tuple(image.file for image in images)
+        self.stamps = np.array([(image.size, image.modified) for image in images], np.int64)
         self.any_size = data.image_size is not None
         index = {name: i for i, name in enumerate(self.class_names)}
         self.labels = np.array([index[image.class_name] for image in images], np.int32)
@@ -251,46 +252,29 @@ class FileRecords:
     def __len__(self) -> int:
         return len(self.files)
 
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All examples: image uint8 [n, H, W, C], label int32 [n], BROKEN where it is not decoded."""
+    def chunks(self) -> Iterator[Decoded]:
         starts = range(0, len(self), CHUNK)
-        yield from look_ahead(
-            self._decode(range(start, min(start + CHUNK, len(self))))[:2] for start in starts
+        return look_ahead(
+            self.decoded(range(start, min(start + CHUNK, len(self)))) for start in starts
         )
 
-    def fetch(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The examples at `indices`; several threads may call it at once.
+    def decoded(self, indices: Sequence[int]) -> Decoded:
+        def read(i: int) -> tuple[np.ndarray, int]:
+            return self._read(self._path(indices[i])), self.labels[indices[i]]
 
-        Raises:
-          DataError: an image cannot be decoded; names its file.
-        """
-        image, label, errors = self._decode(indices)
-        if errors:
-            raise errors[0]
-        return image, label
+        return self.decode_each(len(indices), read)
 
-    def problem(self, index: int) -> str:
-        """Why the image at `index` cannot be decoded, with its file's name; empty if it can."""
-        errors = self._decode([index])[2]
-        return str(errors[0]) if errors else ""
+    def check_unchanged(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            before, now = tuple(self.stamps[index].tolist()), None
+            with contextlib.suppress(OSError):
+                status = os.stat(self._path(index))
+                now = status.st_size, status.st_mtime_ns
+            if now != before and before[0] >= 0:
+                raise changed(self._path(index), now, before)
 
     def _path(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])
-
-    def _decode(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[DataError]]:
-        image = np.zeros((len(indices), *self.image_shape), np.uint8)
-        label = self.labels[list(indices)]
-        errors: list[DataError] = []
-
-        def decode_one(i: int) -> None:
-            try:
-                image[i] = self._read(self._path(indices[i]))
-            except DataError as error:
-                label[i] = BROKEN
-                errors.append(error)
-
-        self.workers.each(decode_one, len(indices))
-        return image, label, errors
 
     def _read(self, path: str) -> np.ndarray:
         """uint8 [H, W, C]."""

@@ -23,9 +23,7 @@ from cnn_jax.config.paths import is_path
 from cnn_jax.config.schema import AUTO
 from cnn_jax.data import decoded_cache, folders, tfds_builder, workers
 from cnn_jax.data.prefetch import look_ahead
-
-if typing.TYPE_CHECKING:
-    from cnn_jax.data.tfds_records import Records
+from cnn_jax.data.records import BROKEN, ImageRecords
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +49,13 @@ class Examples(typing.Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """Examples that are all decoded in memory."""
+    """Examples that are all decoded in memory; `skipped` others of the split cannot be decoded."""
 
     image: np.ndarray
     label: np.ndarray
     class_names: tuple[str, ...]
     files: tuple[str, ...] = ()
+    skipped: int = 0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -70,7 +69,8 @@ class InMemory:
 
     def take(self, indices: np.ndarray) -> "InMemory":
         files = tuple(self.files[i] for i in indices) if self.files else ()
-        return InMemory(self.image[indices], self.label[indices], self.class_names, files)
+        image, label = self.image[indices], self.label[indices]
+        return dataclasses.replace(self, image=image, label=label, files=files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +81,13 @@ class OnDemand:
       records: reads and decodes them.
       indices: of the examples in `records`, int64 [N].
       workers: how many processes do so for `in_order`; 0: threads of this process.
+      skipped: the number of others that cannot be decoded.
     """
 
-    records: "Records | folders.FileRecords"
+    records: ImageRecords
     indices: np.ndarray
     workers: int
+    skipped: int = 0
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -304,16 +306,16 @@ def _load(
     records = Records(builder, data, split, field)
     if len(records) * int(np.prod(records.image_shape)) > memory_bytes:
         if records.random_access:
-            return _on_demand(records, np.arange(len(records)), data)
+            return _on_demand(records, data)
         reason = "too large for memory" if data.streaming == AUTO else "data.streaming=true"
         raise DataError(
             f"data.name={data.name}: {reason}, and the TFRECORD files in data_dir={folder} "
             "have no random access; prepare it as array_record: --download with another --data_dir"
         )
-    examples = _decode_all(records)
-    if key := _cache_key(data, split, folder):
+    examples, first = _decode_all(records, data)
+    if not first and (key := _cache_key(data, split, folder)):
         decoded_cache.write(key, examples.image, examples.label, examples.class_names)
-    return examples
+    return _without_broken(examples, first, data)
 
 
 def _load_files(data: DataConfig, split: str, field: str, memory_bytes: int) -> Examples:
@@ -328,72 +330,94 @@ def _load_files(data: DataConfig, split: str, field: str, memory_bytes: int) -> 
         "files": [dataset.digest(modified=True), decode.fingerprint()],
     }
     if found := decoded_cache.read(key, memory_bytes):
-        examples = InMemory(**found)
+        examples, first = InMemory(**found), ""
     else:
         records = folders.FileRecords(dataset, images, data)
         if len(records) * int(np.prod(records.image_shape)) > memory_bytes:
-            return _on_demand(records, _readable(records, data), data)
-        examples = _decode_all(records)
-    examples = dataclasses.replace(examples, files=tuple(image.file for image in images))
-    broken = examples.label == folders.BROKEN
-    if broken.any():
-        _report_broken(folders.FileRecords(dataset, images, data), np.flatnonzero(broken), data)
-    if not found:
+            return _on_demand(records, data)
+        examples, first = _decode_all(records, data)
         decoded_cache.write(key, examples.image, examples.label, examples.class_names)
-    return examples.take(np.flatnonzero(~broken)) if broken.any() else examples
+    broken = np.flatnonzero(examples.label == BROKEN)
+    if found and len(broken):
+        first = folders.FileRecords(dataset, images, data).problem(broken[0])
+    examples = dataclasses.replace(examples, files=tuple(image.file for image in images))
+    return _without_broken(examples, first, data)
 
 
-def _on_demand(
-    records: "Records | folders.FileRecords", indices: np.ndarray, data: DataConfig
-) -> OnDemand:
+def _on_demand(records: ImageRecords, data: DataConfig) -> OnDemand:
+    """The examples of `records`; looks for those that cannot be decoded if they may be left out."""
     count = cpu.cores() if data.workers is None else data.workers
-    by = f"{count} worker processes" if count else "threads"
+    by = f"{count} worker process{'es'[: 2 * (count > 1)]}" if count else "threads"
     reason = ": it does not fit in memory" if data.streaming == AUTO else ""
     log.info("%s is decoded on demand by %s%s", records.name, by, reason)
-    return OnDemand(records, indices, count)
-
-
-def _readable(records: "folders.FileRecords", data: DataConfig) -> np.ndarray:
-    """The indices of the images that can be decoded. Looks for others only if they may be skipped."""
-    if not data.skip_broken:
-        return np.arange(len(records))
+    if not data.skip_corrupt:
+        return OnDemand(records, np.arange(len(records)), count)
     log.info("decoding all %s images once, to find broken ones", f"{len(records):,}")
-    label = np.concatenate([label for _, label in records.chunks()])
-    if len(broken := np.flatnonzero(label == folders.BROKEN)):
-        _report_broken(records, broken, data)
-    return np.flatnonzero(label != folders.BROKEN)
+    label, errors = [], []
+    for _, labels, found in records.chunks():
+        label.append(labels)
+        errors += found
+        if errors:
+            _check_broken(str(errors[0]), len(errors), data)
+    if errors:
+        _report_broken(str(errors[0]), len(errors), len(records), data)
+    readable = np.flatnonzero(np.concatenate(label) != BROKEN)
+    return OnDemand(records, readable, count, skipped=len(errors))
 
 
-def _report_broken(records: "folders.FileRecords", broken: np.ndarray, data: DataConfig) -> None:
-    """Says how many images cannot be decoded, and which is the first.
+def _without_broken(examples: InMemory, first: str, data: DataConfig) -> InMemory:
+    """`examples` without those whose label is BROKEN; `first` says why the first of them is."""
+    readable = np.flatnonzero(examples.label != BROKEN)
+    skipped = len(examples) - len(readable)
+    if not skipped:
+        return examples
+    _report_broken(first, skipped, len(examples), data)
+    return dataclasses.replace(examples.take(readable), skipped=skipped)
+
+
+def _check_broken(first: str, count: int, data: DataConfig) -> None:
+    """Raises DataError if `count` images that cannot be decoded are more than may be left out."""
+    allowed = data.skip_corrupt
+    if allowed != "all" and count > allowed:
+        more = f" ({count} such images, data.skip_corrupt={allowed})" if allowed else ""
+        raise DataError(f"{first}{more}; --set data.skip_corrupt=all leaves such images out")
+
+
+def _report_broken(first: str, count: int, total: int, data: DataConfig) -> None:
+    """Says how many of `total` images cannot be decoded, and why the first cannot.
 
     Raises:
-      DataError: they must not be skipped, or there are no others.
+      DataError: they must not be left out, or there are no others.
     """
-    first = records.problem(broken[0])
-    more = f" ({len(broken)} images are broken)" if len(broken) > 1 else ""
-    if not data.skip_broken:
-        raise DataError(f"{first}{more}; mend it, or leave it out with --set data.skip_broken=true")
-    if len(broken) == len(records):
-        raise DataError(f"{first}{more}; no image is left")
-    log.warning("warning: %d broken images are left out; the first: %s", len(broken), first)
+    _check_broken(first, count, data)
+    if count == total:
+        raise DataError(f"{first} ({count} images are broken); no image is left")
+    log.warning("warning: %d broken images are left out; the first: %s", count, first)
 
 
-def _decode_all(records: "Records | folders.FileRecords") -> InMemory:
+def _decode_all(records: ImageRecords, data: DataConfig) -> tuple[InMemory, str]:
+    """All examples, also those that are BROKEN, and why the first of these is.
+
+    Raises:
+      DataError: more are broken than may be left out.
+    """
     log.info("decoding %s examples of %s", f"{len(records):,}", records.name)
     image = np.empty((len(records), *records.image_shape), np.uint8)
     label = np.empty(len(records), np.int32)
-    done = 0
-    for images, labels in records.chunks():
+    done, broken, first = 0, 0, ""
+    for images, labels, errors in records.chunks():
         image[done : done + len(labels)] = images
         label[done : done + len(labels)] = labels
         done += len(labels)
+        broken += len(errors)
+        first = first or next(map(str, errors), "")
+        _check_broken(first, broken, data)
     names = records.class_names
     absent = np.flatnonzero(np.bincount(label[label >= 0], minlength=len(names)) == 0)
     if len(absent):
         shown = ", ".join(names[i] for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
         log.warning("warning: %s has no example of: %s", records.name, shown)
-    return InMemory(image, label, names)
+    return InMemory(image, label, names), first
 
 
 def _folder(data: DataConfig, data_dir: str | None) -> str:

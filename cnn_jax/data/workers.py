@@ -89,9 +89,7 @@ class _Pool:
         """Ends the processes."""
         self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
-            process.stdin.close()
-            process.stdout.close()
-            process.wait()
+            _close(process)
 
     def _fetch(self, records: Any, indices: np.ndarray) -> Batch:
         if getattr(self._own, "process", None) is None:
@@ -115,7 +113,7 @@ class _Pool:
 
     def _died(self, process: subprocess.Popen) -> DataError:
         process.kill()
-        code = process.wait()
+        code = _close(process)
         how = (
             f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         )
@@ -130,6 +128,14 @@ def _pool(count: int) -> _Pool:
     pool = _Pool(count)
     atexit.register(pool.close)
     return pool
+
+
+def _close(process: subprocess.Popen) -> int:
+    """Ends a process, by closing its pipes; returns its exit code."""
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # a part of a request that nobody reads
+            pipe.close()
+    return process.wait()
 
 
 def _start() -> subprocess.Popen:

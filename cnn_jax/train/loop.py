@@ -221,6 +221,8 @@ class _Run:
             "train_loss": float(sums["loss"]) / images,
             "train_accuracy": int(sums["correct"]) / images,
         }
+        if config.data.skip_corrupt:
+            line["skipped_examples"] = self.splits.train.skipped
         if last or (epoch + 1) % config.eval_every_epochs == 0:
             line |= self._evaluate()
         for name, value in line.items():

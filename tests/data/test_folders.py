@@ -426,13 +426,13 @@ def test_broken_images(memory_bytes, tmp_path, caplog):
     root = spoiled(tmp_path / "photos")
     data = DataConfig(str(root))
     with pytest.raises(
-        DataError, match=r"\.png: cannot be read \(.*data.skip_broken=true|cannot be read"
+        DataError, match=r"\.png: cannot be read \(.*data.skip_corrupt=all|cannot be read"
     ):
         sources.load_examples(data, "train", memory_bytes=memory_bytes)[np.arange(11)]
     caplog.set_level("INFO")
     for _ in range(2):  # decoded, and from the cache
         caplog.clear()
-        skipping = DataConfig(str(root), skip_broken=True)
+        skipping = DataConfig(str(root), skip_corrupt="all")
         examples = sources.load_examples(skipping, "train", memory_bytes=memory_bytes)
         assert "3 broken images are left out; the first: " in caplog.text
         assert len(examples) == 8
@@ -450,7 +450,7 @@ def test_all_images_broken(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("no image")
     with pytest.raises(DataError, match="none of its 2 images can be read"):
-        sources.load_examples(DataConfig(str(tmp_path), skip_broken=True), "all")
+        sources.load_examples(DataConfig(str(tmp_path), skip_corrupt="all"), "all")
 
 
 def test_a_changed_file_is_decoded_again(tmp_path):
