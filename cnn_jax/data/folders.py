@@ -180,10 +180,10 @@ def open_dataset(data: "DataConfig") -> Dataset:
     return Dataset(data.name, root, names, ordered, carved, tuple(remarks))
 
 
-def has_validation(data: "DataConfig") -> bool:
+def has_validation(data: "DataConfig", dataset: Dataset | None = None) -> bool:
     """Whether the run's validation split is the one that the dataset has."""
     used = f"{data.train_split} {data.test_split}"
-    found = "validation" not in used and "validation" in open_dataset(data).splits
+    found = "validation" not in used and "validation" in (dataset or open_dataset(data)).splits
     if found and data.validation_examples:
         raise ConfigError(
             f"data.validation_examples={data.validation_examples}: must be 0, as {data.name} has a "
@@ -192,13 +192,12 @@ def has_validation(data: "DataConfig") -> bool:
     return found
 
 
-def check_training(data: "DataConfig") -> None:
+def check_training(data: "DataConfig", dataset: Dataset) -> None:
     """Says what a user should know of the dataset, before it is decoded for training.
 
     Raises:
       DataError: it has one class, or a class without a training image.
     """
-    dataset = open_dataset(data)
     names, trained = dataset.class_names, dataset.select(data.train_split, "data.train_split")
     found = {image.class_name for image in trained}
     if len(names) < 2:

@@ -190,6 +190,7 @@ def load_examples(
     data_dir: str | None = None,
     download: bool = False,
     memory_bytes: int | None = None,
+    dataset: folders.Dataset | None = None,
 ) -> Examples:
     """The examples of one split.
 
@@ -201,12 +202,13 @@ def load_examples(
       download: lets TFDS fetch and prepare a dataset that is not prepared.
       memory_bytes: the limit for the decoded images, unless data.streaming is true or false; None:
         half of the memory that is available.
+      dataset: a user's own images, if they are opened already: that takes time.
 
     Raises:
       DataError: the dataset or the split is unknown, not prepared, not of labelled images, or
         damaged; the message says which.
     """
-    own = split == "validation" and not data.validation_examples and has_validation(data)
+    own = split == "validation" and not data.validation_examples and has_validation(data, dataset)
     if split == "validation" and not data.validation_examples and not own:
         raise DataError(
             "split=validation: this run has no validation split (data.validation_examples=0)"
@@ -216,7 +218,12 @@ def load_examples(
     elif memory_bytes is None:
         memory_bytes = memory.available_bytes() // 2
     load = functools.partial(
-        _load, data, data_dir=data_dir, download=download, memory_bytes=memory_bytes
+        _load,
+        data,
+        data_dir=data_dir,
+        download=download,
+        memory_bytes=memory_bytes,
+        dataset=dataset,
     )
     if split == "test":
         return load(data.test_split, field="data.test_split")
@@ -229,13 +236,14 @@ def load_examples(
     return examples.take(kept if split == "train" else held_out)
 
 
-def has_validation(data: DataConfig) -> bool:
-    """Whether the run has a validation split.
+def has_validation(data: DataConfig, dataset: folders.Dataset | None = None) -> bool:
+    """Whether the run has a validation split; `dataset` as in `load_examples`.
 
     Raises:
       ConfigError: the dataset has one, and data.validation_examples asks for another one.
     """
-    return (is_path(data.name) and folders.has_validation(data)) or bool(data.validation_examples)
+    own = is_path(data.name) and folders.has_validation(data, dataset)
+    return own or bool(data.validation_examples)
 
 
 def image_shape(data: DataConfig, data_dir: str | None = None) -> tuple[int, int, int]:
@@ -292,10 +300,12 @@ def _load(
     data_dir: str | None,
     download: bool,
     memory_bytes: int,
+    dataset: folders.Dataset | None,
 ) -> Examples:
     """The examples of a split in TFDS's notation; errors name it as `field`."""
     if is_path(data.name):
-        return _load_files(data, split, field, memory_bytes)
+        dataset = dataset or folders.open_dataset(data)
+        return _load_files(data, dataset, split, field, memory_bytes)
     folder = _folder(data, data_dir)
     key = _cache_key(data, split, folder)
     if key and (found := decoded_cache.read(key, memory_bytes)):
@@ -318,9 +328,10 @@ def _load(
     return _without_broken(examples, first, data)
 
 
-def _load_files(data: DataConfig, split: str, field: str, memory_bytes: int) -> Examples:
+def _load_files(
+    data: DataConfig, dataset: folders.Dataset, split: str, field: str, memory_bytes: int
+) -> Examples:
     """The same for a user's own images."""
-    dataset = folders.open_dataset(data)
     images = dataset.select(split, field)
     key = {
         "dataset": Path(data.name).name[:40],

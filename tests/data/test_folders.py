@@ -15,7 +15,7 @@ from cnn_jax.common import decode
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.paths import resolved
-from cnn_jax.data import folders, sources, statistics
+from cnn_jax.data import folders, image_files, sources, statistics
 from cnn_jax.data.splits import load_splits
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models import MLP
@@ -466,6 +466,16 @@ def test_a_changed_file_is_decoded_again(tmp_path):
 
 
 # -------------------------------------------------------------------------- twins, mean, deviation
+
+
+def test_a_run_looks_for_the_images_once(tmp_path, monkeypatch):
+    opened, find = [], image_files.find
+    monkeypatch.setattr(image_files, "find", lambda name: opened.append(name) or find(name))
+    root = str(write(tmp_path, *many("train/a", 3), *many("val/a", 1), "train/b/x.png"))
+    splits = load_splits(Config(MLP(), DataConfig(root)))
+    assert list(splits.by_name()) == ["train", "validation", "test"]
+    assert len(splits.data_files) == 16
+    assert opened == [root]
 
 
 def test_twins_in_two_splits_are_counted(tmp_path, caplog):

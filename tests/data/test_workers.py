@@ -82,7 +82,7 @@ def test_they_give_what_memory_gives(kind, count, part_bytes, tfds_dir, folder, 
 
 
 def test_few_parts_wait_in_memory(tfds_dir, monkeypatch):
-    monkeypatch.setattr(workers, "PART_BYTES", 1)
+    monkeypatch.setattr(workers, "PART_IMAGES", 1)
     taken = []
 
     def batches():
@@ -100,7 +100,8 @@ def test_few_parts_wait_in_memory(tfds_dir, monkeypatch):
 # ------------------------------------------------------------------------------- what goes wrong
 
 
-def test_one_that_dies_is_one_line_and_is_replaced(tfds_dir):
+def test_one_that_dies_is_one_line_and_is_replaced(tfds_dir, monkeypatch):
+    monkeypatch.setattr(workers, "PART_IMAGES", 4)
     examples = streamed("tiny_squares", tfds_dir)
     order = np.arange(len(examples))
     batches = loader.training_batches(examples, order, 4)
