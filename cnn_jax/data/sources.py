@@ -21,7 +21,7 @@ from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.config.paths import is_path
 from cnn_jax.config.schema import AUTO
-from cnn_jax.data import decoded_cache, folders, tfds_builder, workers
+from cnn_jax.data import buckets, decoded_cache, folders, tfds_builder, workers
 from cnn_jax.data.prefetch import look_ahead
 from cnn_jax.data.records import BROKEN, ImageRecords
 
@@ -434,14 +434,18 @@ def _decode_all(records: ImageRecords, data: DataConfig) -> tuple[InMemory, str]
 def _folder(data: DataConfig, data_dir: str | None) -> str:
     if data.name == tfds_builder.EMBEDDED:
         return str(cache.cache_dir() / "tfds")
-    return os.path.expanduser(data_dir or default_data_dir())
+    folder = data_dir or default_data_dir()
+    if not buckets.is_remote(folder):
+        return os.path.expanduser(folder)
+    dataset = tfds_builder.dataset_name(data.name)
+    return str(buckets.opened(folder, dataset, cache.cache_dir()).folder)
 
 
 def _cache_key(data: DataConfig, split: str, folder: str) -> dict | None:
-    """What a decoded copy depends on; None if the dataset's files are remote or absent."""
-    if "://" in folder:
-        return None
-    files = decoded_cache.fingerprint(Path(folder, data.name.partition(":")[0].partition("/")[0]))
+    """What a decoded copy depends on; None if the dataset's files are absent."""
+    files = buckets.state(folder) or decoded_cache.fingerprint(
+        Path(folder, data.name.partition(":")[0].partition("/")[0])
+    )
     if not files:
         return None
     if data.name == tfds_builder.EMBEDDED:  # another version may draw other images

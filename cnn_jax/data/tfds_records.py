@@ -20,7 +20,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from cnn_jax.common import decode
 from cnn_jax.common.errors import DataError
-from cnn_jax.data import tfds_builder
+from cnn_jax.data import buckets, tfds_builder
 from cnn_jax.data.prefetch import Workers, look_ahead
 from cnn_jax.data.records import CHUNK, Decoded, ImageRecords, changed
 
@@ -71,6 +71,7 @@ class Records(ImageRecords):
         self.ends = list(itertools.accumulate(shard.take for shard in self.shards))
         if not len(self):
             raise DataError(f"{field}={split}: this part of {data.name} has no examples")
+        buckets.fetch(shard.filename for shard in self.shards)
         for shard in self.shards:
             if not tfds.core.Path(shard.filename).exists():
                 raise DataError(

@@ -81,6 +81,13 @@ def test_they_give_what_memory_gives(kind, count, part_bytes, tfds_dir, folder, 
         assert_same(sources.chunks(two), sources.chunks(one))
 
 
+def test_they_read_a_data_dir_of_any_name(tfds_dir, tmp_path):
+    shutil.copytree(tfds_dir, tmp_path / "[2024] data")
+    wanted = load_examples(DataConfig("tiny_squares"), "train", str(tfds_dir))
+    found = streamed("tiny_squares", tmp_path / "[2024] data")
+    assert_same(sources.chunks(found), sources.chunks(wanted))
+
+
 def test_few_parts_wait_in_memory(tfds_dir, monkeypatch):
     monkeypatch.setattr(workers, "PART_IMAGES", 1)
     taken = []
