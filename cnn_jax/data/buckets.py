@@ -28,6 +28,8 @@ _DESCRIPTION = (".json", ".txt")
 # What tells the states of a file apart, by the names that file systems give it.
 _STAMPS = ("md5Hash", "ETag", "etag", "generation", "LastModified", "created")
 _AT_ONCE = 8
+# Seconds without a byte from Google's servers after which a request is tried again, six times in all.
+SILENCE = 20
 _opened: dict[str, "Bucket"] = {}  # by local folder
 
 
@@ -123,7 +125,17 @@ class Bucket:
     def _open(self) -> Any:
         import fsspec
 
-        return fsspec.filesystem(self.address.partition("://")[0])
+        kind, options = self.address.partition("://")[0], {}
+        if kind in ("gs", "gcs"):
+            # Its search for the bucket's type takes a minute where only the bucket's files may be read.
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback
+            import aiohttp
+
+            # By default it ends the copy of a shard that takes more than five minutes.
+            patience = aiohttp.ClientTimeout(sock_connect=SILENCE, sock_read=SILENCE)
+            options = {"requests_timeout": patience}
+        return fsspec.filesystem(kind, **options)
 
     def _reading(self, read: Callable[[], T], name: str = "") -> T:
         """The result of `read`, which asks the bucket for the file `name`, or for all."""

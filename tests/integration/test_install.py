@@ -101,6 +101,7 @@ def test_every_imported_package_is_required(settings):
                 imported.add(node.module.partition(".")[0])
     imported -= {"cnn_jax", *PEERS, *sys.stdlib_module_names}
     required = {canonicalize_name(requirement.name) for requirement in requirements(settings)}
+    required |= set(settings["options.extras_require"]["gcs"].split())
     assert {canonicalize_name(PACKAGES.get(name, name)) for name in imported} <= required
 
 
