@@ -231,7 +231,8 @@ def peak_growth(work) -> int:
     return (memory._fields(Path("/proc/self/status"))["VmHWM"] - before) * 1024
 
 
-def test_memory_does_not_grow_with_the_dataset(tmp_path):
+def test_memory_does_not_grow_with_the_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PART_BYTES", 1_000_000)  # five of them at the most
     side, count, limit = 256, 1100, 20_000_000
     first = tmp_path / "train/a/0.png"
     for name in "ab":
