@@ -74,6 +74,7 @@ def list_(values: flags.FlagValues) -> None:
     "data_dir",
     "download",
     "dry_run",
+    "seeds",
     "verify",
     "coordinator",
     "processes",
@@ -102,6 +103,9 @@ def train(values: flags.FlagValues) -> None:
         return
     name = experiment.short_name(values.experiment)
     workdir = _path(values.workdir or f"runs/{name}")
+    if values.seeds:
+        _train_seeds(config, workdir, name, values)
+        return
     with processes.naming_the_lost():
         lines = loop.train(
             config,
@@ -120,7 +124,25 @@ def train(values: flags.FlagValues) -> None:
         )
     print(f"next: {PROGRAM} evaluate {shlex.quote(str(workdir))}")
     if name == "quickstart":
+        print(f"to look inside, in a browser: {PROGRAM} playground {shlex.quote(str(workdir))}")
         print(f"then the real data: {PROGRAM} train fashion_mnist/lenet --download")
+
+
+def _train_seeds(config, workdir: Path, name: str, values: flags.FlagValues) -> None:
+    from cnn_jax.studies import markdown
+    from cnn_jax.train import seeds
+
+    for change in values.set:
+        if change.partition("=")[0].strip() == "seed":
+            raise ConfigError(
+                f"--set {change}: must not be given with --seeds={values.seeds}, which sets the "
+                "seeds 0, 1, ...; leave one of the two out"
+            )
+    given = values.data_dir, values.download, values.verify, values.init_from
+    ended = seeds.train_seeds(config, values.seeds, workdir, name, *given)
+    accuracy = markdown.spread([lines[-1]["test_accuracy"] for lines in ended])
+    print(f"test accuracy {accuracy} (n = {len(ended)}), in {workdir}/seed_0 and so on")
+    print(f"next: {PROGRAM} evaluate {shlex.quote(str(workdir / 'seed_0'))}")
 
 
 @command(
@@ -244,11 +266,32 @@ def verify(values: flags.FlagValues) -> int:
     return checkpoint.verify(_path(values.workdir))
 
 
-@command("networks", "batch_size", "peers", "rounds", "seconds", "write")
-def benchmark(values: flags.FlagValues) -> None:
+@command(
+    "networks",
+    "batch_size",
+    "peers",
+    "rounds",
+    "seconds",
+    "write",
+    "speedrun",
+    "seeds",
+    "device_check",
+    "tiny",
+    "output",
+    "data_dir",
+    seeds=5,
+)
+def benchmark(values: flags.FlagValues) -> int | None:
     """Measures the training steps of the architectures, alone or beside PyTorch and Keras."""
-    from cnn_jax.studies.benchmark import run
+    from cnn_jax.studies.benchmark import device_check, run, speedrun
 
+    if values.device_check:
+        output = _path(values.output or "runs/device_check")
+        return device_check.check(output, values.tiny, values.data_dir)
+    if values.speedrun:
+        environment.check_devices()
+        speedrun.speedrun(values.seeds, values.data_dir)
+        return None
     run.benchmark(
         values.networks,
         values.batch_size,
@@ -257,6 +300,7 @@ def benchmark(values: flags.FlagValues) -> None:
         values.seconds,
         values.write,
     )
+    return None
 
 
 @command(
@@ -302,14 +346,15 @@ def _is_run(text: str) -> bool:
     return is_folder and ((folder / "config.json").exists() or text not in experiment.names())
 
 
-def _load_run(values: flags.FlagValues):
-    """The run of --workdir; --experiment is needed only for a user-defined model."""
+def _load_run(values: flags.FlagValues, workdir: str | None = None):
+    """The run of --workdir, or of `workdir`; only a user-defined model needs --experiment."""
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.config import experiment
 
     environment.check_devices()
     model = experiment.load(values.experiment).model if values.experiment else None
-    return load_run(_path(values.workdir), values.checkpoint, model, values.verify)
+    workdir = workdir or values.workdir
+    return load_run(_path(workdir), values.checkpoint, model, values.verify)
 
 
 @command(
@@ -337,6 +382,26 @@ def report(values: flags.FlagValues) -> None:
         values.verify,
     )
     print(f"written to {path}")
+
+
+@command(
+    "workdir",
+    "checkpoint",
+    "output",
+    "data_dir",
+    "experiment",
+    "verify",
+    workdir=SEVERAL,
+    experiment=None,
+    words="workdir",
+)
+def playground(values: flags.FlagValues) -> None:
+    """Writes one HTML page to play with a trained network in a browser, or with two."""
+    from cnn_jax.analysis.playground import page
+
+    runs = [_load_run(values, workdir) for workdir in values.workdir]
+    output = _path(values.output) if values.output else None
+    print(f"written to {page.playground(runs, values.data_dir, output)}; open it in a browser")
 
 
 @command(

@@ -119,6 +119,15 @@ FLAGS = {
         flags.DEFINE_integer, 5, "how often each contender is measured, in turn", least=1
     ),
     "seconds": Flag(flags.DEFINE_float, 2.0, "how long each time"),
+    "speedrun": Flag(
+        flags.DEFINE_bool, False, "trains cifar10/speedrun --seeds times with fresh seeds instead"
+    ),
+    "device_check": Flag(
+        flags.DEFINE_bool,
+        False,
+        "checks and measures an accelerator instead, in eight minutes, and writes into --output",
+    ),
+    "tiny": Flag(flags.DEFINE_bool, False, "with --device_check, does as little as possible"),
     "write": Flag(flags.DEFINE_bool, False, "puts the tables into experiments/RESULTS.md"),
     "only": Flag(flags.DEFINE_list, [], "which experiments, separated by commas; all by default"),
     "seeds": Flag(

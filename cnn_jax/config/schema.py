@@ -30,6 +30,7 @@ AUTO = "auto"
 SEED = Range("from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31)
 COUNT = Range("from 1 to 2**31 - 1", lambda value: 1 <= value < 2**31)
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
+AT_LEAST_1_OR_AUTO = Range("at least 1, or auto", lambda value: value == AUTO or value >= 1)
 AT_LEAST_0 = Range("0 or more", lambda value: value >= 0)
 ANY_NUMBER = Range("0 or more, or all", lambda value: value == "all" or value >= 0)
 POSITIVE = Range("greater than 0 and finite", lambda value: 0 < value < math.inf)
@@ -295,6 +296,11 @@ class Config:
         Literal["float32", "bfloat16"],
         "of activations and of the kernels' copies that they meet; parameters stay float32",
     ] = "float32"
+    deterministic: Annotated[
+        bool,
+        "on a GPU, XLA takes only algorithms that give the same bits each time; a program that needs "
+        "another one is not compiled",
+    ] = False
     init_examples: Annotated[
         int,
         AT_LEAST_0,
@@ -304,6 +310,17 @@ class Config:
     devices: Annotated[
         int | None, AT_LEAST_1, "how many of the visible ones are used; none: all"
     ] = None
+    resident_data: Annotated[
+        bool | Literal["auto"],
+        "keeps the decoded training images on every device, which gathers its batches itself; auto: on "
+        "a GPU or TPU where they take at most a quarter of its memory, not on a CPU",
+    ] = AUTO
+    steps_per_call: Annotated[
+        int | Literal["auto"],
+        AT_LEAST_1_OR_AUTO,
+        "with resident_data, training steps in one call of a compiled program, cut where a checkpoint "
+        "or log_every_steps is due; signals wait for it; auto: 8 on a TPU, else 1",
+    ] = AUTO
     eval_every_epochs: Annotated[
         int, AT_LEAST_1, "epochs between evaluations; the last epoch is always evaluated"
     ] = 1
@@ -351,6 +368,8 @@ CHANGEABLE_ON_RESUME = frozenset(
         "data.streaming",
         "data.workers",
         "devices",
+        "resident_data",
+        "steps_per_call",
         "eval_every_epochs",
         "early_stopping_epochs",
         "checkpoint_every_epochs",

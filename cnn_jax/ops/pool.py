@@ -1,4 +1,4 @@
-"""2-D max pooling, faster on CPU where the windows do not overlap."""
+"""2-D max pooling whose gradient is no scatter on CPU and GPU where the windows do not overlap."""
 
 import functools
 import itertools
@@ -42,9 +42,9 @@ def max_pool(
         and all(size >= k for size, k in zip(x.shape[1:3], window, strict=True))
     ):
         return plain(x)
-    return lax.platform_dependent(
-        x, cpu=functools.partial(_max_of_blocks, window=window), default=plain
-    )
+    # For a TPU, the blocks cost copies: of max_pool's step on a v5e 20.6 MB instead of 1.8.
+    blocks = functools.partial(_max_of_blocks, window=window)
+    return lax.platform_dependent(x, tpu=plain, default=blocks)
 
 
 def _max_of_blocks(x: Array, window: tuple[int, int]) -> Array:

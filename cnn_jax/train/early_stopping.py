@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cnn_jax.config import Config
 from cnn_jax.train import parallel
+from cnn_jax.train.progress import Progress
 from cnn_jax.train.workdir import metrics
 
 
@@ -28,9 +29,18 @@ def stale_epochs(config: Config, folder: Path) -> int:
     return parallel.largest(stale if stale >= patience else 0)
 
 
-def reason(epoch: int, stale: int) -> str:
-    """Why a run ended after `epoch` epochs, of which the last `stale` brought nothing."""
-    return (
-        f"stopped early after epoch {epoch}: the best validation accuracy is that of epoch "
-        f"{epoch - stale}; a larger early_stopping_epochs continues the run"
-    )
+def is_over(config: Config, folder: Path, progress: Progress, epochs: int) -> bool:
+    """Whether the run ends after this many epochs; says why.
+
+    Args:
+      config: of the run.
+      folder: its workdir.
+      progress: says it.
+      epochs: those that are done.
+    """
+    if stale := stale_epochs(config, folder):
+        progress.message(
+            f"stopped early after epoch {epochs}: the best validation accuracy is that of epoch "
+            f"{epochs - stale}; a larger early_stopping_epochs continues the run"
+        )
+    return stale > 0

@@ -40,10 +40,13 @@ class Metrics:
         return [float(right / total) if total else None for right, total in pairs]
 
 
-def make_eval_step(model: nn.Module, data: DataConfig, compute_dtype: str, mesh: Any) -> Callable:
+def make_eval_step(
+    model: nn.Module, data: DataConfig, compute_dtype: str, mesh: Any, deterministic: bool = False
+) -> Callable:
     """The compiled `step.eval_step` over a mesh: eval_step(variables, batch)."""
     pure = functools.partial(eval_step, model=model, data=data, compute_dtype=compute_dtype)
-    return parallel.jit_step(pure, mesh, donate=False, compute_dtype=compute_dtype)
+    options = {"compute_dtype": compute_dtype, "deterministic": deterministic}
+    return parallel.jit_step(pure, mesh, donate=False, **options)
 
 
 def evaluate_examples(

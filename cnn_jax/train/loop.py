@@ -9,15 +9,14 @@ A line depends only on the state after the epoch's last step. If a run is restor
 its line is missing, the run first evaluates and writes the line. So no line is lost or repeated.
 """
 
+import contextlib
 import dataclasses
+import functools
 import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from cnn_jax.config import Config
 from cnn_jax.config.paths import resolve
@@ -34,7 +33,8 @@ from cnn_jax.train import (
     pretrained,
     start,
 )
-from cnn_jax.train.reporting import Reporter
+from cnn_jax.train.calls import is_resident, make_calls
+from cnn_jax.train.reporting import Reporter, epoch_line
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
 from cnn_jax.train.step import TrainState, empty_sums
@@ -50,6 +50,8 @@ def train(
     verify: bool = True,
     splits: Splits | None = None,
     init_from: str | None = None,
+    mesh: Any = None,
+    signals: StopSignals | None = None,
 ) -> list[dict]:
     """Trains to the last epoch; resumes where an earlier call on `workdir` stopped.
 
@@ -62,6 +64,8 @@ def train(
       verify: compares a restored checkpoint with its checksums.
       splits: the examples, if they are loaded already.
       init_from: WORKDIR[:STEP] of the run from which a new run takes its first parameters.
+      mesh: the devices; by default the first `config.devices`.
+      signals: that ask it to stop, if the caller, in the main thread, receives them.
 
     Returns:
       The lines of metrics.jsonl.
@@ -73,19 +77,23 @@ def train(
     """
     # `experiment.load` has checked a command's configuration; nobody has checked one made in Python.
     config = resolve(validate(config))
-    mesh = parallel.make_mesh(config.devices)
+    mesh = mesh or parallel.make_mesh(config.devices)
     parallel.check_divides(mesh, config.batch_size)
     agreement.check_program(config)
     workdir = Path(workdir).absolute()
     if parallel.is_main_process():
         prepare(workdir)
-    with StopSignals() as signals, locked(workdir) as check_lock:
+    receiving = contextlib.nullcontext(signals) if signals else StopSignals()
+    with receiving as signals, locked(workdir) as check_lock:
         check_same_run(workdir, config, metadata={})  # before the data is loaded, which takes time
         source = pretrained.find(init_from, workdir, verify)
         splits = splits or load_splits(config, data_dir, download)
         agreement.check_data(splits, source)
         config = statistics.in_numbers(config, splits.train)
         metadata = check_splits(config, splits)
+        is_resident(
+            config, splits.train, mesh
+        )  # refuses what cannot be before a workdir is written
         if source:
             metadata["init_from"] = dataclasses.asdict(source)
         check_same_run(workdir, config, metadata)
@@ -111,7 +119,7 @@ class _Run:
         self.reporter = Reporter(config, saver.folder, self.steps_per_epoch)
         self.optimizer = optim.make_optimizer(config, self.steps_per_epoch)
         self.eval_step = evaluation.make_eval_step(
-            config.model, config.data, config.compute_dtype, mesh
+            config.model, config.data, config.compute_dtype, mesh, config.deterministic
         )
         self.state: TrainState
         self.epoch_seconds = 0.0
@@ -142,9 +150,7 @@ class _Run:
             return None
         self.state = start.restored_state(*parts, restored)
         self.epoch_seconds = restored.notes["epoch_seconds"]
-        lines = {line["step"] for line in metrics(self.saver.folder)}
-        ended = restored.step > 0 and restored.step % self.steps_per_epoch == 0
-        self.line_is_missing = ended and restored.step not in lines
+        self.line_is_missing = self.saver.line_is_missing(restored.step)
         self.reporter.progress.message(f"resumed from step {restored.step} of {self.saver.folder}")
         return restored
 
@@ -160,20 +166,22 @@ class _Run:
             if epoch >= config.epochs:
                 progress.message(f"nothing left to do: {int(self.state.step)} steps are done")
                 return
-            if self._is_over():
+            over = functools.partial(early_stopping.is_over, config, self.saver.folder, progress)
+            if over(epoch):
                 return
             began = time.perf_counter()
-            train = start.compiled_step(
+            self.calls = make_calls(
                 config, self.optimizer, self.splits.train, self.mesh, self.state
             )
-            self.reporter.compiled(time.perf_counter() - began, self.mesh.size)
+            seconds = time.perf_counter() - began
+            self.reporter.compiled(seconds, self.mesh.size, self.calls.described)
             self.signals.let_finish(config.grace_seconds)
             for remaining in range(epoch, config.epochs):
-                self._epoch(remaining, train)
-                if self._is_over():
+                self._epoch(remaining)
+                if over(remaining + 1):
                     return
 
-    def _epoch(self, epoch: int, train: Callable) -> None:
+    def _epoch(self, epoch: int) -> None:
         config = self.config
         order = self.saver.order(epoch)
         first = epoch * self.steps_per_epoch
@@ -183,26 +191,24 @@ class _Run:
             self.epoch_seconds = 0.0
         self.reporter.progress.start_epoch(epoch, skipped)
         began, before = time.perf_counter(), self.epoch_seconds
-        running: deque[jax.Array] = deque()
-        data = loader.training_batches(self.splits.train, order, config.batch_size, skipped, epoch)
-        for done, batch in enumerate(data, skipped + 1):
-            self.state, loss = train(self.state, parallel.shard(batch, self.mesh))
-            running.append(loss)
-            if len(running) > parallel.QUEUE:
-                running.popleft().block_until_ready()
+        report = functools.partial(self.reporter.report, self.saver.check_finite)
+        for done, state, loss in self.calls.steps(self.state, order, epoch, skipped):
+            self.state = state
+            report()  # of the call before, so that the device has work meanwhile
             last = done == self.steps_per_epoch
             if done % config.log_every_steps == 0 or last:
-                sums = parallel.to_host(self.state.sums)
-                self.saver.check_finite(sums)
-                self.reporter.steps(first + done, sums, loss)
-            self.epoch_seconds = before + time.perf_counter() - began
+                self.reporter.keep(first + done, parallel.copied(state.sums, self.mesh), loss)
             if last:
                 break
+            self.epoch_seconds = before + time.perf_counter() - began
             stop = self.saver.asked_to_stop(first + done)
             if stop or self.saver.is_due(first + done):
+                report()
                 self.saver.save(self.state, self.epoch_seconds)
             if stop:
                 self.saver.stop(self.state, self.epoch_seconds, stop)
+        report()
+        self.epoch_seconds = before + time.perf_counter() - began
         self._end_epoch(epoch)
 
     def _end_epoch(self, epoch: int) -> None:
@@ -213,21 +219,13 @@ class _Run:
         due = last or stop or (epoch + 1) % config.checkpoint_every_epochs == 0
         if due or saver.is_due(step):
             saver.save(self.state, self.epoch_seconds)
-        sums = parallel.to_host(self.state.sums)
         images = self.steps_per_epoch * config.batch_size
-        line = {
-            "step": step,
-            "epoch": epoch + 1,
-            "train_loss": float(sums["loss"]) / images,
-            "train_accuracy": int(sums["correct"]) / images,
-        }
+        line = epoch_line(step, epoch, parallel.to_host(self.state.sums), images)
         if config.data.skip_corrupt:
             line["skipped_examples"] = self.splits.train.skipped
         if last or (epoch + 1) % config.eval_every_epochs == 0:
             line |= self._evaluate()
-        for name, value in line.items():
-            if not np.isfinite(value):
-                saver.not_finite(step - 1, f"{name}={value} after step {step - 1}")
+        saver.check_line(line)
         line["epoch_seconds"] = self.epoch_seconds
         line["images_per_second"] = images / self.epoch_seconds
         saver.check_lock()
@@ -237,14 +235,6 @@ class _Run:
             saver.save_and_wait(self.state, self.epoch_seconds)
         elif stop := saver.asked_to_stop(step):
             saver.stop(self.state, self.epoch_seconds, stop)
-
-    def _is_over(self) -> bool:
-        """Whether the run ends before its last epoch; prints why."""
-        stale = early_stopping.stale_epochs(self.config, self.saver.folder)
-        if stale:
-            epoch = int(self.state.step) // self.steps_per_epoch
-            self.reporter.progress.message(early_stopping.reason(epoch, stale))
-        return stale > 0
 
     def _evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the validation and test splits."""

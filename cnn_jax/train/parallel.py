@@ -78,6 +78,11 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return _copy_to(mesh)(tree)
 
 
+def copied(tree: Any, mesh: Mesh) -> Any:
+    """A copy of replicated arrays, which stays when a step reuses their memory; does not wait."""
+    return _copy_to(mesh)(tree)
+
+
 @functools.cache
 def _copy_to(mesh: Mesh) -> Callable:
     # jax.device_put may return the source's buffer, and a step that reuses it would destroy it.
@@ -89,9 +94,18 @@ def make_replicated(make: Callable, mesh: Mesh, *arguments: Any) -> Any:
     return jit(make, out_shardings=replicated(mesh))(*arguments)
 
 
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Splits an array along `axis` over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
+
+
 def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """`batch` with its leading axis split over the devices; every process passes the whole batch."""
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    return put(batch, split(mesh))
+
+
+def put(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """`batch` on the devices; every process passes the whole batch."""
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return {
@@ -146,8 +160,27 @@ _CPU_OPTIONS = {
 _ONEDNN = {"xla_cpu_use_onednn": True, "xla_cpu_experimental_onednn_custom_call": True}
 
 
+# Of XLA for GPUs. The first forbids Triton's matmuls. Without the second, XLA makes some all the same
+# and, for a GPU that is only described, finds nothing to compute them.
+_DETERMINISTIC = {
+    "xla_gpu_exclude_nondeterministic_ops": True,
+    "xla_gpu_enable_triton_gemm": False,
+}
+
+
+def _deterministic() -> dict[str, bool | str]:
+    """The options of `deterministic`; what XLA finds fastest is kept for the next start."""
+    folder = jax.config.jax_compilation_cache_dir
+    kept = {"xla_gpu_per_fusion_autotune_cache_dir": f"{folder}/autotuning"} if folder else {}
+    return _DETERMINISTIC | kept
+
+
 def jit(
-    function: Callable, compute_dtype: str = "float32", platform: str | None = None, **options: Any
+    function: Callable,
+    compute_dtype: str = "float32",
+    platform: str | None = None,
+    deterministic: bool = False,
+    **options: Any,
 ) -> Callable:
     """`jax.jit` for programs that compute a network, with the platform's compiler options.
 
@@ -155,10 +188,13 @@ def jit(
       function: what to compile.
       compute_dtype: as in `Config`.
       platform: for which; by default JAX's.
+      deterministic: as in `Config`.
       **options: of `jax.jit`.
     """
-    if (platform or jax.default_backend()) != "cpu":
-        return jax.jit(function, **options)
+    platform = platform or jax.default_backend()
+    if platform != "cpu":
+        chosen = _deterministic() if deterministic and platform == "gpu" else None
+        return jax.jit(function, compiler_options=chosen, **options)
     if not uses_onednn(compute_dtype):
         return jax.jit(function, compiler_options=_CPU_OPTIONS, **options)
     function = bfloat16.with_onednn(function)
@@ -171,41 +207,45 @@ def uses_onednn(compute_dtype: str) -> bool:
 
 
 def jit_step(
-    step: Callable, mesh: Mesh, donate: bool = True, compute_dtype: str = "float32"
+    step: Callable,
+    mesh: Mesh,
+    donate: bool = True,
+    compute_dtype: str = "float32",
+    deterministic: bool = False,
+    shardings: Any = None,
 ) -> Callable:
     """`step(state, batch)` compiled over the mesh; the state's buffers are reused for the result.
 
-    One call is one step. In a scan over eight steps, XLA:CPU computes convolutions in scalar loops:
-    LeNet trained at a fifth of the speed, though the MLP at 1.4 times the speed.
+    Args:
+      step: the function.
+      mesh: the devices.
+      donate: reuses the buffers.
+      compute_dtype: as in `Config`.
+      deterministic: likewise.
+      shardings: of the batch; by default its leading axis is split.
     """
     return jit(
         step,
         compute_dtype,
         platform=mesh.devices.flat[0].platform,
-        in_shardings=(replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))),
+        deterministic=deterministic,
+        in_shardings=(replicated(mesh), shardings or split(mesh)),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate else (),
     )
 
 
-def compile_step(
-    step: Callable,
-    mesh: Mesh,
-    state: Any,
-    batch: dict[str, np.ndarray],
-    compute_dtype: str = "float32",
-) -> Callable:
-    """`jit_step(step, mesh)` compiled ahead of time for a state and a batch like these.
+def compile_step(jitted: Callable, state: Any, batch: Any) -> Callable:
+    """A `jit_step` compiled ahead of time for a state and a batch like these, on the devices.
 
     With JAX_DISABLE_JIT nothing is compiled, so that each operation can be inspected.
 
     Raises:
       ConfigError: as `lower`.
     """
-    jitted = jit_step(step, mesh, compute_dtype=compute_dtype)
     if jax.config.jax_disable_jit:
         return jitted
-    return lower(jitted, state, shard(batch, mesh)).compile()
+    return lower(jitted, state, batch).compile()
 
 
 def lower(jitted: Callable, state: Any, batch: Any) -> jax.stages.Lowered:

@@ -1,5 +1,6 @@
 """The progress of a training run: a live bar on a terminal, one plain line per epoch in a log."""
 
+import contextvars
 import sys
 import time
 from types import TracebackType
@@ -8,13 +9,17 @@ from typing import Any
 import rich.console
 import rich.progress
 
+# Of the lines of one of several runs in a process; they have no bar.
+PREFIX = contextvars.ContextVar("PREFIX", default="")
+
 
 class Progress:
     """Shows the epochs of a run on standard output; use it as a context manager."""
 
     def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int):
         self._epochs, self._steps, self._batch_size = epochs, steps_per_epoch, batch_size
-        self._live = sys.stdout.isatty()
+        self._prefix = PREFIX.get()
+        self._live = sys.stdout.isatty() and not self._prefix
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
             rich.progress.BarColumn(bar_width=24),
@@ -68,7 +73,7 @@ class Progress:
         if self._live:
             self._bar.console.print(text, markup=False)
         else:
-            print(text, flush=True)
+            print(self._prefix + text, flush=True)
 
     def end_epoch(self, line: dict[str, Any]) -> None:
         """Prints a line of metrics.jsonl in readable form."""

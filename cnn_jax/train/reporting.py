@@ -1,6 +1,7 @@
 """The output of a run while it trains: the progress bar, metrics.jsonl, TensorBoard."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,23 @@ from cnn_jax.train.tensorboard import TensorBoard
 log = logging.getLogger(__name__)
 
 
+def epoch_line(step: int, epoch: int, sums: dict[str, np.ndarray], images: int) -> dict[str, Any]:
+    """What a line of metrics.jsonl says of training.
+
+    Args:
+      step: the last of the epoch.
+      epoch: from 0.
+      sums: of the epoch, as `step.empty_sums` names them.
+      images: the epoch's examples.
+    """
+    return {
+        "step": step,
+        "epoch": epoch + 1,
+        "train_loss": float(sums["loss"]) / images,
+        "train_accuracy": int(sums["correct"]) / images,
+    }
+
+
 class Reporter:
     """Reports on a run. Every process prints; only the main process writes to the workdir."""
 
@@ -25,19 +43,32 @@ class Reporter:
         self._compute_dtype = config.compute_dtype
         self.progress = Progress(config.epochs, steps_per_epoch, config.batch_size)
         self._tensorboard = TensorBoard(folder)
+        self._kept: tuple[int, Any, jax.Array] | None = None
 
     def close(self) -> None:
         self._tensorboard.close()
 
-    def compiled(self, seconds: float, devices: int) -> None:
-        """Prints the devices for which the step was compiled."""
+    def compiled(self, seconds: float, devices: int, calls: str) -> None:
+        """Prints the devices for which the step was compiled; `calls` says how it is called."""
         device, how = jax.devices()[0], ""
         if self._compute_dtype == "bfloat16" and device.platform == "cpu":
             onednn = parallel.uses_onednn(self._compute_dtype)
             how = ", bfloat16 " + ("by oneDNN" if onednn else "with convolutions in float32")
         self.progress.message(
-            f"compiled in {seconds:.1f} s for {devices} x {device.device_kind}{how}"
+            f"compiled in {seconds:.1f} s for {devices} x {device.device_kind}{how}{calls}"
         )
+
+    def keep(self, step: int, sums: Any, loss: jax.Array) -> None:
+        """Keeps what the next `report` says of training step `step`; does not wait for it."""
+        self._kept = step, sums, loss
+
+    def report(self, check_finite: Callable[[dict[str, np.ndarray]], None]) -> None:
+        """Waits for what was kept, if there is something, checks it and shows it."""
+        if self._kept:
+            step, sums, loss = self._kept
+            self._kept, sums = None, parallel.to_host(sums)
+            check_finite(sums)
+            self.steps(step, sums, loss)
 
     def steps(self, step: int, sums: dict[str, np.ndarray], loss: jax.Array) -> None:
         """Shows the epoch's means so far, and records the loss of training step `step`."""

@@ -71,6 +71,11 @@ class Saver:
             if restored:
                 workdir.warn_of_other_bits(self.folder)
 
+    def line_is_missing(self, step: int) -> bool:
+        """Whether an epoch ended with `step`, and metrics.jsonl does not have its line."""
+        lines = {line["step"] for line in workdir.metrics(self.folder)}
+        return step > 0 and step % self._steps_per_epoch == 0 and step not in lines
+
     # -------------------------------------------------------------------------------- due?
 
     def is_due(self, step: int) -> bool:
@@ -168,6 +173,13 @@ class Saver:
         """Raises NotFiniteError if a step of this epoch had a loss that was infinite or NaN."""
         if (step := int(sums["bad_step"])) >= 0:
             self.not_finite(step, f"loss={float(sums['bad_loss'])} at step {step}")
+
+    def check_line(self, line: dict[str, float]) -> None:
+        """Raises NotFiniteError if a value of an epoch's line is infinite or NaN."""
+        for name, value in line.items():
+            if not np.isfinite(value):
+                step = int(line["step"]) - 1
+                self.not_finite(step, f"{name}={value} after step {step}")
 
     def not_finite(self, step: int, what: str) -> None:
         """Ends the run; writes the batch's indices to a file and keeps the last good checkpoint.

@@ -183,6 +183,7 @@ RANGES = [  # field, values that are allowed, values that are not
     ),
     ("ema_decay", [0.0, 0.999], [1.0, -0.1]),
     ("accumulate_steps", [1, 2], [0]),
+    ("steps_per_call", [1, 8, "auto"], [0, -1]),
     ("early_stopping_epochs", [None, 1], [0]),
     ("weight_decay", [0.0, 1.0], [-1e-4, math.inf, math.nan]),
     ("clip_norm", [None, 0.1], [0.0, -1.0, math.inf, math.nan]),
@@ -301,6 +302,7 @@ def test_two_kinds_of_flips_at_once():
 def test_every_field_has_a_range_or_a_type_of_few_values():
     named = {field for field, _, _ in RANGES}
     free = {"model", "data", "optimizer", "schedule", "compute_dtype", "data.flip"}
+    free |= {"resident_data", "deterministic"}
     free |= {"data.alternating_flip", "data.test_time_augmentation"}
     free |= {"data.trivial_augment", "data.balanced", "data.streaming"}
     fields = {f.name for f in dataclasses.fields(Config)}

@@ -104,8 +104,23 @@ def undisturbed(splits, tmp_path_factory):
 # ------------------------------------------------------------------------------ resume, bits
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_data_on_the_devices_give_the_bits_of_data_from_the_host(
+    splits, undisturbed, tmp_path, monkeypatch, devices
+):
+    """Calls of two steps, cut after step 3 for a checkpoint, from which another run goes on."""
+    fields = {"resident_data": True, "checkpoint_every_steps": 3, "devices": devices}
+    config = make_config(steps_per_call=2, **fields)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Preempted, match="after step 3 of 10, and saved"):
+            loop.train(config, tmp_path, splits=splits)
+    loop.train(config, tmp_path, splits=splits)
+    assert_same_run(tmp_path, undisturbed(devices))
+
+
 @pytest.mark.parametrize(
-    ("step", "devices"), [(3, 1), (STEPS, 1), (2 * STEPS - 1, 1), (STEPS, 2), (STEPS + 2, 2)]
+    ("step", "devices"), [(3, 1), (STEPS, 1), (2 * STEPS - 1, 1), (STEPS, 4), (STEPS + 2, 4)]
 )
 def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(
     splits, undisturbed, tmp_path, monkeypatch, step, devices
@@ -157,7 +172,8 @@ def test_augmented_mixed_and_balanced_examples_are_the_same_after_a_stop(
         stop_at(patch, STEPS + 2)
         with pytest.raises(Preempted):
             loop.train(config, tmp_path / "stopped", splits=splits)
-    loop.train(config, tmp_path / "stopped", splits=splits)
+    resident = dataclasses.replace(config, resident_data=True)
+    loop.train(resident, tmp_path / "stopped", splits=splits)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -282,9 +298,10 @@ def bad_batch(config, step, total=160):
     return order[place * config.batch_size :][: config.batch_size].tolist()
 
 
-def test_the_first_step_whose_loss_is_not_finite_is_named(splits, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"resident_data": True, "steps_per_call": 5}])
+def test_the_first_step_whose_loss_is_not_finite_is_named(splits, tmp_path, fields):
     """The loop looks at the end of the epoch only; the state remembers the first bad step."""
-    config = simple(optimizer=optax.sgd, learning_rate=3e38, log_every_steps=1000)
+    config = simple(optimizer=optax.sgd, learning_rate=3e38, log_every_steps=1000, **fields)
     with pytest.raises(
         NotFiniteError, match=r"loss=(nan|inf) at step 1 \(epoch 1\): not finite"
     ) as e:
@@ -478,6 +495,8 @@ def test_what_does_not_touch_the_mathematics_may_change(splits, tmp_path):
         "heartbeat_seconds": 50,
         "keep_checkpoints": 4,
         "log_every_steps": 3,
+        "resident_data": True,
+        "steps_per_call": 2,
     }
     named = (changed.keys() - {"data"}) | {"data.streaming", "data.workers"}
     assert named == CHANGEABLE_ON_RESUME

@@ -3,6 +3,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -449,11 +450,25 @@ def test_cross_entropy():
     logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
     label = jnp.array([0, 2])
     first = 2 - np.log(np.exp(2) + 1 + np.exp(-1))
-    np.testing.assert_allclose(step.cross_entropy(logits, label), [-first, np.log(3)], rtol=1e-6)
+    for loss in (step.cross_entropy, step.cross_entropy_by_comparison):
+        np.testing.assert_allclose(loss(logits, label), [-first, np.log(3)], rtol=1e-6)
+        slope = jax.grad(lambda logits, loss=loss: loss(logits, label).sum())(logits)
+        chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        np.testing.assert_allclose(slope, chances - np.eye(3)[label], rtol=1e-6, atol=1e-7)
     # 0.7 of the label's, 0.3 of the mean over all classes
     smoothed = 0.7 * -first + 0.3 * (-first + 2 - 1 / 3)
     found = step.cross_entropy(logits, label, 0.3)
     np.testing.assert_allclose(found, [smoothed, np.log(3)], rtol=1e-6)
+
+
+def test_the_loss_has_no_scatter_on_a_gpu():
+    def lowered(platform):
+        shapes = jax.ShapeDtypeStruct((4, 3), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+        slope = jax.jit(jax.grad(lambda *arguments: step.cross_entropy(*arguments).sum()))
+        return jax.export.export(slope, platforms=(platform,))(*shapes).mlir_module()
+
+    assert "stablehlo.scatter" not in lowered("cuda")
+    assert "stablehlo.scatter" in lowered("cpu")
 
 
 # ------------------------------------------------------------- streams and collections of a module

@@ -1,6 +1,7 @@
 """The output of each layer for an image, after the activation that follows it."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import images
 from cnn_jax.models.convolutional import replaces
-from cnn_jax.models.summary import Summary
+from cnn_jax.models.summary import Layer, Summary
 from cnn_jax.train import parallel
 from cnn_jax.train.apply import forward
 from cnn_jax.train.preprocess import normalise
@@ -54,6 +55,23 @@ class Stage:
     output: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A layer's call on a few images.
+
+    Attributes:
+      layer: as in the summary.
+      module: the layer itself.
+      given: its input, [N, ...].
+      output: float32 [N, *layer.shape].
+    """
+
+    layer: Layer
+    module: nn.Module
+    given: Any
+    output: np.ndarray
+
+
 def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
     """Sends images through the network and keeps the output of each layer in `layers`.
 
@@ -65,7 +83,18 @@ def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
     Returns:
       The layers in order; empty if they cannot be intercepted, as under nn.scan.
     """
-    names: list[str] = []
+    found, _ = calls(run, layers, image)
+    stages = []
+    for call, following in itertools.zip_longest(found, found[1:]):
+        activation, output = _activated(call.output, following and following.given)
+        layer = call.layer
+        stages.append(Stage(layer.name, layer.kind, layer.shape, activation, output))
+    return stages
+
+
+def calls(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[Call], np.ndarray]:
+    """The calls of the layers in `layers` on images, and the model's output; as `follow`."""
+    modules: list[nn.Module] = []
     arrays: list[tuple[Any, jax.Array]] = []
 
     def record(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -73,30 +102,30 @@ def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
         layer = context.module
         called = context.method_name == "__call__" and layer.path and hasattr(output, "shape")
         if called and not replaces(layer, output):
-            names.append("/".join(layer.path))
+            modules.append(layer)
             arrays.append((args[0] if args else None, output))
         return output
 
-    def followed(variables: Any, image: jax.Array) -> list[tuple[Any, jax.Array]]:
+    def followed(variables: Any, image: jax.Array) -> tuple[list, jax.Array]:
         with nn.intercept_methods(record):
-            forward(run.model, variables, normalise(image, run.data))
-        return arrays
+            output = forward(run.model, variables, normalise(image, run.data))
+        return arrays, output
 
     try:
-        calls = jax.device_get(parallel.jit(followed)(run.variables, image))
+        traced, output = jax.device_get(parallel.jit(followed)(run.variables, image))
     except jax.errors.UnexpectedTracerError:
-        return []
-    stages, place = [], 0
+        return [], np.empty(0, np.float32)
+    found, place = [], 0
     for layer in layers.layers:
         # In the summary's order: a module that is called twice appears twice.
-        while names[place] != layer.name or calls[place][1].shape[1:] != layer.shape:
+        while (
+            "/".join(modules[place].path) != layer.name or traced[place][1].shape[1:] != layer.shape
+        ):
             place += 1
-        output = calls[place][1].astype(np.float32)
+        given, result = traced[place]
+        found.append(Call(layer, modules[place], given, result.astype(np.float32)))
         place += 1
-        following = calls[place][0] if place < len(calls) else None
-        activation, output = _activated(output, following)
-        stages.append(Stage(layer.name, layer.kind, layer.shape, activation, output))
-    return stages
+    return found, output
 
 
 def _activated(after: np.ndarray, following: np.ndarray | None) -> tuple[str, np.ndarray]:

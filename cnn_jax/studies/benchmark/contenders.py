@@ -23,9 +23,11 @@ _PEERS_REQUIREMENTS = ("torch==2.13.0", "keras==3.15.0", "tensorflow==2.21.0", "
 class Contender:
     """A worker process."""
 
-    def __init__(self, name: str, command: list[str]):
+    def __init__(self, name: str, command: list[str], device: bool = False):
+        """Starts it, on the accelerator if `device`, else on the CPU."""
         self.name = name
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        cpu_only = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        env = {**os.environ, **({} if device else cpu_only)}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

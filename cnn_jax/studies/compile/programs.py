@@ -100,12 +100,13 @@ def compile_steps(
     state = jax.eval_shape(init, *(seen if config.init_examples else []))
     batch = next(loader.training_batches(examples, np.arange(_EXAMPLES), _EXAMPLES))
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-    train = parallel.jit_step(step, mesh, compute_dtype=config.compute_dtype)
+    options = {"compute_dtype": config.compute_dtype, "deterministic": config.deterministic}
+    train = parallel.jit_step(step, mesh, **options)
     compiled = functools.partial(_compiled, mesh, target, config.compute_dtype)
     yield compiled("training", train, state, _shapes(batch, config.batch_size))
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
     batch = _shapes(next(loader.evaluation_batches(examples, _EXAMPLES)), size)
-    evaluate = evaluation.make_eval_step(config.model, config.data, config.compute_dtype, mesh)
+    evaluate = evaluation.make_eval_step(config.model, config.data, mesh=mesh, **options)
     yield compiled("evaluation", evaluate, state.variables, batch)
 
 

@@ -1,4 +1,4 @@
-"""Small trained runs and their reports; the browser's tests are deselected where there is none."""
+"""Small trained runs and their reports."""
 
 import dataclasses
 import json
@@ -14,22 +14,7 @@ from cnn_jax.config import Config, DataConfig
 from cnn_jax.data.splits import Splits
 from cnn_jax.models import LeNet, StridedCNN
 from cnn_jax.train import loop
-from tests.analysis.report.browser import CHROMIUM
 from tests.tiny import make_examples
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Counts the tests that need Chromium as deselected, not as passed or skipped, without it."""
-    if CHROMIUM:
-        return
-    unable = [item for item in items if item.path.name == "test_in_browser.py"]
-    config.hook.pytest_deselected(items=unable)
-    items[:] = [item for item in items if item not in unable]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not CHROMIUM:
-        terminalreporter.write_line("no chromium on PATH: the reports were not opened in a browser")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.analysis.report.browser import Browser
+from tests.browser import Browser
 
 MEASURE = """
 (async () => {

@@ -100,3 +100,13 @@ def test_the_platform_stays_the_processor(topology):
     assert jax.default_backend() == "cpu"
     assert len(target.devices) == 4
     assert {device.platform for device in target.devices} == {"tpu" if "v5" in topology else "gpu"}
+
+
+def test_a_step_for_a_gpu_has_no_scatter_and_can_be_deterministic():
+    """Atomic additions of a scatter and Triton's matmuls may differ from run to run."""
+    (plain, _) = steps_of("fashion_mnist/lenet", "h100:4")
+    config = experiment.load("fashion_mnist/lenet", ["batch_size=128", "deterministic=true"])
+    steps = list(programs.compile_steps(config, (28, 28, 1), target_of("h100:4")))
+    assert plain.findings.scatters == steps[0].findings.scatters == ()
+    assert "__triton_gemm" in plain.text
+    assert not any("__triton_gemm" in step.text for step in steps)

@@ -1,0 +1,53 @@
+"""Every experiment's network in the page against `predict`: ./launch.sh test -mplayground -s."""
+
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnn_jax.analysis.playground import network, page
+from cnn_jax.config import experiment
+from cnn_jax.models.summary import summarise
+from tests.browser import CHROMIUM, Browser
+from tests.quick import make_run
+from tests.tiny import make_examples
+
+pytestmark = [
+    pytest.mark.playground,
+    pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH"),
+]
+IMAGES = 1000
+# With test-time augmentation an image takes a second.
+FEWER = {"cifar10/speedrun": 50, "fashion_mnist/record": 50}
+
+
+@pytest.mark.parametrize("name", experiment.names())
+def test_the_logits_are_those_of_predict(name: str, tmp_path: Path, monkeypatch, capsys):
+    # Imported here, because conftest.py drops that file's tests where there is no browser.
+    from tests.analysis.playground.test_in_browser import predicted
+
+    config = experiment.load(name)
+    shape = (32, 32, 3) if name.startswith("cifar10/") else (28, 28, 1)
+    if summarise(config.model, shape).parameters > network.MOST_PARAMETERS:
+        pytest.skip("too many parameters")
+    run = make_run(tmp_path, config.model, shape, data=config.data, experiment=name)
+    images = make_examples(FEWER.get(name, IMAGES), shape)
+    monkeypatch.setattr(page.sources, "load_examples", lambda *_: images)
+    file = page.playground([run])
+    expected = page.predict(run, images.image)
+    difference, milliseconds = 0.0, []
+    with Browser() as browser:
+        browser.open(file, 1280)
+        for start in range(0, len(images), 10):
+            started = time.perf_counter()
+            found = predicted(browser, 0, images.image[start : start + 10])
+            milliseconds.append(100 * (time.perf_counter() - started))
+            difference = max(difference, np.abs(found - expected[start : start + 10]).max())
+    relative = difference / np.abs(expected).max()
+    with capsys.disabled():
+        size = file.stat().st_size / 1e6
+        middle = statistics.median(milliseconds)
+        print(f"\n{name}: {relative:.1e} of the largest logit, {middle:.1f} ms, {size:.1f} MB")
+    assert relative <= 1e-4
