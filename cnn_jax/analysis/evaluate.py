@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,15 @@ import numpy as np
 
 from cnn_jax import PROGRAM
 from cnn_jax.analysis.restore import RestoredRun
+from cnn_jax.analysis.study import measures, temperature
+from cnn_jax.analysis.study.measures import Scores
 from cnn_jax.common import files
 from cnn_jax.common.errors import DataError, NotFiniteError
 from cnn_jax.config.paths import is_path, resolved
 from cnn_jax.data import folders, sources
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
-from cnn_jax.train import apply, evaluation, parallel
+from cnn_jax.train import apply, evaluation, parallel, step
 from cnn_jax.train.workdir import write_json
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,18 @@ def evaluate(
       DataError: the dataset is missing, damaged, or does not fit the model.
       NotFiniteError: the loss is infinite or NaN.
     """
+    examples, name = load(run, split, dataset, data_dir)
+    found = make_scorer(run, devices)(run.variables, examples)
+    return report_of(run, name, split, *found)
+
+
+def load(
+    run: RestoredRun, split: str, dataset: str | None = None, data_dir: str | None = None
+) -> tuple[sources.Examples, str]:
+    """The examples on which to evaluate, with the run's classes, and the name of their dataset.
+
+    The arguments and errors are those of `evaluate`.
+    """
     data = run.data
     if dataset:
         data = resolved(dataclasses.replace(data, name=dataset, test_fraction=None))
@@ -59,40 +74,80 @@ def evaluate(
         log.info("%s has images of several sizes: resized to %dx%d", data.name, height, width)
         data = dataclasses.replace(data, image_size=(height, width))
         examples = sources.load_examples(data, split, data_dir)
-    examples = fitting(run, examples, data.name)
+    return fitting(run, examples, data.name), data.name
+
+
+def make_scorer(
+    run: RestoredRun, devices: int | None = None
+) -> Callable[[Any, sources.Examples], tuple[evaluation.Metrics, Scores]]:
+    """A function of a run's variables, also of another checkpoint, and examples.
+
+    It gives their metrics and the logits of each, and compiles once for images of one size.
+    """
     mesh = parallel.make_mesh(devices)
-    eval_step = evaluation.make_eval_step(run.model, run.data, run.compute_dtype, mesh)
-    variables = parallel.replicate(run.variables, mesh)
-    result = evaluation.evaluate_examples(eval_step, variables, examples, run.batch_size, mesh)
+    options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
+
+    def both(variables: Any, batch: dict) -> tuple[dict, dict]:
+        # The compiler merges the forward passes of these two.
+        sums = step.eval_step(variables, batch, **options)
+        logits = step.predict_step(variables, batch["image"], **options)
+        return sums, {"logits": logits, "label": batch["label"]}
+
+    compiled = parallel.jit_step(both, mesh, donate=False, compute_dtype=run.compute_dtype)
+
+    def score(variables: Any, examples: sources.Examples) -> tuple[evaluation.Metrics, Scores]:
+        variables = parallel.replicate(variables, mesh)
+        outputs = evaluation.each_batch(compiled, variables, examples, run.batch_size, mesh)
+        sums, single = zip(*outputs, strict=True)
+        count = len(examples)  # the last batch was filled up
+        joined = {name: np.concatenate([s[name] for s in single])[:count] for name in single[0]}
+        return evaluation.metrics_of(sums, count), Scores(**joined)
+
+    return score
+
+
+def report_of(
+    run: RestoredRun, dataset: str, split: str, result: evaluation.Metrics, scores: Scores
+) -> dict:
+    """The content of evaluation.json.
+
+    Raises:
+      NotFiniteError: the loss is infinite or NaN.
+    """
     if not np.isfinite(result.loss):
         raise NotFiniteError(
-            f"checkpoint {run.step} of {run.workdir} on {data.name}/{split}: loss={result.loss} is not "
+            f"checkpoint {run.step} of {run.workdir} on {dataset}/{split}: loss={result.loss} is not "
             "finite, so its accuracy means nothing; choose another checkpoint with --checkpoint"
         )
-    return {
+    report = {
         "checkpoint": run.step,
-        "dataset": data.name,
+        "dataset": dataset,
         "split": split,
         "examples": result.examples,
         "loss": result.loss,
         "accuracy": result.accuracy,
         "class_accuracy": dict(zip(run.class_names, result.class_accuracy(), strict=True)),
         "confusion_matrix": result.confusion.tolist(),
+        **measures.measure(scores, run.class_names),
     }
+    if found := temperature.kept(run):
+        report["with_temperature"] = temperature.after(scores, run.class_names, found)
+    return report
 
 
-def write(report: dict, run: RestoredRun, output: Path | None = None) -> Path | None:
+def write(report: dict, workdir: Path, output: Path | None = None) -> Path | None:
     """Writes evaluation.json, and returns its path.
 
     Args:
       report: from `evaluate`.
-      run: that was evaluated. If its workdir cannot be written, a warning is logged and None returned.
+      workdir: of the run that was evaluated. If it cannot be written, a warning is logged and None
+        returned.
       output: another folder, made if missing.
 
     Raises:
       ConfigError: `output` cannot be written.
     """
-    path = (output or run.workdir) / "evaluation.json"
+    path = (output or workdir) / "evaluation.json"
     if output:
         with files.writing(output):
             write_json(path, report)

@@ -5,6 +5,7 @@ with the class names and the formats of input and output. Scaling and normalisat
 program.
 """
 
+import datetime
 import functools
 import io
 import json
@@ -19,6 +20,8 @@ from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.train import step
 
+# How long later versions of JAX read what `jax.export` writes: six months.
+SUPPORT = datetime.timedelta(days=182)
 PLATFORMS = ("cpu", "cuda", "tpu")
 SCRIPT = '''"""Classifies images with model.zip: python classify.py images.npy (uint8 [N, {shape}])."""
 
@@ -31,8 +34,14 @@ import jax.export
 import numpy as np
 
 with zipfile.ZipFile(pathlib.Path(__file__).with_name("model.zip")) as file:
-    model = jax.export.deserialize(file.read("model.stablehlo"))
-    names = json.loads(file.read("about.json"))["class_names"]
+    about, program = json.loads(file.read("about.json")), file.read("model.stablehlo")
+try:
+    model, names = jax.export.deserialize(program), about["class_names"]
+except Exception as error:
+    sys.exit(
+        f"model.zip cannot be read ({{error}}). It could be read until {{about['readable_until']}}. "
+        f"After that, pip install jax=={{about['jax']}}, or export the run again."
+    )
 
 images = np.load(sys.argv[1])
 logits = jax.jit(model.call)(images)  # float32 [N, {classes}]
@@ -72,6 +81,7 @@ def export(run: RestoredRun, folder: Path) -> tuple[Path, Path]:
         "output": {"dtype": "float32", "shape": ["N", len(run.class_names)], "kind": "logits"},
         "platforms": PLATFORMS,
         "jax": jax.__version__,
+        "readable_until": str(datetime.date.today() + SUPPORT),
     }
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:

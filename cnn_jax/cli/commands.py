@@ -76,6 +76,7 @@ def list_(values: flags.FlagValues) -> None:
     "dry_run",
     "seeds",
     "verify",
+    "profile",
     "coordinator",
     "processes",
     "process",
@@ -115,6 +116,7 @@ def train(values: flags.FlagValues) -> None:
             values.download,
             values.verify,
             init_from=values.init_from,
+            profile=values.profile,
         )
     if not parallel.is_main_process():
         return
@@ -150,26 +152,68 @@ def _train_seeds(config, workdir: Path, name: str, values: flags.FlagValues) -> 
     "checkpoint",
     "split",
     "dataset",
+    "watch",
+    "temperature",
+    "corruptions",
+    "shifts",
+    "predictions",
     "data_dir",
     "output",
     "experiment",
     "verify",
+    workdir=SEVERAL,
+    split=["test"],
+    dataset=[],
     experiment=None,
     words="workdir",
 )
 def evaluate(values: flags.FlagValues) -> None:
-    """Restores a checkpoint and evaluates it on every example of a split."""
+    """Restores checkpoints and evaluates them on every example of their splits."""
     from cnn_jax.analysis import evaluate as evaluation
+    from cnn_jax.analysis.study import changes, rows
     from cnn_jax.cli import tables
+    from cnn_jax.train.signals import StopSignals
 
+    workdirs = [_path(workdir) for workdir in dict.fromkeys(values.workdir)]
     output = _path(values.output) if values.output else None
     if output:
         files.check_folder(output)
-    run = _load_run(values)
-    report = evaluation.evaluate(run, values.split, values.dataset, values.data_dir)
-    tables.print_evaluation(report)
-    if path := evaluation.write(report, run, output):
-        print(f"written to {path}")
+    changed = changes.of_kind(values.corruptions, values.shifts)
+    where = [(dataset, split) for dataset in values.dataset or [None] for split in values.split]
+    study = rows.Study(
+        _loader(values),
+        where,
+        values.data_dir,
+        changed,
+        values.temperature,
+        rows.PredictionsFile(_path(values.predictions)) if values.predictions else None,
+    )
+    if values.watch and values["checkpoint"].present:
+        raise ConfigError(
+            "--checkpoint: must not be given with --watch, which takes all; leave it out"
+        )
+    many = values.watch or values.checkpoint == "all"
+    if not many and len(workdirs) * len(where) + len(changed) == 1:
+        (row,) = rows.each(study, workdirs, values.checkpoint)
+        tables.print_evaluation(row["report"])
+        if path := evaluation.write(row["report"], workdirs[0], output):
+            print(f"written to {path}")
+        return
+    output = output or rows.default_output(workdirs)
+    files.check_folder(output)
+    path = output / "evaluations.json"
+    with StopSignals(f"stopped by a signal; {path} has what was evaluated before"):
+        found = (
+            rows.watch(study, workdirs)
+            if values.watch
+            else rows.each(study, workdirs, values.checkpoint)
+        )
+        for row in found:
+            tables.print_row(row)
+            study.write(output)
+    tables.print_rows(study.rows, study.tests())
+    for written in (path, *rows.draw(study.rows, output)):
+        print(f"written to {written}")
 
 
 @command(
@@ -347,14 +391,18 @@ def _is_run(text: str) -> bool:
 
 
 def _load_run(values: flags.FlagValues, workdir: str | None = None):
-    """The run of --workdir, or of `workdir`; only a user-defined model needs --experiment."""
+    """The run of --workdir, or of `workdir`."""
+    return _loader(values)(_path(workdir or values.workdir), values.checkpoint)
+
+
+def _loader(values: flags.FlagValues) -> Callable:
+    """A function of a workdir and a checkpoint; --experiment is needed for a user-defined model."""
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.config import experiment
 
     environment.check_devices()
     model = experiment.load(values.experiment).model if values.experiment else None
-    workdir = workdir or values.workdir
-    return load_run(_path(workdir), values.checkpoint, model, values.verify)
+    return lambda workdir, which: load_run(workdir, which, model, values.verify)
 
 
 @command(
@@ -493,15 +541,33 @@ def explain(values: flags.FlagValues) -> None:
 
 
 @command(
-    "workdir", "output", "checkpoint", "experiment", "verify", experiment=None, words="workdir"
+    "workdir",
+    "format",
+    "output",
+    "checkpoint",
+    "data_dir",
+    "experiment",
+    "verify",
+    experiment=None,
+    words="workdir",
 )
 def export(values: flags.FlagValues) -> None:
-    """Writes the network as StableHLO, with its class names, for use without this project."""
+    """Writes the network as StableHLO or ONNX, with its class names, for use without this project."""
+    from cnn_jax.analysis import evaluate as evaluation
     from cnn_jax.analysis import export as exporting
+    from cnn_jax.analysis import export_onnx
 
+    if values.format not in ("stablehlo", "onnx"):
+        raise ConfigError(f"--format={values.format}: must be stablehlo or onnx")
     run = _load_run(values)
     output = _path(values.output) if values.output else run.workdir / "export"
-    for path in exporting.export(run, output):
+    if values.format == "onnx":
+        test, _ = evaluation.load(run, "test", data_dir=values.data_dir)
+        *paths, line = export_onnx.export(run, output, test)
+        print(line)
+    else:
+        paths = exporting.export(run, output)
+    for path in paths:
         print(f"written to {path}")
 
 

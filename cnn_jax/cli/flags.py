@@ -19,7 +19,7 @@ class Flag:
     Attributes:
       define: absl's function for its type.
       default: REQUIRED if the flag must be given. A command's own default can be SEVERAL: the flag
-        must be given, and can be repeated.
+        must be given, and can be repeated. A list lets it be repeated or left out.
       help: one line.
       least: the smallest number that is allowed.
     """
@@ -70,7 +70,9 @@ FLAGS = {
     ),
     "verify": Flag(flags.DEFINE_bool, True, "compares restored checkpoints with their checksums"),
     "checkpoint": Flag(
-        flags.DEFINE_string, "latest", "latest, best (by validation accuracy) or a step"
+        flags.DEFINE_string,
+        "latest",
+        "latest, best (by validation accuracy) or a step; for evaluate also all",
     ),
     "split": Flag(
         flags.DEFINE_string, "test", "train, validation, test, or any split of the dataset"
@@ -91,6 +93,27 @@ FLAGS = {
         "how many classes to name for each image; default 3, or all if there are fewer",
     ),
     "output": Flag(flags.DEFINE_string, None, "where to write"),
+    "profile": Flag(
+        flags.DEFINE_string,
+        None,
+        "START:STOP, training steps counted from 0: writes a trace of them, prints the longest parts",
+    ),
+    "format": Flag(flags.DEFINE_string, "stablehlo", "stablehlo or onnx"),
+    "watch": Flag(
+        flags.DEFINE_bool, False, "evaluates each new checkpoint until the training ends"
+    ),
+    "temperature": Flag(
+        flags.DEFINE_bool,
+        False,
+        "fits a temperature on the validation split, and keeps it in temperature.json",
+    ),
+    "corruptions": Flag(
+        flags.DEFINE_bool, False, "evaluates on images with noise, blur, fog, JPEG and others too"
+    ),
+    "shifts": Flag(flags.DEFINE_bool, False, "evaluates on images shifted and rotated too"),
+    "predictions": Flag(
+        flags.DEFINE_string, None, "a CSV file for the prediction of every example"
+    ),
     "input_size": Flag(
         flags.DEFINE_string, None, "image size as SIZE, HEIGHTxWIDTH or HEIGHTxWIDTHxCHANNELS"
     ),
@@ -222,7 +245,9 @@ class Command:
             )
 
     def _takes_several(self, flag: str) -> bool:
-        return self.flags[flag] is SEVERAL or FLAGS[flag].is_list
+        default = self.flags[flag]
+        several = default is SEVERAL or isinstance(default, list)
+        return FLAGS[flag].is_list or (several and FLAGS[flag].define is flags.DEFINE_string)
 
     def _unknown(self, flag: str) -> ConfigError:
         from cnn_jax.config import Config  # imports Flax and Optax: half a second
@@ -247,8 +272,10 @@ class Command:
         ]
         lines = [" ".join([PROGRAM, self.name, *words]) + f": {self.title}", ""]
         for flag, default in self.flags.items():
-            shown = "" if default in (None, [], False, REQUIRED) else f" (default {default})"
-            shown = "; may be repeated" if default is SEVERAL else shown
+            text = ",".join(default) if isinstance(default, list) else default
+            shown = "" if default in (None, [], False, REQUIRED, SEVERAL) else f" (default {text})"
+            if self._takes_several(flag) and not FLAGS[flag].is_list:
+                shown += "; may be repeated"
             lines.append(f"  --{flag:14}{FLAGS[flag].help}{shown}")
         return "\n".join(lines)
 
@@ -257,7 +284,7 @@ class Command:
         values.set_gnu_getopt()  # words and flags in any order
         for name, default in self.flags.items():
             flag = FLAGS[name]
-            define = flags.DEFINE_multi_string if default is SEVERAL else flag.define
+            define = flags.DEFINE_multi_string if self._takes_several(name) else flag.define
             options = {} if flag.least is None else {"lower_bound": flag.least}
             if define is not flags.DEFINE_multi_string:
                 options["allow_overwrite"] = False  # refuses a repeated flag

@@ -58,6 +58,43 @@ def print_evaluation(report: dict) -> None:
     )
 
 
+def print_row(row: dict) -> None:
+    """Prints one evaluation of several in a line, when it is done."""
+    _print_lines([f"{_evaluated(row)}: accuracy {row['accuracy']:.4f}, loss {row['loss']:.4f}"])
+
+
+def _evaluated(row: dict) -> str:
+    change = row["change"]
+    shown = f", {change['kind']} {change['amount']}" if change else ""
+    return f"{row['workdir']} {row['checkpoint']}, {row['dataset']}/{row['split']}{shown}"
+
+
+def print_rows(rows: Sequence[dict], tests: Sequence[dict]) -> None:
+    """Prints evaluations.json: a row for each evaluation, the tests of every two runs."""
+    columns = "examples accuracy interval top-5 macro-F1 loss Brier ECE"
+    with_temperature = any("with_temperature" in row for row in rows)
+    more = ("temperature", "loss then", "ECE then") if with_temperature else ()
+    table = _table("evaluated", *columns.split(), *more)
+    for row in rows:
+        low, high = row["intervals"]["accuracy"]
+        five = row["top_5_accuracy"]
+        cells = [f"{row['examples']:,}", f"{row['accuracy']:.4f}", f"{low:.4f} to {high:.4f}"]
+        cells += ["-" if five is None else f"{five:.4f}"]
+        cells += [f"{n:.4f}" for n in (row["macro"]["f1"], row["loss"], row["brier"], row["ece"])]
+        if found := row.get("with_temperature"):
+            cells += [f"{found[name]:.4f}" for name in ("temperature", "loss", "ece")]
+        table.add_row(rich.markup.escape(_evaluated(row)), *cells)
+    _console().print(table)
+    _print_lines(
+        [
+            f"McNemar on {test['dataset']}/{test['split']}: {test['first']} alone is right on "
+            f"{test['only_first_right']:,} of {test['examples']:,}, {test['second']} alone on "
+            f"{test['only_second_right']:,}; p = {test['p']:.2g}"
+            for test in tests
+        ]
+    )
+
+
 MOST_LINES = 10
 
 

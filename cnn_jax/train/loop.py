@@ -34,6 +34,7 @@ from cnn_jax.train import (
     start,
 )
 from cnn_jax.train.calls import is_resident, make_calls
+from cnn_jax.train.profile import Profile
 from cnn_jax.train.reporting import Reporter, epoch_line
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
@@ -52,6 +53,7 @@ def train(
     init_from: str | None = None,
     mesh: Any = None,
     signals: StopSignals | None = None,
+    profile: str | None = None,
 ) -> list[dict]:
     """Trains to the last epoch; resumes where an earlier call on `workdir` stopped.
 
@@ -66,6 +68,7 @@ def train(
       init_from: WORKDIR[:STEP] of the run from which a new run takes its first parameters.
       mesh: the devices; by default the first `config.devices`.
       signals: that ask it to stop, if the caller, in the main thread, receives them.
+      profile: START:STOP, the steps of which to write a trace.
 
     Returns:
       The lines of metrics.jsonl.
@@ -81,6 +84,7 @@ def train(
     parallel.check_divides(mesh, config.batch_size)
     agreement.check_program(config)
     workdir = Path(workdir).absolute()
+    traced = Profile(profile, workdir) if profile else None
     if parallel.is_main_process():
         prepare(workdir)
     receiving = contextlib.nullcontext(signals) if signals else StopSignals()
@@ -91,15 +95,13 @@ def train(
         agreement.check_data(splits, source)
         config = statistics.in_numbers(config, splits.train)
         metadata = check_splits(config, splits)
-        is_resident(
-            config, splits.train, mesh
-        )  # refuses what cannot be before a workdir is written
+        is_resident(config, splits.train, mesh)  # refuses what cannot be; no workdir exists yet
         if source:
             metadata["init_from"] = dataclasses.asdict(source)
         check_same_run(workdir, config, metadata)
         order = loader.make_order(config, splits.train)
         saver = Saver(config, workdir, len(splits.train), order, signals, check_lock)
-        with _Run(config, mesh, splits, signals, saver) as run:
+        with _Run(config, mesh, splits, signals, saver, traced) as run:
             saver.start(run.restore(verify, source))
             if parallel.is_main_process():
                 write_config(workdir, config, experiment, metadata)
@@ -111,8 +113,15 @@ class _Run:
     """The state of one call of `train`, and the order in which it changes."""
 
     def __init__(
-        self, config: Config, mesh: Any, splits: Splits, signals: StopSignals, saver: Saver
+        self,
+        config: Config,
+        mesh: Any,
+        splits: Splits,
+        signals: StopSignals,
+        saver: Saver,
+        profile: Profile | None = None,
     ):
+        self.profile = profile
         self.config, self.mesh, self.splits = config, mesh, splits
         self.signals, self.saver = signals, saver
         self.steps_per_epoch = len(splits.train) // config.batch_size
@@ -192,6 +201,7 @@ class _Run:
         self.reporter.progress.start_epoch(epoch, skipped)
         began, before = time.perf_counter(), self.epoch_seconds
         report = functools.partial(self.reporter.report, self.saver.check_finite)
+        self._trace(first + skipped)
         for done, state, loss in self.calls.steps(self.state, order, epoch, skipped):
             self.state = state
             report()  # of the call before, so that the device has work meanwhile
@@ -207,9 +217,17 @@ class _Run:
                 self.saver.save(self.state, self.epoch_seconds)
             if stop:
                 self.saver.stop(self.state, self.epoch_seconds, stop)
+            self._trace(first + done)
         report()
         self.epoch_seconds = before + time.perf_counter() - began
+        self._trace(first + done, last=epoch + 1 == config.epochs)
         self._end_epoch(epoch)
+
+    def _trace(self, step: int, last: bool = False) -> None:
+        """Starts or ends the trace of --profile before `step`."""
+        if self.profile:
+            for line in self.profile.before(step, self.state, last):
+                self.reporter.progress.message(line)
 
     def _end_epoch(self, epoch: int) -> None:
         """Does all that follows an epoch's last step; depends only on `state`."""

@@ -163,7 +163,7 @@ def test_the_report(trained):
     workdir, lines, data_dir = trained
     run = restore.load_run(workdir)
     report = evaluate.evaluate(run, data_dir=str(data_dir))
-    evaluate.write(report, run)
+    evaluate.write(report, workdir)
     assert report == json.loads((workdir / "evaluation.json").read_text())
     assert [*report] == [
         "checkpoint",
@@ -174,6 +174,13 @@ def test_the_report(trained):
         "accuracy",
         "class_accuracy",
         "confusion_matrix",
+        "top_5_accuracy",
+        "macro",
+        "classes",
+        "brier",
+        "ece",
+        "reliability",
+        "intervals",
     ]
     examples = make_examples(48, seed=1)  # what tiny_squares holds
     accuracy, loss, confusion = in_numpy(run.variables["params"], examples)

@@ -26,7 +26,12 @@ def parsed(line: str):
             {"experiment": "quickstart", "dry_run": True},
         ),
         ("train --experiment=quickstart", {"experiment": "quickstart"}),
-        ("evaluate runs/x --split validation", {"workdir": "runs/x", "split": "validation"}),
+        ("evaluate runs/x", {"workdir": ["runs/x"], "split": ["test"], "dataset": []}),
+        ("evaluate runs/x --split validation", {"workdir": ["runs/x"], "split": ["validation"]}),
+        (
+            "evaluate runs/x runs/y --split=a --split=b --dataset=d",
+            {"workdir": ["runs/x", "runs/y"], "split": ["a", "b"], "dataset": ["d"]},
+        ),
         ("predict runs/x a.png b *.jpg", {"workdir": "runs/x", "images": ["a.png", "b", "*.jpg"]}),
         ("predict a.png --workdir=runs/x", {"workdir": "runs/x", "images": ["a.png"]}),
         ("predict runs/x a.png --images=b", {"workdir": "runs/x", "images": ["b", "a.png"]}),

@@ -8,7 +8,7 @@ import numpy as np
 
 from cnn_jax.analysis import plotting
 from cnn_jax.analysis.plotting import Chart
-from cnn_jax.analysis.report import charts, features, formatting, run_data
+from cnn_jax.analysis.report import attribution, charts, features, formatting, run_data
 from cnn_jax.analysis.report.run_data import Facts
 from cnn_jax.common import images
 from cnn_jax.config import Config
@@ -25,6 +25,7 @@ SCHEDULE = (
     "step_factor",
 )
 MISTAKES = 12
+CAUSES = 4
 CONFUSIONS = 5
 EXAMPLE = 112  # pixels
 
@@ -61,15 +62,13 @@ def content(run: Facts) -> tuple[dict[str, Any], list[Chart]]:
         for k, place in enumerate(run.predictions.mistakes(MISTAKES), 1)
     ]
     kernel = first_kernel(run.run.model, run.run.image_shape, run.run.variables["params"])
+    kernels = kernel and _kernels(*kernel)
     journeys, stages = _journeys(run)
-    kernels = kernel and plotting.picture(
-        "kernels",
-        images.draw_kernels(kernel[1], side=96),
-        f"The first {min(kernel[1].shape[-1], images.MOST_KERNELS)} kernels of {kernel[0]}, "
-        f"{formatting.shape(kernel[1].shape[:3])} weights each, as images.",
-    )
+    causes, methods = _causes(run)
     values = dict(
         **shown,
+        causes=causes,
+        methods=methods,
         title=run.run.experiment or run.run.workdir.name,
         facts=run,
         config=run.run.saved["config"],
@@ -86,11 +85,21 @@ def content(run: Facts) -> tuple[dict[str, Any], list[Chart]]:
         reasons=_reasons(run),
         maps=any(len(stage.shape) == 3 for stage in stages) and features.MAPS,
     )
-    drawn = [chart for chart in (*shown.values(), kernels) if chart]
+    drawn = [chart for chart in (*shown.values(), causes, kernels) if chart]
     drawn += [mistake.picture for mistake in mistakes]
     for example, strips in journeys:
         drawn += [example.picture, *(strip for strip in strips if strip)]
     return values, drawn
+
+
+def _kernels(name: str, kernel: np.ndarray) -> Chart:
+    """The first kernels of a layer."""
+    return plotting.picture(
+        "kernels",
+        images.draw_kernels(kernel, side=96),
+        f"The first {min(kernel.shape[-1], images.MOST_KERNELS)} kernels of {name}, "
+        f"{formatting.shape(kernel.shape[:3])} weights each, as images.",
+    )
 
 
 def _schedule(run: Facts) -> Chart | None:
@@ -118,6 +127,17 @@ def _example(run: Facts, place: int, name: str) -> Example:
     return Example(
         plotting.picture(name, _enlarged(image), alt), true, predicted, probability, place
     )
+
+
+def _causes(run: Facts) -> tuple[Chart | None, list[str]]:
+    """The worst mistakes and what they depend on, and the methods; None if there are no mistakes."""
+    places = run.predictions.mistakes(CAUSES)
+    if not len(places):
+        return None, []
+    image = run.test[places]["image"]
+    maps = attribution.explain(run.run, run.summary, image, run.predictions.winner[places])
+    alt = f"The {len(places)} most confident mistakes, one a row: image, {', '.join(maps)}."
+    return plotting.picture("causes", attribution.draw(image, maps), alt), [*maps]
 
 
 def _journeys(run: Facts) -> tuple[list[tuple[Example, list[Chart | None]]], list[features.Stage]]:

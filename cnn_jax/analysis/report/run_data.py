@@ -8,42 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
-import numpy as np
 
 from cnn_jax import PROGRAM, models
 from cnn_jax.analysis import evaluate
 from cnn_jax.analysis.restore import RestoredRun, load_run
+from cnn_jax.analysis.study.measures import Scores
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import experiment
 from cnn_jax.config.overrides import override
 from cnn_jax.config.serialize import differences, to_json
 from cnn_jax.data import sources
 from cnn_jax.models import summary
-from cnn_jax.train import evaluation, parallel, step
+from cnn_jax.train import evaluation
 from cnn_jax.train.workdir import metrics, read_config
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Predictions:
-    """The network's prediction for each example of the test split, in its order.
-
-    Attributes:
-      label: int [N], the true class.
-      winner: int [N], the class of the highest probability.
-      probability: float32 [N], that probability.
-    """
-
-    label: np.ndarray
-    winner: np.ndarray
-    probability: np.ndarray
-
-    def mistakes(self, count: int) -> np.ndarray:
-        """Indices of the `count` most confident mistakes, the worst first."""
-        wrong = np.flatnonzero(self.label != self.winner)
-        return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +35,7 @@ class Facts:
       summary: its layers.
       test: the test split.
       result: the metrics of the whole test split.
-      predictions: for each test example.
+      predictions: for each test example, in the split's order.
       command: trains this run again.
       note: what the command leaves out; empty if nothing.
     """
@@ -66,7 +45,7 @@ class Facts:
     summary: summary.Summary
     test: sources.Examples
     result: evaluation.Metrics
-    predictions: Predictions
+    predictions: Scores
     command: str
     note: str
 
@@ -115,7 +94,7 @@ def gather(
     test = sources.load_examples(run.data, "test", data_dir)
     test = evaluate.fitting(run, test, run.data.name)
     log.info("evaluating %s on %s test examples", workdir, f"{len(test):,}")
-    result, predictions = _evaluate(run, test)
+    result, predictions = evaluate.make_scorer(run)(run.variables, test)
     command, note = command_of(workdir, saved, own)
     lines = metrics(workdir)
     return Facts(run, lines, layers, test, result, predictions, command, note)
@@ -127,27 +106,6 @@ def _own_model(saved: dict, own: str | None) -> nn.Module | None:
         model = model["model"]
     known = model.get("class") in models.__all__
     return experiment.load(own).model if own and not known else None
-
-
-def _evaluate(run: RestoredRun, test: sources.Examples) -> tuple[evaluation.Metrics, Predictions]:
-    """The metrics of the test split, and the prediction for each of its examples."""
-    mesh = parallel.make_mesh()
-    options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
-
-    def both(variables: Any, batch: dict) -> tuple[dict, dict]:
-        # The compiler merges the forward passes of these two.
-        sums = step.eval_step(variables, batch, **options)
-        logits = step.predict_step(variables, batch["image"], **options)
-        single = {"winner": logits.argmax(-1), "probability": jax.nn.softmax(logits).max(-1)}
-        return sums, single | {"label": batch["label"]}
-
-    compiled = parallel.jit_step(both, mesh, donate=False, compute_dtype=run.compute_dtype)
-    variables = parallel.replicate(run.variables, mesh)
-    outputs = evaluation.each_batch(compiled, variables, test, run.batch_size, mesh)
-    sums, single = zip(*outputs, strict=True)
-    # The last batch was filled up.
-    joined = {name: np.concatenate([s[name] for s in single])[: len(test)] for name in single[0]}
-    return evaluation.metrics_of(sums, len(test)), Predictions(**joined)
 
 
 def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str, str]:

@@ -1,0 +1,1 @@
+"""Evaluations of runs, checkpoints and changed images, measured beyond accuracy."""
