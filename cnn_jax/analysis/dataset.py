@@ -75,7 +75,7 @@ def describe(
     Raises:
       DataError: as `sources.load_examples`; but broken images are listed.
     """
-    data = dataclasses.replace(config.data, skip_broken=True)
+    data = dataclasses.replace(config.data, skip_corrupt="all")
     dataset = folders.open_dataset(data) if is_path(data.name) else None
     given = []
     try:
@@ -97,7 +97,7 @@ def describe(
     given += [f"data.mean={_comma(mean)}", f"data.std={_comma(std)}"]
     broken = _broken(dataset, data, splits) if dataset else []
     if broken:
-        given.append("data.skip_broken=true")
+        given.append("data.skip_corrupt=all")
     pairs = statistics.twins(splits)
     description = Description(
         name=data.name,
@@ -117,7 +117,7 @@ def describe(
         remarks=dataset.remarks if dataset else (),
         settings=tuple(given),
     )
-    data = dataclasses.replace(data, skip_broken=config.data.skip_broken)
+    data = dataclasses.replace(data, skip_corrupt=config.data.skip_corrupt)
     config = dataclasses.replace(config, data=data)
     return description, statistics.in_numbers(config, train), train
 

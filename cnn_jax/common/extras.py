@@ -4,8 +4,6 @@ import logging
 import os
 import sys
 
-import jax
-
 log = logging.getLogger(__name__)
 
 
@@ -16,6 +14,8 @@ def add_tensorflow() -> None:
     packages must not change under a running program. In a run of several processes this function
     returns, because the other processes would wait forever.
     """
+    import jax  # not at the top: processes that only decode images import this file
+
     launcher = os.environ.get("CNN_JAX_LAUNCHER")  # not set if launch.sh has just added it
     if launcher and not jax.distributed.is_initialized():
         log.info("TensorFlow is needed, and is installed now")

@@ -12,7 +12,8 @@ from cnn_jax.common.errors import CnnJaxError, ConfigError
 # The characters that Orbax, TensorStore and TFDS take literally in a path. They read * ? [ ] as a
 # pattern and a backslash as a separator, refuse a component that ends in .__lock, need valid UTF-8.
 _LITERAL = re.compile(r"[\w ./+=,~:-]*")
-_OPEN_FOLDERS = Path("/proc/self/fd")
+# Not /proc/self: the processes that decode images open files below these paths too.
+_OPEN_FOLDERS = Path("/proc", str(os.getpid()), "fd")
 # Files of Windows and macOS in folders and archives.
 LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "__macosx"}
 

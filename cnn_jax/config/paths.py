@@ -34,15 +34,14 @@ def resolve(config: Config) -> Config:
     """`config` with its data `resolved`.
 
     Raises:
-      ConfigError: a field is set that has an effect on a user's own images alone.
+      ConfigError: data.test_fraction is set, which has an effect on a user's own images alone.
     """
     data = resolved(config.data)
-    for field in ("test_fraction", "skip_broken"):
-        if not is_path(data.name) and (value := getattr(data, field)):
-            raise ConfigError(
-                f"data.{field}={value}: is for your own images; data.name={data.name} is none of "
-                "their folders or tables"
-            )
+    if not is_path(data.name) and data.test_fraction:
+        raise ConfigError(
+            f"data.test_fraction={data.test_fraction}: is for your own images; data.name={data.name} "
+            "is none of their folders or tables"
+        )
     return config if data is config.data else dataclasses.replace(config, data=data)
 
 

@@ -32,6 +32,7 @@ COUNT = Range("from 1 to 2**31 - 1", lambda value: 1 <= value < 2**31)
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
 AT_LEAST_1_OR_AUTO = Range("at least 1, or auto", lambda value: value == AUTO or value >= 1)
 AT_LEAST_0 = Range("0 or more", lambda value: value >= 0)
+ANY_NUMBER = Range("0 or more, or all", lambda value: value == "all" or value >= 0)
 POSITIVE = Range("greater than 0 and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.inf)
 SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
@@ -114,9 +115,22 @@ class DataConfig:
         "of your own images without a test split, the share of each class that becomes one, the same "
         "for every seed; none: 0.2",
     ] = None
-    skip_broken: Annotated[
-        bool, "leaves out those of your own images that cannot be decoded, instead of ending"
-    ] = False
+    skip_corrupt: Annotated[
+        int | Literal["all"],
+        ANY_NUMBER,
+        "how many images that cannot be decoded are left out of a split, instead of ending; a run then "
+        "decodes all images once before it begins, and metrics.jsonl counts those that were left out",
+    ] = 0
+    streaming: Annotated[
+        Literal["auto", True, False],
+        "reads and decodes images while they are used, instead of keeping all of them in memory; auto: "
+        "where the decoded images of a split take more than half of the memory that is available",
+    ] = "auto"
+    workers: Annotated[
+        int | None,
+        AT_LEAST_0,
+        "processes that decode what is streamed; 0: threads of the program itself; none: one a core",
+    ] = None
     balanced: Annotated[
         bool,
         "draws the examples of an epoch so that each class is as frequent as the others; the number of "
@@ -351,6 +365,8 @@ class Config:
 # The fields that may change when a run resumes. None of them changes the mathematics.
 CHANGEABLE_ON_RESUME = frozenset(
     {
+        "data.streaming",
+        "data.workers",
         "devices",
         "resident_data",
         "steps_per_call",

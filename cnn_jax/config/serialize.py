@@ -101,6 +101,14 @@ def _from_json(kind: type, saved: dict, path: str, own: nn.Module | None = None)
     return value
 
 
+def with_current_names(data: dict) -> dict:
+    """The `data` part of a config.json from earlier code, with the names that its fields have now."""
+    data = dict(data)
+    if "skip_broken" in data:
+        data["skip_corrupt"] = "all" if data.pop("skip_broken") else 0
+    return data
+
+
 def with_defaults(saved: dict, value: Any) -> dict:
     """`saved`, a JSON form from earlier code, with defaults for fields added to `value` since."""
     filled = dict(saved)

@@ -90,7 +90,7 @@ def parse(text: str, hint: Any, old: Any) -> Any:
                 return parse(text, kind, old)
         return parse(text, last, old)
     if origin is Literal:
-        by_text = {str(value): value for value in arguments}
+        by_text = {_text(value): value for value in arguments}
         if text not in by_text:
             raise ValueError(f"{text!r} is not one of {', '.join(by_text)}")
         return by_text[text]
@@ -171,7 +171,7 @@ def _described(hint: Any) -> str:
     if origin in _UNIONS:
         return " or ".join(map(_described, arguments))
     if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(_text, arguments))
     if origin in _LISTS:
         return str(hint)
     if hint is types.NoneType:
@@ -179,3 +179,8 @@ def _described(hint: Any) -> str:
     if origin is collections.abc.Callable:
         return "a function"
     return hint.__name__ if hint in (bool, int, float, str) else f"an object of {hint.__name__}"
+
+
+def _text(value: Any) -> str:
+    """A value of a Literal as a user writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,6 +6,7 @@ split where there is none: those of a class with the lowest ones. It is the same
 an image that is added moves few others.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,22 +17,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cnn_jax.common import cpu, decode, files
 from cnn_jax.common.errors import ConfigError, DataError
-from cnn_jax.config import DataConfig
 from cnn_jax.data import image_files, tfds_builder
 from cnn_jax.data.image_files import ImageFile
 from cnn_jax.data.prefetch import Workers, look_ahead
+from cnn_jax.data.records import CHUNK, Decoded, ImageRecords, changed
+
+if TYPE_CHECKING:  # it imports JAX, which processes that only decode images do not need
+    from cnn_jax.config import DataConfig
 
 log = logging.getLogger(__name__)
 
-CHUNK = 500
 SEED = 0
 TEST_FRACTION = 0.2
-BROKEN = -1  # as a label
 SUGGESTED_SIDE = 64
 
 
@@ -92,7 +95,7 @@ class Dataset:
         """Read once, until a file changes."""
         return _headers(self.root, tuple(image.file for image in self.images), self.digest(True))
 
-    def image_shape(self, data: DataConfig) -> tuple[int, int, int]:
+    def image_shape(self, data: "DataConfig") -> tuple[int, int, int]:
         """(H, W, C): one channel if all files are stored as grey, otherwise three.
 
         Raises:
@@ -146,7 +149,7 @@ class Dataset:
         return [known[part.splitname][part.from_ : part.to] for part in parts]
 
 
-def open_dataset(data: DataConfig) -> Dataset:
+def open_dataset(data: "DataConfig") -> Dataset:
     """Finds the images of `data.name`; decodes none of them.
 
     Raises:
@@ -177,10 +180,10 @@ def open_dataset(data: DataConfig) -> Dataset:
     return Dataset(data.name, root, names, ordered, carved, tuple(remarks))
 
 
-def has_validation(data: DataConfig) -> bool:
+def has_validation(data: "DataConfig", dataset: Dataset | None = None) -> bool:
     """Whether the run's validation split is the one that the dataset has."""
     used = f"{data.train_split} {data.test_split}"
-    found = "validation" not in used and "validation" in open_dataset(data).splits
+    found = "validation" not in used and "validation" in (dataset or open_dataset(data)).splits
     if found and data.validation_examples:
         raise ConfigError(
             f"data.validation_examples={data.validation_examples}: must be 0, as {data.name} has a "
@@ -189,13 +192,12 @@ def has_validation(data: DataConfig) -> bool:
     return found
 
 
-def check_training(data: DataConfig) -> None:
+def check_training(data: "DataConfig", dataset: Dataset) -> None:
     """Says what a user should know of the dataset, before it is decoded for training.
 
     Raises:
       DataError: it has one class, or a class without a training image.
     """
-    dataset = open_dataset(data)
     names, trained = dataset.class_names, dataset.select(data.train_split, "data.train_split")
     found = {image.class_name for image in trained}
     if len(names) < 2:
@@ -226,12 +228,12 @@ def suggested_size(sizes: np.ndarray) -> tuple[int, int]:
     return side, side
 
 
-class FileRecords:
-    """The examples of one split, in its order; used as `tfds_records.Records` is."""
+class FileRecords(ImageRecords):
+    """The examples of one split; `files` has their paths, relative to `root`."""
 
     random_access = True
 
-    def __init__(self, dataset: Dataset, images: Sequence[ImageFile], data: DataConfig):
+    def __init__(self, dataset: Dataset, images: Sequence[ImageFile], data: "DataConfig"):
         """Prepares to decode `images` of `dataset`.
 
         Raises:
@@ -240,6 +242,7 @@ class FileRecords:
         self.name, self.root = dataset.name, dataset.root
         self.class_names, self.image_shape = dataset.class_names, dataset.image_shape(data)
         self.files = tuple(image.file for image in images)
+        self.stamps = np.array([(image.size, image.modified) for image in images], np.int64)
         self.any_size = data.image_size is not None
         index = {name: i for i, name in enumerate(self.class_names)}
         self.labels = np.array([index[image.class_name] for image in images], np.int32)
@@ -248,46 +251,29 @@ class FileRecords:
     def __len__(self) -> int:
         return len(self.files)
 
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All examples: image uint8 [n, H, W, C], label int32 [n], BROKEN where it is not decoded."""
+    def chunks(self) -> Iterator[Decoded]:
         starts = range(0, len(self), CHUNK)
-        yield from look_ahead(
-            self._decode(range(start, min(start + CHUNK, len(self))))[:2] for start in starts
+        return look_ahead(
+            self.decoded(range(start, min(start + CHUNK, len(self)))) for start in starts
         )
 
-    def fetch(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The examples at `indices`; several threads may call it at once.
+    def decoded(self, indices: Sequence[int]) -> Decoded:
+        def read(i: int) -> tuple[np.ndarray, int]:
+            return self._read(self._path(indices[i])), self.labels[indices[i]]
 
-        Raises:
-          DataError: an image cannot be decoded; names its file.
-        """
-        image, label, errors = self._decode(indices)
-        if errors:
-            raise errors[0]
-        return image, label
+        return self.decode_each(len(indices), read)
 
-    def problem(self, index: int) -> str:
-        """Why the image at `index` cannot be decoded, with its file's name; empty if it can."""
-        errors = self._decode([index])[2]
-        return str(errors[0]) if errors else ""
+    def check_unchanged(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            before, now = tuple(self.stamps[index].tolist()), None
+            with contextlib.suppress(OSError):
+                status = os.stat(self._path(index))
+                now = status.st_size, status.st_mtime_ns
+            if now != before and before[0] >= 0:
+                raise changed(self._path(index), now, before)
 
     def _path(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])
-
-    def _decode(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[DataError]]:
-        image = np.zeros((len(indices), *self.image_shape), np.uint8)
-        label = self.labels[list(indices)]
-        errors: list[DataError] = []
-
-        def decode_one(i: int) -> None:
-            try:
-                image[i] = self._read(self._path(indices[i]))
-            except DataError as error:
-                label[i] = BROKEN
-                errors.append(error)
-
-        self.workers.each(decode_one, len(indices))
-        return image, label, errors
 
     def _read(self, path: str) -> np.ndarray:
         """uint8 [H, W, C]."""

@@ -11,8 +11,7 @@ import numpy as np
 
 from cnn_jax.config import Config
 from cnn_jax.data.balance import balanced_order, labels
-from cnn_jax.data.prefetch import look_ahead
-from cnn_jax.data.sources import Examples, InMemory
+from cnn_jax.data.sources import Examples, in_order
 
 
 def epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
@@ -38,13 +37,10 @@ def training_batches(
       examples' indices in the dataset, epoch int32 [batch_size].
     """
     epochs = np.full(batch_size, epoch, np.int32)
-
-    def made() -> Iterator[dict[str, np.ndarray]]:
-        for step in range(start, len(order) // batch_size):
-            index = order[step * batch_size : (step + 1) * batch_size]
-            yield examples[index] | {"index": index.astype(np.int32), "epoch": epochs}
-
-    return _ahead(examples, made())
+    steps = range(start, len(order) // batch_size)
+    batches = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
+    for index, batch in zip(batches, in_order(examples, batches), strict=True):
+        yield batch | {"index": index.astype(np.int32), "epoch": epochs}
 
 
 def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -53,16 +49,7 @@ def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[dict[str
     Yields:
       image uint8 [batch_size, H, W, C], label int32 [batch_size], mask float32 [batch_size].
     """
-
-    def made() -> Iterator[dict[str, np.ndarray]]:
-        for start in range(0, len(examples), batch_size):
-            index = np.arange(start, start + batch_size)
-            mask = (index < len(examples)).astype(np.float32)
-            yield examples[np.minimum(index, len(examples) - 1)] | {"mask": mask}
-
-    return _ahead(examples, made())
-
-
-def _ahead(examples: Examples, batches: Iterator[dict]) -> Iterator[dict]:
-    """Prefetches the batches if their examples must be read and decoded."""
-    return batches if isinstance(examples, InMemory) else look_ahead(batches)
+    starts, places = range(0, len(examples), batch_size), np.arange(batch_size)
+    batches = (np.minimum(start + places, len(examples) - 1) for start in starts)
+    for start, batch in zip(starts, in_order(examples, batches), strict=True):
+        yield batch | {"mask": (start + places < len(examples)).astype(np.float32)}

@@ -37,6 +37,10 @@ class Workers:
         self._threads = 1 if small else cpu.cores()
         self._pool = ThreadPoolExecutor(self._threads)
 
+    def __reduce__(self) -> tuple:
+        """In another process there is one thread: each core has a process of its own."""
+        return Workers, (0,)
+
     def each(self, work: Callable[[int], None], count: int) -> None:
         """Calls work(0) to work(count - 1); an exception of one of them is raised here."""
 

@@ -9,21 +9,21 @@ import functools
 import logging
 import os
 import re
+import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from cnn_jax.common import cache, decode
+from cnn_jax.common import cache, cpu, decode, memory
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.config.paths import is_path
-from cnn_jax.data import decoded_cache, folders, tfds_builder
+from cnn_jax.config.schema import AUTO
+from cnn_jax.data import buckets, decoded_cache, folders, tfds_builder, workers
 from cnn_jax.data.prefetch import look_ahead
-
-if typing.TYPE_CHECKING:
-    from cnn_jax.data.tfds_records import Records
+from cnn_jax.data.records import BROKEN, ImageRecords
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +49,13 @@ class Examples(typing.Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """Examples that are all decoded in memory."""
+    """Examples that are all decoded in memory; `skipped` others of the split cannot be decoded."""
 
     image: np.ndarray
     label: np.ndarray
     class_names: tuple[str, ...]
     files: tuple[str, ...] = ()
+    skipped: int = 0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -68,15 +69,25 @@ class InMemory:
 
     def take(self, indices: np.ndarray) -> "InMemory":
         files = tuple(self.files[i] for i in indices) if self.files else ()
-        return InMemory(self.image[indices], self.label[indices], self.class_names, files)
+        image, label = self.image[indices], self.label[indices]
+        return dataclasses.replace(self, image=image, label=label, files=files)
 
 
 @dataclasses.dataclass(frozen=True)
 class OnDemand:
-    """Examples that are read and decoded when they are requested."""
+    """Examples that are read and decoded when they are requested.
 
-    records: "Records | folders.FileRecords"
+    Attributes:
+      records: reads and decodes them.
+      indices: of the examples in `records`, int64 [N].
+      workers: how many processes do so for `in_order`; 0: threads of this process.
+      skipped: the number of others that cannot be decoded.
+    """
+
+    records: ImageRecords
     indices: np.ndarray
+    workers: int
+    skipped: int = 0
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -99,7 +110,7 @@ class OnDemand:
         return {"image": image, "label": label}
 
     def take(self, indices: np.ndarray) -> "OnDemand":
-        return OnDemand(self.records, self.indices[indices])
+        return dataclasses.replace(self, indices=self.indices[indices])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +139,10 @@ class Relabelled:
         return len(self.examples)
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        batch = self.examples[indices]
+        return self.relabelled(self.examples[indices])
+
+    def relabelled(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A batch of `examples` with the new labels."""
         return batch | {"label": self.new_label[batch["label"]]}
 
     def take(self, indices: np.ndarray) -> "Relabelled":
@@ -146,12 +160,23 @@ def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
     return Relabelled(examples, class_names, new_label)
 
 
+def in_order(examples: Examples, batches: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """`examples[indices]` for the indices of each batch; what must be decoded is decoded ahead."""
+    if isinstance(examples, InMemory):
+        return map(examples.__getitem__, batches)
+    if isinstance(examples, Relabelled):
+        return map(examples.relabelled, in_order(examples.examples, batches))
+    if isinstance(examples, OnDemand) and examples.workers:
+        indices = map(examples.indices.__getitem__, batches)
+        found = workers.in_order(examples.records, indices, examples.workers)
+        return ({"image": image, "label": label} for image, label in found)
+    return look_ahead(map(examples.__getitem__, batches))
+
+
 def chunks(examples: Examples) -> Iterator[dict[str, np.ndarray]]:
     """All examples in order, a few at a time."""
     starts = range(0, len(examples), _CHUNK)
-    return look_ahead(
-        examples[np.arange(start, min(start + _CHUNK, len(examples)))] for start in starts
-    )
+    return in_order(examples, (np.arange(i, min(i + _CHUNK, len(examples))) for i in starts))
 
 
 def default_data_dir() -> str:
@@ -165,6 +190,7 @@ def load_examples(
     data_dir: str | None = None,
     download: bool = False,
     memory_bytes: int | None = None,
+    dataset: folders.Dataset | None = None,
 ) -> Examples:
     """The examples of one split.
 
@@ -174,21 +200,30 @@ def load_examples(
         TFDS's notation ("test[:10%]").
       data_dir: where TFDS prepared the dataset; None: `default_data_dir()`.
       download: lets TFDS fetch and prepare a dataset that is not prepared.
-      memory_bytes: the limit for the decoded images; None: half of the machine's memory.
+      memory_bytes: the limit for the decoded images, unless data.streaming is true or false; None:
+        half of the memory that is available.
+      dataset: a user's own images, if they are opened already: that takes time.
 
     Raises:
       DataError: the dataset or the split is unknown, not prepared, not of labelled images, or
         damaged; the message says which.
     """
-    own = split == "validation" and not data.validation_examples and has_validation(data)
+    own = split == "validation" and not data.validation_examples and has_validation(data, dataset)
     if split == "validation" and not data.validation_examples and not own:
         raise DataError(
             "split=validation: this run has no validation split (data.validation_examples=0)"
         )
-    if memory_bytes is None:
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if data.streaming != AUTO:
+        memory_bytes = 0 if data.streaming else sys.maxsize
+    elif memory_bytes is None:
+        memory_bytes = memory.available_bytes() // 2
     load = functools.partial(
-        _load, data, data_dir=data_dir, download=download, memory_bytes=memory_bytes
+        _load,
+        data,
+        data_dir=data_dir,
+        download=download,
+        memory_bytes=memory_bytes,
+        dataset=dataset,
     )
     if split == "test":
         return load(data.test_split, field="data.test_split")
@@ -201,13 +236,14 @@ def load_examples(
     return examples.take(kept if split == "train" else held_out)
 
 
-def has_validation(data: DataConfig) -> bool:
-    """Whether the run has a validation split.
+def has_validation(data: DataConfig, dataset: folders.Dataset | None = None) -> bool:
+    """Whether the run has a validation split; `dataset` as in `load_examples`.
 
     Raises:
       ConfigError: the dataset has one, and data.validation_examples asks for another one.
     """
-    return (is_path(data.name) and folders.has_validation(data)) or bool(data.validation_examples)
+    own = is_path(data.name) and folders.has_validation(data, dataset)
+    return own or bool(data.validation_examples)
 
 
 def image_shape(data: DataConfig, data_dir: str | None = None) -> tuple[int, int, int]:
@@ -264,10 +300,12 @@ def _load(
     data_dir: str | None,
     download: bool,
     memory_bytes: int,
+    dataset: folders.Dataset | None,
 ) -> Examples:
     """The examples of a split in TFDS's notation; errors name it as `field`."""
     if is_path(data.name):
-        return _load_files(data, split, field, memory_bytes)
+        dataset = dataset or folders.open_dataset(data)
+        return _load_files(data, dataset, split, field, memory_bytes)
     folder = _folder(data, data_dir)
     key = _cache_key(data, split, folder)
     if key and (found := decoded_cache.read(key, memory_bytes)):
@@ -278,21 +316,22 @@ def _load(
     records = Records(builder, data, split, field)
     if len(records) * int(np.prod(records.image_shape)) > memory_bytes:
         if records.random_access:
-            log.info("%s is decoded on demand: it does not fit in memory", records.name)
-            return OnDemand(records, np.arange(len(records)))
+            return _on_demand(records, data)
+        reason = "too large for memory" if data.streaming == AUTO else "data.streaming=true"
         raise DataError(
-            f"data.name={data.name}: too large for memory, and the TFRECORD files in data_dir={folder} "
+            f"data.name={data.name}: {reason}, and the TFRECORD files in data_dir={folder} "
             "have no random access; prepare it as array_record: --download with another --data_dir"
         )
-    examples = _decode_all(records)
-    if key := _cache_key(data, split, folder):
+    examples, first = _decode_all(records, data)
+    if not first and (key := _cache_key(data, split, folder)):
         decoded_cache.write(key, examples.image, examples.label, examples.class_names)
-    return examples
+    return _without_broken(examples, first, data)
 
 
-def _load_files(data: DataConfig, split: str, field: str, memory_bytes: int) -> Examples:
+def _load_files(
+    data: DataConfig, dataset: folders.Dataset, split: str, field: str, memory_bytes: int
+) -> Examples:
     """The same for a user's own images."""
-    dataset = folders.open_dataset(data)
     images = dataset.select(split, field)
     key = {
         "dataset": Path(data.name).name[:40],
@@ -302,76 +341,111 @@ def _load_files(data: DataConfig, split: str, field: str, memory_bytes: int) -> 
         "files": [dataset.digest(modified=True), decode.fingerprint()],
     }
     if found := decoded_cache.read(key, memory_bytes):
-        examples = InMemory(**found)
+        examples, first = InMemory(**found), ""
     else:
         records = folders.FileRecords(dataset, images, data)
         if len(records) * int(np.prod(records.image_shape)) > memory_bytes:
-            log.info("%s is decoded on demand: it does not fit in memory", data.name)
-            return OnDemand(records, _readable(records, data))
-        examples = _decode_all(records)
-    examples = dataclasses.replace(examples, files=tuple(image.file for image in images))
-    broken = examples.label == folders.BROKEN
-    if broken.any():
-        _report_broken(folders.FileRecords(dataset, images, data), np.flatnonzero(broken), data)
-    if not found:
+            return _on_demand(records, data)
+        examples, first = _decode_all(records, data)
         decoded_cache.write(key, examples.image, examples.label, examples.class_names)
-    return examples.take(np.flatnonzero(~broken)) if broken.any() else examples
+    broken = np.flatnonzero(examples.label == BROKEN)
+    if found and len(broken):
+        first = folders.FileRecords(dataset, images, data).problem(broken[0])
+    examples = dataclasses.replace(examples, files=tuple(image.file for image in images))
+    return _without_broken(examples, first, data)
 
 
-def _readable(records: "folders.FileRecords", data: DataConfig) -> np.ndarray:
-    """The indices of the images that can be decoded. Looks for others only if they may be skipped."""
-    if not data.skip_broken:
-        return np.arange(len(records))
+def _on_demand(records: ImageRecords, data: DataConfig) -> OnDemand:
+    """The examples of `records`; looks for those that cannot be decoded if they may be left out."""
+    count = cpu.cores() if data.workers is None else data.workers
+    by = f"{count} worker process{'es'[: 2 * (count > 1)]}" if count else "threads"
+    reason = ": it does not fit in memory" if data.streaming == AUTO else ""
+    log.info("%s is decoded on demand by %s%s", records.name, by, reason)
+    if not data.skip_corrupt:
+        return OnDemand(records, np.arange(len(records)), count)
     log.info("decoding all %s images once, to find broken ones", f"{len(records):,}")
-    label = np.concatenate([label for _, label in records.chunks()])
-    if len(broken := np.flatnonzero(label == folders.BROKEN)):
-        _report_broken(records, broken, data)
-    return np.flatnonzero(label != folders.BROKEN)
+    label, errors = [], []
+    for _, labels, found in records.chunks():
+        label.append(labels)
+        errors += found
+        if errors:
+            _check_broken(str(errors[0]), len(errors), data)
+    if errors:
+        _report_broken(str(errors[0]), len(errors), len(records), data)
+    readable = np.flatnonzero(np.concatenate(label) != BROKEN)
+    return OnDemand(records, readable, count, skipped=len(errors))
 
 
-def _report_broken(records: "folders.FileRecords", broken: np.ndarray, data: DataConfig) -> None:
-    """Says how many images cannot be decoded, and which is the first.
+def _without_broken(examples: InMemory, first: str, data: DataConfig) -> InMemory:
+    """`examples` without those whose label is BROKEN; `first` says why the first of them is."""
+    readable = np.flatnonzero(examples.label != BROKEN)
+    skipped = len(examples) - len(readable)
+    if not skipped:
+        return examples
+    _report_broken(first, skipped, len(examples), data)
+    return dataclasses.replace(examples.take(readable), skipped=skipped)
+
+
+def _check_broken(first: str, count: int, data: DataConfig) -> None:
+    """Raises DataError if `count` images that cannot be decoded are more than may be left out."""
+    allowed = data.skip_corrupt
+    if allowed != "all" and count > allowed:
+        more = f" ({count} such images, data.skip_corrupt={allowed})" if allowed else ""
+        raise DataError(f"{first}{more}; --set data.skip_corrupt=all leaves such images out")
+
+
+def _report_broken(first: str, count: int, total: int, data: DataConfig) -> None:
+    """Says how many of `total` images cannot be decoded, and why the first cannot.
 
     Raises:
-      DataError: they must not be skipped, or there are no others.
+      DataError: they must not be left out, or there are no others.
     """
-    first = records.problem(broken[0])
-    more = f" ({len(broken)} images are broken)" if len(broken) > 1 else ""
-    if not data.skip_broken:
-        raise DataError(f"{first}{more}; mend it, or leave it out with --set data.skip_broken=true")
-    if len(broken) == len(records):
-        raise DataError(f"{first}{more}; no image is left")
-    log.warning("warning: %d broken images are left out; the first: %s", len(broken), first)
+    _check_broken(first, count, data)
+    if count == total:
+        raise DataError(f"{first} ({count} images are broken); no image is left")
+    log.warning("warning: %d broken images are left out; the first: %s", count, first)
 
 
-def _decode_all(records: "Records | folders.FileRecords") -> InMemory:
+def _decode_all(records: ImageRecords, data: DataConfig) -> tuple[InMemory, str]:
+    """All examples, also those that are BROKEN, and why the first of these is.
+
+    Raises:
+      DataError: more are broken than may be left out.
+    """
     log.info("decoding %s examples of %s", f"{len(records):,}", records.name)
     image = np.empty((len(records), *records.image_shape), np.uint8)
     label = np.empty(len(records), np.int32)
-    done = 0
-    for images, labels in records.chunks():
+    done, broken, first = 0, 0, ""
+    for images, labels, errors in records.chunks():
         image[done : done + len(labels)] = images
         label[done : done + len(labels)] = labels
         done += len(labels)
+        broken += len(errors)
+        first = first or next(map(str, errors), "")
+        _check_broken(first, broken, data)
     names = records.class_names
     absent = np.flatnonzero(np.bincount(label[label >= 0], minlength=len(names)) == 0)
     if len(absent):
         shown = ", ".join(names[i] for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
         log.warning("warning: %s has no example of: %s", records.name, shown)
-    return InMemory(image, label, names)
+    return InMemory(image, label, names), first
 
 
 def _folder(data: DataConfig, data_dir: str | None) -> str:
     if data.name == tfds_builder.EMBEDDED:
         return str(cache.cache_dir() / "tfds")
-    return os.path.expanduser(data_dir or default_data_dir())
+    folder = data_dir or default_data_dir()
+    if not buckets.is_remote(folder):
+        return os.path.expanduser(folder)
+    dataset = tfds_builder.dataset_name(data.name)
+    return str(buckets.opened(folder, dataset, cache.cache_dir()).folder)
 
 
 def _cache_key(data: DataConfig, split: str, folder: str) -> dict | None:
-    """What a decoded copy depends on; None if the dataset's files are remote or absent."""
-    if "://" in folder:
-        return None
-    files = decoded_cache.fingerprint(Path(folder, data.name.partition(":")[0].partition("/")[0]))
+    """What a decoded copy depends on; None if the dataset's files are absent."""
+    files = buckets.state(folder) or decoded_cache.fingerprint(
+        Path(folder, data.name.partition(":")[0].partition("/")[0])
+    )
     if not files:
         return None
     if data.name == tfds_builder.EMBEDDED:  # another version may draw other images

@@ -16,11 +16,24 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The examples of a run; `validation` is None if the configuration has no such split."""
+    """The examples of a run.
+
+    Attributes:
+      train: for training.
+      validation: chooses the best checkpoint; None if the configuration has no such split.
+      test: is evaluated.
+      data_files: the hash of a user's own images; empty for other datasets.
+    """
 
     train: sources.Examples
     validation: sources.Examples | None
     test: sources.Examples
+    data_files: str = ""
+
+    def by_name(self) -> dict[str, sources.Examples]:
+        """The splits that there are."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: examples for name, examples in found.items() if examples is not None}
 
 
 def load_splits(config: Config, data_dir: str | None = None, download: bool = False) -> Splits:
@@ -29,19 +42,24 @@ def load_splits(config: Config, data_dir: str | None = None, download: bool = Fa
     Raises:
       DataError: as `sources.load_examples`, and as `folders.check_training`.
     """
-    load = functools.partial(sources.load_examples, data_dir=data_dir, download=download)
-    if is_path(config.data.name):
-        folders.check_training(config.data)
-    validation = load(config.data, "validation") if sources.has_validation(config.data) else None
-    splits = Splits(load(config.data, "train"), validation, load(config.data, "test"))
-    if is_path(config.data.name):
+    data, dataset, data_files = config.data, None, ""
+    if is_path(data.name):
+        dataset = folders.open_dataset(data)
+        data_files = dataset.digest()
+        folders.check_training(data, dataset)
+    load = functools.partial(
+        sources.load_examples, data, data_dir=data_dir, download=download, dataset=dataset
+    )
+    validation = load("validation") if sources.has_validation(data, dataset) else None
+    splits = Splits(load("train"), validation, load("test"), data_files)
+    if dataset:
         _warn_of_twins(splits, config.data.name)
     return splits
 
 
 def _warn_of_twins(splits: Splits, name: str) -> None:
     """Warns of images that are in two splits; not if they are decoded on demand, as it takes long."""
-    loaded = {split: examples for split, examples in vars(splits).items() if examples is not None}
+    loaded = splits.by_name()
     if not all(isinstance(examples, sources.InMemory) for examples in loaded.values()):
         return
     across = [pair for pair in statistics.twins(loaded) if pair[0][0] != pair[1][0]]
@@ -91,6 +109,6 @@ def check_splits(config: Config, splits: Splits) -> dict:
         "image_shape": shape,
         "train_examples": len(splits.train),
     }
-    if is_path(config.data.name):
-        metadata["data_files"] = folders.open_dataset(config.data).digest()
+    if splits.data_files:
+        metadata["data_files"] = splits.data_files
     return metadata

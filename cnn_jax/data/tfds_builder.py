@@ -16,14 +16,16 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cnn_jax.common import extras
 from cnn_jax.common.errors import DataError
 from cnn_jax.common.files import library_path
-from cnn_jax.config import DataConfig
+
+if TYPE_CHECKING:  # it imports JAX, which processes that only decode images do not need
+    from cnn_jax.config import DataConfig
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ def open_builder(name: str, data_dir: str) -> Any:
     """
     base = dataset_name(name)
     place = data_dir
-    if "://" not in data_dir and Path(data_dir).is_dir():
+    if Path(data_dir).is_dir():
         place = str(library_path(Path(data_dir)))
     with quiet():
         import tensorflow_datasets as tfds
@@ -133,9 +135,8 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
         _check_download(builder, name, data_dir, download)
     log.info("preparing %s in %s", name, data_dir)
     try:
-        if "://" not in data_dir:
-            Path(data_dir).mkdir(parents=True, exist_ok=True)
-            builder = open_builder(name, data_dir)  # library_path needs the folder
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        builder = open_builder(name, data_dir)  # library_path needs the folder
         _prepare(builder, data_dir)
     except DataError:
         raise
@@ -154,10 +155,10 @@ def prepare(name: str, data_dir: str, download: bool) -> Any:
 
 def shown(path: Any) -> str:
     """The path of a file or folder of a dataset, as errors show it."""
-    return str(path) if "://" in str(path) else os.path.realpath(path)
+    return os.path.realpath(path)
 
 
-def layout(builder: Any, data: DataConfig) -> Layout:
+def layout(builder: Any, data: "DataConfig") -> Layout:
     """The layout of the records of `builder`. The dataset need not be prepared.
 
     Raises:
@@ -230,7 +231,7 @@ def _is_prepared(builder: Any) -> bool:
 
 def _check_download(builder: Any, name: str, data_dir: str, download: bool) -> None:
     """Refuses at once what would fail after minutes or hours; may restart the program."""
-    there = "://" in data_dir or Path(data_dir).is_dir()
+    there = Path(data_dir).is_dir()
     advice = (
         f"data.name={name}: not prepared in data_dir={data_dir}"
         f"{'' if there else ' (no such folder)'}; fetch and prepare it with train --download, "
@@ -264,10 +265,8 @@ def _prepare(builder: Any, data_dir: str) -> None:
 
 
 def _downloads(data_dir: str) -> Path:
-    """TFDS's folder for downloads; a local one if `data_dir` is in a bucket."""
-    return Path(
-        data_dir if "://" not in data_dir else Path.home() / "tensorflow_datasets", "downloads"
-    )
+    """TFDS's folder for downloads."""
+    return Path(data_dir, "downloads")
 
 
 def _silent_hosts(builder: Any, data_dir: str) -> list[str]:

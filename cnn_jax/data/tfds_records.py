@@ -12,7 +12,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -20,11 +20,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from cnn_jax.common import decode
 from cnn_jax.common.errors import DataError
-from cnn_jax.config import DataConfig
-from cnn_jax.data import tfds_builder
+from cnn_jax.data import buckets, tfds_builder
 from cnn_jax.data.prefetch import Workers, look_ahead
+from cnn_jax.data.records import CHUNK, Decoded, ImageRecords, changed
 
-CHUNK = 500
+if TYPE_CHECKING:  # it imports JAX, which processes that only decode images do not need
+    from cnn_jax.config import DataConfig
 
 
 def _shards(builder: Any, name: str, split: str, field: str) -> Any:
@@ -41,16 +42,10 @@ def _shards(builder: Any, name: str, split: str, field: str) -> Any:
             ) from None
 
 
-class Records:
-    """The examples of one split, in the order of its files.
+class Records(ImageRecords):
+    """The examples of one split, in the order of its files."""
 
-    Attributes:
-      class_names: in the order of the labels.
-      image_shape: (H, W, C) of the decoded images.
-      random_access: whether `fetch` works.
-    """
-
-    def __init__(self, builder: Any, data: DataConfig, split: str, field: str = "split"):
+    def __init__(self, builder: Any, data: "DataConfig", split: str, field: str = "split"):
         """Opens `split` of a prepared `builder`; errors name it as `field`.
 
         Raises:
@@ -76,11 +71,13 @@ class Records:
         self.ends = list(itertools.accumulate(shard.take for shard in self.shards))
         if not len(self):
             raise DataError(f"{field}={split}: this part of {data.name} has no examples")
+        buckets.fetch(shard.filename for shard in self.shards)
         for shard in self.shards:
             if not tfds.core.Path(shard.filename).exists():
                 raise DataError(
                     f"{tfds_builder.shown(shard.filename)}: no such file; {self._remedy()}"
                 )
+        self.stamps = [_stamp(shard.filename) for shard in self.shards]
         self.source = self._open_array_records() if self.random_access else None
         height, width = self.layout.stored_size
         self.workers = Workers(height * width if height and width else None)
@@ -88,11 +85,11 @@ class Records:
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All examples in chunks of n: image uint8 [n, H, W, C] and label int32 [n].
+    def chunks(self) -> Iterator[Decoded]:
+        """As `ImageRecords.chunks`.
 
         Raises:
-          DataError: a record is damaged; the message names its file and place.
+          DataError: a TFRECORD file is damaged between its records; names the place.
         """
         read = self._read_array_records() if self.random_access else self._read_tfrecords()
         start = 0
@@ -100,9 +97,15 @@ class Records:
             yield self._decode(encoded, range(start, start + len(encoded)))
             start += len(encoded)
 
-    def fetch(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The examples at `indices`, as in `chunks`; several threads may call it at once."""
+    def decoded(self, indices: Sequence[int]) -> Decoded:
         return self._decode(self._read(indices), indices)
+
+    def check_unchanged(self, indices: Sequence[int]) -> None:
+        first = {bisect.bisect_right(self.ends, index): index for index in reversed(indices)}
+        for k, index in first.items():
+            now = _stamp(self.shards[k].filename)
+            if now != self.stamps[k]:
+                raise changed(self._place(index), now, self.stamps[k])
 
     # ----------------------------------------------------------------------------- reading
 
@@ -129,24 +132,21 @@ class Records:
                 f"{shard.examples_in_shard} by its dataset_info.json; {self._remedy()}"
             )
 
-    def _read_array_records(self) -> Iterator[list[bytes]]:
+    def _read_array_records(self) -> Iterator[list[bytes | DataError]]:
         for start in range(0, len(self), CHUNK):
             yield self._read(range(start, min(start + CHUNK, len(self))))
 
-    def _read(self, indices: Sequence[int]) -> list[bytes]:
+    def _read(self, indices: Sequence[int]) -> list[bytes | DataError]:
         if not len(indices):
             return []
         try:
             return self.source.__getitems__(indices)
         except Exception as error:
-            for index in indices:  # the reader does not say which is damaged
-                try:
-                    self.source.__getitems__([index])
-                except Exception as own:
-                    raise self._damaged(self._place(index), own) from own
-            raise self._damaged(self.folder, error) from error
+            if len(indices) == 1:
+                return [self._damaged(self._place(indices[0]), error)]
+            return [record for index in indices for record in self._read([index])]
 
-    def _read_tfrecords(self) -> Iterator[list[bytes]]:
+    def _read_tfrecords(self) -> Iterator[list[bytes | DataError]]:
         with tfds_builder.quiet(), silent_stderr():
             import tensorflow as tf
 
@@ -175,23 +175,19 @@ class Records:
 
     # ---------------------------------------------------------------------------- decoding
 
-    def _decode(
-        self, records: list[bytes], indices: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        image = np.empty((len(records), *self.image_shape), np.uint8)
-        label = np.empty(len(records), np.int32)
-
-        def decode_one(i: int) -> None:
+    def _decode(self, records: list[bytes | DataError], indices: Sequence[int]) -> Decoded:
+        def read(i: int) -> tuple[np.ndarray, int]:
+            if isinstance(records[i], DataError):
+                raise records[i]
             try:
-                encoded, label[i] = self._parse(records[i])
-                image[i] = self._decode_image(encoded)
+                encoded, label = self._parse(records[i])
+                return self._decode_image(encoded), label
             except decode.Unsuitable as error:
                 raise DataError(f"{self._place(indices[i])}: {error}") from None
             except Exception as error:  # protobuf and Pillow raise many types
                 raise self._damaged(self._place(indices[i]), error) from error
 
-        self.workers.each(decode_one, len(records))
-        return image, label
+        return self.decode_each(len(records), read)
 
     def _parse(self, record: bytes) -> tuple[bytes, int]:
         """The encoded image and the label of a record."""
@@ -236,6 +232,15 @@ class Records:
 
     def _remedy(self) -> str:
         return f"remove {self.folder} and prepare the dataset again"
+
+
+def _stamp(filename: str) -> tuple[int, int] | None:
+    """Size in bytes and time of change of a file; None if there is none, or if it is remote."""
+    try:
+        status = os.stat(filename)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 @contextlib.contextmanager

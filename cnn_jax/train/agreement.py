@@ -60,17 +60,16 @@ def check_data(splits: Splits, source: Source | None = None) -> None:
     if jax.process_count() == 1:
         return
     found = {}
-    for name, examples in vars(splits).items():
-        if examples is not None:
-            places = np.linspace(0, len(examples) - 1, EXAMPLES).astype(int)
-            batch = examples[places]
-            found[name] = {
-                "examples": len(examples),
-                "image_shape": list(examples.image_shape),
-                "class_names": list(examples.class_names),
-                "pixels": hashlib.sha256(batch["image"].tobytes()).hexdigest()[:12],
-                "labels": hashlib.sha256(batch["label"].tobytes()).hexdigest()[:12],
-            }
+    for name, examples in splits.by_name().items():
+        places = np.linspace(0, len(examples) - 1, EXAMPLES).astype(int)
+        batch = examples[places]
+        found[name] = {
+            "examples": len(examples),
+            "image_shape": list(examples.image_shape),
+            "class_names": list(examples.class_names),
+            "pixels": hashlib.sha256(batch["image"].tobytes()).hexdigest()[:12],
+            "labels": hashlib.sha256(batch["label"].tobytes()).hexdigest()[:12],
+        }
     _compare({"data": found, "init_from": source and dataclasses.asdict(source)})
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
 from cnn_jax.config.paths import resolve
-from cnn_jax.data.splits import Splits, load_splits
+from cnn_jax.data.splits import load_splits
 from cnn_jax.train import optim, parallel
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.loop import train
@@ -35,12 +35,13 @@ def dry_run(
     config = resolve(config)
     splits = load_splits(config, data_dir, download)
     few = {
-        name: examples and examples.take(np.arange(min(len(examples), 2 * config.batch_size)))
-        for name, examples in vars(splits).items()
+        name: examples.take(np.arange(min(len(examples), 2 * config.batch_size)))
+        for name, examples in splits.by_name().items()
     }
+    splits = dataclasses.replace(splits, **few)
     config = dataclasses.replace(optim.with_constant_rate(config), epochs=1)
     with tempfile.TemporaryDirectory() as scratch:
-        lines = train(config, Path(scratch), splits=Splits(**few), init_from=init_from)
+        lines = train(config, Path(scratch), splits=splits, init_from=init_from)
         run = Checkpoints(Path(scratch)).newest()
         log.info("dry run: two batches trained, evaluated, saved and restored (step %d)", run.step)
     return lines

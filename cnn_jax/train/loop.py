@@ -239,6 +239,8 @@ class _Run:
             saver.save(self.state, self.epoch_seconds)
         images = self.steps_per_epoch * config.batch_size
         line = epoch_line(step, epoch, parallel.to_host(self.state.sums), images)
+        if config.data.skip_corrupt:
+            line["skipped_examples"] = self.splits.train.skipped
         if last or (epoch + 1) % config.eval_every_epochs == 0:
             line |= self._evaluate()
         saver.check_line(line)

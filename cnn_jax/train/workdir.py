@@ -21,7 +21,7 @@ from cnn_jax.common import cpu
 from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.common.files import library_path, written
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
-from cnn_jax.config.serialize import changes, differences, to_json
+from cnn_jax.config.serialize import changes, differences, to_json, with_current_names
 from cnn_jax.train import parallel
 
 log = logging.getLogger(__name__)
@@ -166,6 +166,7 @@ def read_config(workdir: Path) -> dict:
         shape = saved["image_shape"]
         if len(shape) != 3 or not all(isinstance(length, int) and length > 0 for length in shape):
             raise ValueError(f"image_shape is {shape}")
+        config["data"] = with_current_names(config["data"])
         return saved
     except FileNotFoundError:
         there = "holds no config.json" if workdir.is_dir() else "no such folder"

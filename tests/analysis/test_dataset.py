@@ -47,7 +47,7 @@ def test_what_is_said_of_a_folder(photos, capsys):
     assert f"twins, equal in all pixels: 1\n  {twin}\n" in said
     assert "1 are in two splits, 1 in two classes" in said
     assert "--set data.image_size=22,22 --set model.num_classes=2 --set data.mean=0." in said
-    assert "--set data.skip_broken=true" in said
+    assert "--set data.skip_corrupt=all" in said
     assert lines[-1] == "written to runs/data/photos/contact_sheet.png"
     sheet = np.asarray(Image.open("runs/data/photos/contact_sheet.png"))
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 100

@@ -201,6 +201,8 @@ RANGES = [  # field, values that are allowed, values that are not
     ("data.train_split", ["train[:10%]"], [""]),
     ("data.test_split", ["validation"], [""]),
     ("data.validation_examples", [0, 5], [-1]),
+    ("data.skip_corrupt", [0, 5, "all"], [-1]),
+    ("data.workers", [None, 0, 5], [-1]),
     ("data.crop_padding", [0, 4], [-1]),
     ("data.rotation", [0.0, 180.0], [-1.0, 180.5, math.nan]),
     ("data.colour_jitter", [0.0, 1.0], [-0.1, 1.1, math.nan]),
@@ -302,7 +304,7 @@ def test_every_field_has_a_range_or_a_type_of_few_values():
     free = {"model", "data", "optimizer", "schedule", "compute_dtype", "data.flip"}
     free |= {"resident_data", "deterministic"}
     free |= {"data.alternating_flip", "data.test_time_augmentation"}
-    free |= {"data.trivial_augment", "data.balanced", "data.skip_broken"}
+    free |= {"data.trivial_augment", "data.balanced", "data.streaming"}
     fields = {f.name for f in dataclasses.fields(Config)}
     fields |= {f"data.{f.name}" for f in dataclasses.fields(DataConfig)}
     assert fields - free == named - {"model.num_classes"}
@@ -389,7 +391,9 @@ def test_data_survives_its_json_form():
         "train[1%:]",
         5,
         test_fraction=0.3,
-        skip_broken=True,
+        skip_corrupt="all",
+        streaming=True,
+        workers=3,
         balanced=True,
         image_size=(8, 9),
         mean=(0.5, 0.25),

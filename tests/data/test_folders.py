@@ -15,7 +15,7 @@ from cnn_jax.common import decode
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.paths import resolved
-from cnn_jax.data import folders, sources, statistics
+from cnn_jax.data import folders, image_files, sources, statistics
 from cnn_jax.data.splits import load_splits
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models import MLP
@@ -426,13 +426,13 @@ def test_broken_images(memory_bytes, tmp_path, caplog):
     root = spoiled(tmp_path / "photos")
     data = DataConfig(str(root))
     with pytest.raises(
-        DataError, match=r"\.png: cannot be read \(.*data.skip_broken=true|cannot be read"
+        DataError, match=r"\.png: cannot be read \(.*data.skip_corrupt=all|cannot be read"
     ):
         sources.load_examples(data, "train", memory_bytes=memory_bytes)[np.arange(11)]
     caplog.set_level("INFO")
     for _ in range(2):  # decoded, and from the cache
         caplog.clear()
-        skipping = DataConfig(str(root), skip_broken=True)
+        skipping = DataConfig(str(root), skip_corrupt="all")
         examples = sources.load_examples(skipping, "train", memory_bytes=memory_bytes)
         assert "3 broken images are left out; the first: " in caplog.text
         assert len(examples) == 8
@@ -450,7 +450,7 @@ def test_all_images_broken(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("no image")
     with pytest.raises(DataError, match="none of its 2 images can be read"):
-        sources.load_examples(DataConfig(str(tmp_path), skip_broken=True), "all")
+        sources.load_examples(DataConfig(str(tmp_path), skip_corrupt="all"), "all")
 
 
 def test_a_changed_file_is_decoded_again(tmp_path):
@@ -466,6 +466,16 @@ def test_a_changed_file_is_decoded_again(tmp_path):
 
 
 # -------------------------------------------------------------------------- twins, mean, deviation
+
+
+def test_a_run_looks_for_the_images_once(tmp_path, monkeypatch):
+    opened, find = [], image_files.find
+    monkeypatch.setattr(image_files, "find", lambda name: opened.append(name) or find(name))
+    root = str(write(tmp_path, *many("train/a", 3), *many("val/a", 1), "train/b/x.png"))
+    splits = load_splits(Config(MLP(), DataConfig(root)))
+    assert list(splits.by_name()) == ["train", "validation", "test"]
+    assert len(splits.data_files) == 16
+    assert opened == [root]
 
 
 def test_twins_in_two_splits_are_counted(tmp_path, caplog):

@@ -102,7 +102,8 @@ def test_every_imported_package_is_required(settings):
     # jax2onnx asks for another Orbax, so no extra can hold it; setup.cfg says how to add it.
     imported -= {"cnn_jax", "jax2onnx", *PEERS, *sys.stdlib_module_names}
     required = {canonicalize_name(requirement.name) for requirement in requirements(settings)}
-    required |= {*settings["options.extras_require"]["onnx"].split()}
+    for extra in ("gcs", "onnx"):
+        required |= set(settings["options.extras_require"][extra].split())
     assert {canonicalize_name(PACKAGES.get(name, name)) for name in imported} <= required
 
 

@@ -138,6 +138,29 @@ def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(
     assert_same_run(tmp_path, undisturbed(devices))
 
 
+def test_a_streamed_run_has_the_bits_of_one_in_memory(tfds_dir, tmp_path, monkeypatch):
+    """Also stopped within an epoch, going on with other workers, and with a corrupt record."""
+    shutil.copytree(tfds_dir, tmp_path / "data")
+    (shard,) = (tmp_path / "data").rglob("*train.array_record*")
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"PNG")] ^= 1
+    shard.write_bytes(content)
+
+    def run(name, **fields):
+        fields |= {"validation_examples": 20, "skip_corrupt": 1, "flip": True}
+        config = simple(data=DataConfig("tiny_squares", **fields))
+        loop.train(config, tmp_path / name, data_dir=str(tmp_path / "data"))
+
+    run("memory", streaming=False)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)  # four steps an epoch
+        with pytest.raises(Preempted):
+            run("streamed", streaming=True, workers=1)
+    run("streamed", streaming=True, workers=2)
+    assert_same_run(tmp_path / "streamed", tmp_path / "memory")
+    assert [line["skipped_examples"] for line in lines_of(tmp_path / "streamed")] == [1, 1]
+
+
 def test_augmented_mixed_and_balanced_examples_are_the_same_after_a_stop(
     splits, tmp_path, monkeypatch
 ):
@@ -464,6 +487,7 @@ def test_what_does_not_touch_the_mathematics_may_change(splits, tmp_path):
         "checkpoint_every_epochs": 3,
         "checkpoint_every_minutes": 9.0,
         "checkpoint_every_steps": 7,
+        "data": DataConfig("tiny", streaming=True, workers=2),
         "devices": 2,
         "early_stopping_epochs": 3,
         "eval_every_epochs": 2,
@@ -474,7 +498,8 @@ def test_what_does_not_touch_the_mathematics_may_change(splits, tmp_path):
         "resident_data": True,
         "steps_per_call": 2,
     }
-    assert changed.keys() == CHANGEABLE_ON_RESUME
+    named = (changed.keys() - {"data"}) | {"data.streaming", "data.workers"}
+    assert named == CHANGEABLE_ON_RESUME
     loop.train(simple(epochs=1, **changed), tmp_path, splits=splits)
 
 
