@@ -145,7 +145,7 @@ def _line(lost: list[int]) -> str:
         lost = [1 - jax.process_index()]
     names = " and ".join(map(str, lost))
     count = jax.process_count()
-    return f"process {names} of the {count} processes of this run has ended or is silent; {_ADVICE}"
+    return f"process {names} of the {count} processes of this run has ended; {_ADVICE}"
 
 
 @contextlib.contextmanager
