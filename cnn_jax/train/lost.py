@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from cnn_jax.common.errors import CnnJaxError, ConfigError
 from cnn_jax.train import parallel
 
@@ -38,7 +36,7 @@ class Watch:
         processes: how many there are.
         heartbeat_seconds: the silence after which JAX counts a process as dead.
         """
-        self._client, self._me = client, process
+        self._client, self.process, self.processes = client, process, processes
         self.beat = heartbeat_seconds / 8
         self._counts = dict.fromkeys(set(range(processes)) - {process}, "")
         self._alive = dict.fromkeys(self._counts, time.monotonic())
@@ -61,6 +59,14 @@ class Watch:
             return []
         return sorted(i for i, seen in self._alive.items() if seen < longest + self.beat)
 
+    def line(self, lost: list[int]) -> str:
+        """The last line; of two processes it is the other one that is lost."""
+        names = [1 - self.process] if self.processes == 2 else lost
+        return (
+            f"process {' and '.join(map(str, names))} of the {self.processes} processes of this run "
+            f"has ended; {_ADVICE}"
+        )
+
     def _stop(self) -> None:
         self._end.set()
         self._thread.join(self.beat)
@@ -72,7 +78,7 @@ class Watch:
             self._asked = time.monotonic()
             # If process 0 cannot be reached, `_asked` remains.
             with contextlib.suppress(Exception):
-                key = f"cnn_jax/alive/{self._me}"
+                key = f"cnn_jax/alive/{self.process}"
                 self._client.key_value_set(key, str(count), allow_overwrite=True)
                 self._note(self._client.key_value_dir_get("cnn_jax/alive"))
                 self._asked = 0.0
@@ -120,7 +126,7 @@ def watch(client: Any, process: int, processes: int, heartbeat_seconds: int) -> 
     watch.start()
     _WATCHES[:] = [watch]
     # JAX aborts at once only if process 0, its coordinator, has ended.
-    _print_at_abort(lambda: _line(watch.lost() or [0]), CnnJaxError.exit_code)
+    _print_at_abort(lambda: watch.line(watch.lost() or [0]), CnnJaxError.exit_code)
 
 
 def _print_at_abort(line: Callable[[], str], exit_code: int) -> None:
@@ -140,14 +146,6 @@ def _print_at_abort(line: Callable[[], str], exit_code: int) -> None:
     ctypes.CDLL(None).signal(signal.SIGABRT, print_line)
 
 
-def _line(lost: list[int]) -> str:
-    if jax.process_count() == 2:
-        lost = [1 - jax.process_index()]
-    names = " and ".join(map(str, lost))
-    count = jax.process_count()
-    return f"process {names} of the {count} processes of this run has ended; {_ADVICE}"
-
-
 @contextlib.contextmanager
 def named() -> Iterator[None]:
     """If an exchange with the other processes fails, names the lost one and says what to do.
@@ -162,10 +160,10 @@ def named() -> Iterator[None]:
             parallel.is_one_of_several() and re.search(r"\b(gloo|nccl)", str(error), re.IGNORECASE)
         ):
             raise
-        pause, lost = threading.Event(), []
+        watch, pause, lost = _WATCHES[0], threading.Event(), []
         # An exchange fails at once. Only silence shows who is lost; if it takes longer, JAX aborts.
-        while jax.process_count() > 2 and not (lost := _WATCHES[0].lost()):
+        while watch.processes > 2 and not (lost := watch.lost()):
             pause.wait(0.1)
-        if parallel.is_main_process():
-            pause.wait(_WATCHES[0].beat)  # until the others know too: it keeps the store
-        raise CnnJaxError(_line(lost)) from error
+        if watch.process == 0:
+            pause.wait(watch.beat)  # until the others know too: it keeps the store
+        raise CnnJaxError(watch.line(lost)) from error

@@ -50,12 +50,12 @@ def start_processes(coordinator: str, processes: int, process: int, heartbeat_se
         initialization_timeout=patience,
         heartbeat_timeout_seconds=heartbeat_seconds,
     )
-    seen = _share_gpus(patience)
-    # The first exchange connects the processes. Gloo allows 30 seconds for that, which is too short
-    # later, when one process may still decode images.
-    parallel.largest(0)
-    run = distributed.global_state
-    lost.watch(run.client, process, processes, heartbeat_seconds)
+    lost.watch(distributed.global_state.client, process, processes, heartbeat_seconds)
+    with lost.named():
+        seen = _share_gpus(patience)
+        # The first exchange connects the processes. Gloo allows 30 seconds for that, which is too
+        # short later, when one process may still decode images.
+        parallel.largest(0)
     _check_idle(seen)
     if parallel.is_main_process():
         log.info(

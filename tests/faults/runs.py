@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -57,6 +58,15 @@ def start(
         stderr=subprocess.PIPE,
         preexec_fn=preexec_fn,
     )
+
+
+def start_several(*each: tuple) -> list[subprocess.Popen]:
+    """One run of several processes on loopback, from the arguments of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    joined = f"--coordinator=127.0.0.1:{port}", f"--processes={len(each)}"
+    return [start(*own, *joined, f"--process={i}") for i, own in enumerate(each)]
 
 
 def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str, str]:

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 
 import numpy as np
 import pytest
@@ -33,12 +32,7 @@ def flags(tmp_path_factory, tfds_dir):
 
 
 def start_two(flags, *more, second=None):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    joined = f"--coordinator=127.0.0.1:{port}", "--processes=2"
-    each = enumerate((flags, second or flags))
-    return [start(*own, *joined, f"--process={i}", *more) for i, own in each]
+    return runs.start_several((*flags, *more), (*(second or flags), *more))
 
 
 def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_killed(flags, tmp_path):
