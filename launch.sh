@@ -8,6 +8,7 @@ usage() {
 ./launch.sh COMMAND [--flags]      sets up what is missing, then runs a command; ./launch.sh list is one
 ./launch.sh test [--faults] [...]  runs the tests with these arguments of pytest; --faults adds the long fault injections
 ./launch.sh test -mcompile         runs only the tests that compile for TPUs and GPUs; see --with=compile-tpu
+./launch.sh test -mslurm           runs only the tests that start a SLURM; experiments/clusters tells what they need
 ./launch.sh setup [--pinned] [--with=prepare|test|compile-tpu|compile-cuda ...]
     only sets up, and looks again for a GPU or TPU. --pinned: with the versions that passed the tests.
     --with=prepare: with TensorFlow, which prepares most public datasets. --with=test: with the tests' tools.

@@ -184,9 +184,11 @@ class _Run:
         self.reporter.progress.start_epoch(epoch, skipped)
         began, before = time.perf_counter(), self.epoch_seconds
         running: deque[jax.Array] = deque()
-        data = loader.training_batches(self.splits.train, order, config.batch_size, skipped, epoch)
+        size = config.batch_size
+        rows = parallel.own_rows(self.mesh, size)
+        data = loader.training_batches(self.splits.train, order, size, skipped, epoch, rows)
         for done, batch in enumerate(data, skipped + 1):
-            self.state, loss = train(self.state, parallel.shard(batch, self.mesh))
+            self.state, loss = train(self.state, parallel.shard(batch, self.mesh, size))
             running.append(loss)
             if len(running) > parallel.QUEUE:
                 running.popleft().block_until_ready()

@@ -89,15 +89,41 @@ def make_replicated(make: Callable, mesh: Mesh, *arguments: Any) -> Any:
     return jit(make, out_shardings=replicated(mesh))(*arguments)
 
 
-def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """`batch` with its leading axis split over the devices; every process passes the whole batch."""
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray | None:
+    """The rows of a batch that the devices of this process hold: int64 [n], ascending; None for all."""
+    if jax.process_count() == 1:
+        return None
+    parts = _by_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[part] for part in parts]))
+
+
+def shard(
+    batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """`batch` with its leading axis split over the devices.
+
+    Args:
+      batch: of several processes, each passes its `own_rows` of the whole batch.
+      mesh: the devices.
+      batch_size: of the whole batch, if there are several processes.
+    """
+    sharding = _by_batch(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return {
-        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-        for name, array in batch.items()
-    }
+    rows = own_rows(mesh, batch_size)
+
+    def spread(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return array[slice(*np.searchsorted(rows, [start, stop]))]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+    return {name: spread(array) for name, array in batch.items()}
+
+
+def _by_batch(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def to_host(tree: Any) -> Any:
@@ -182,7 +208,7 @@ def jit_step(
         step,
         compute_dtype,
         platform=mesh.devices.flat[0].platform,
-        in_shardings=(replicated(mesh), NamedSharding(mesh, PartitionSpec(AXIS))),
+        in_shardings=(replicated(mesh), _by_batch(mesh)),
         out_shardings=replicated(mesh),
         donate_argnums=(0,) if donate else (),
     )
@@ -192,7 +218,7 @@ def compile_step(
     step: Callable,
     mesh: Mesh,
     state: Any,
-    batch: dict[str, np.ndarray],
+    batch: dict[str, jax.Array],
     compute_dtype: str = "float32",
 ) -> Callable:
     """`jit_step(step, mesh)` compiled ahead of time for a state and a batch like these.
@@ -205,7 +231,7 @@ def compile_step(
     jitted = jit_step(step, mesh, compute_dtype=compute_dtype)
     if jax.config.jax_disable_jit:
         return jitted
-    return lower(jitted, state, shard(batch, mesh)).compile()
+    return lower(jitted, state, batch).compile()
 
 
 def lower(jitted: Callable, state: Any, batch: Any) -> jax.stages.Lowered:

@@ -73,5 +73,8 @@ def compiled_step(
     """
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
     order = np.arange(len(examples))
-    batch = next(loader.training_batches(examples, order, config.batch_size))
-    return parallel.compile_step(step, mesh, state, batch, config.compute_dtype)
+    size = config.batch_size
+    rows = parallel.own_rows(mesh, size)
+    batch = next(loader.training_batches(examples, order, size, rows=rows))
+    sharded = parallel.shard(batch, mesh, size)
+    return parallel.compile_step(step, mesh, state, sharded, config.compute_dtype)
