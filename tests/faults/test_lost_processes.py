@@ -54,7 +54,7 @@ def test_a_random_worker_is_killed_at_a_random_moment(chain, undisturbed, flags,
             group = start_several(*[(*flags, f"--workdir={workdir}")] * PROCESSES)
             lost, at_step = int(random.integers(PROCESSES)), random.random() < 0.6
             moment = time.monotonic() + random.uniform(0, 10)
-            step = random.integers(reached + 1, last + 1)
+            step = min(reached + random.integers(1, last + 1), last)
 
             def due(workdir=workdir, at_step=at_step, moment=moment, step=step):
                 return runs.has_saved(workdir, step)() if at_step else time.monotonic() > moment

@@ -19,7 +19,7 @@ SLURM = {
 }
 BATCH = {name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"}
 OPEN_MPI = {
-    "OMPI_MCA_orte_hnp_uri": "134217728.0;tcp://10.0.0.7:34911",
+    "OMPI_MCA_orte_hnp_uri": "12288.0;tcp://10.0.0.7:34911",
     "OMPI_COMM_WORLD_SIZE": "4",
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
@@ -46,7 +46,7 @@ def find(monkeypatch, variables, distributed=None, flags=NO_FLAGS):
         ({}, None, (None, None, 1), Place("", 1, 1)),  # refused when the processes start
         (ADDRESS, None, (None, 2, 1), Place("c:1", 2, 1)),
         (ADDRESS, None, NO_FLAGS, None),
-        # The port is 61440 + the job's number, modulo 4096.
+        # The port is 61440 + the job's number, modulo 4096; Open MPI's number is 4096 times a count.
         (SLURM, None, NO_FLAGS, Place("n3:61452", 2, 1)),
         (SLURM, True, NO_FLAGS, Place("n3:61452", 2, 1)),
         (SLURM, False, NO_FLAGS, None),
@@ -56,8 +56,8 @@ def find(monkeypatch, variables, distributed=None, flags=NO_FLAGS):
         (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None, NO_FLAGS, None),
         (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, True, NO_FLAGS, None),
         (BATCH, None, NO_FLAGS, None),
-        (OPEN_MPI, None, NO_FLAGS, Place("10.0.0.7:61472", 4, 3)),
-        (OPEN_MPI | SLURM, None, NO_FLAGS, Place("10.0.0.7:61472", 4, 3)),
+        (OPEN_MPI, None, NO_FLAGS, Place("10.0.0.7:61443", 4, 3)),
+        (OPEN_MPI | SLURM, None, NO_FLAGS, Place("10.0.0.7:61443", 4, 3)),
         (OPEN_MPI_5, None, ("h:1", None, None), Place("h:1", 4, 3)),
         ({"JOB_COMPLETION_INDEX": "1"}, None, NO_FLAGS, None),
     ],
