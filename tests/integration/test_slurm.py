@@ -29,8 +29,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)}: not installed"),
 ]
 SCRIPT = REPOSITORY / "experiments/clusters/train.sbatch"
-# JAX meets at the first node by its name, so that one must be in the hosts file. A job that is queued
-# again starts after cred_expire.
+# A job that is queued again waits for cred_expire.
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -38,7 +37,7 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -56,8 +55,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd_%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd_%n.log
-NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1
 PartitionName=high Nodes=ALL PriorityTier=2
 """
@@ -68,7 +67,7 @@ class Slurm:
 
     def __init__(self, folder: Path):
         self.folder, self.daemons = folder, {}
-        probes = [socket.create_server(("", 0)) for _ in range(3)]
+        probes = [socket.create_server(("", 0)) for _ in range(4)]
         ports = [probe.getsockname()[1] for probe in probes]
         for probe in probes:
             probe.close()
@@ -84,12 +83,17 @@ class Slurm:
             "CNN_JAX": program,
             "PYTHONPATH": str(REPOSITORY),
             "XLA_FLAGS": "",
+            # JAX would meet at the first node by its name, which the hosts file does not have.
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{ports[3]}",
         }
+
+    def start(self) -> None:
+        folder = self.folder
         files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "seed", "log")]
         self._start("munged", "-F", "--force", f"--socket={folder}/munge.socket", *files)
         self.wait(lambda: (folder / "munge.socket").exists())
         self._start("slurmctld", "-D")
-        for node in ("localhost", "second"):
+        for node in ("n0", "n1"):
             self.start_node(node)
         self.wait(lambda: self("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"])
 
@@ -99,11 +103,10 @@ class Slurm:
         ).stdout
 
     def _start(self, *command: str) -> None:
-        log = open(self.folder / f"{command[0]}.out", "a")  # noqa: SIM115
-        # A group of its own, with the processes of a node's jobs.
-        self.daemons[command[-1]] = subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=log
-        )
+        with open(self.folder / f"{command[0]}.out", "a") as log:
+            self.daemons[command[-1]] = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log
+            )
 
     def start_node(self, node: str) -> None:
         (self.folder / f"spool_{node}").mkdir(exist_ok=True)
@@ -151,8 +154,11 @@ class Slurm:
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     slurm = Slurm(tmp_path_factory.mktemp("slurm"))
-    yield slurm
-    slurm.stop()
+    try:
+        slurm.start()
+        yield slurm
+    finally:
+        slurm.stop()
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +187,7 @@ def test_two_nodes_are_found_and_train_together(slurm, flags, tmp_path):
     assert_complete(slurm, job, tmp_path / "run", 2, output)
     for process in range(2):
         assert (
-            f"found SLURM job {job}: this is process {process} of 2, coordinator localhost:"
+            f"found SLURM job {job}: this is process {process} of 2, coordinator 127.0.0.1:"
             in output
         )
     assert output.count("2 processes, 1 local and 2 global devices (cpu)") == 1
@@ -209,9 +215,9 @@ def test_a_job_that_is_disturbed_is_queued_again_and_goes_on(slurm, flags, tmp_p
         slurm.finished(other)
         assert slurm.state(other) == {"COMPLETED"}
     else:
-        slurm.kill_node("second")
+        slurm.kill_node("n1")
         slurm.wait(lambda: slurm.state(job) != {"RUNNING"})
-        slurm.start_node("second")
+        slurm.start_node("n1")
     output = slurm.finished(job)
     assert_complete(slurm, job, workdir, epochs, output)
     assert re.search(r"resumed from step [1-9]", output)
