@@ -10,6 +10,7 @@ usage() {
 ./launch.sh test -mcompile         runs only the tests that compile for TPUs and GPUs; see --with=compile-tpu
 ./launch.sh test -mbuckets         runs only the test that reads an emulator of a bucket; it needs gcsfs and gcp-storage-emulator
 ./launch.sh test -mplayground      runs only the tests of every network in a browser; minutes
+./launch.sh test -mslurm           runs only the tests that start a SLURM; experiments/clusters tells what they need
 ./launch.sh setup [--pinned] [--with=prepare|gcs|s3|test|compile-tpu|compile-cuda ...]
     only sets up, and looks again for a GPU or TPU. --pinned: with the versions that passed the tests.
     --with=prepare: with TensorFlow, which prepares most public datasets. --with=test: with the tests' tools.

@@ -27,6 +27,7 @@ from tests.tiny import REPOSITORY, make_examples
 FOLDERS = (
     "",
     "experiments",
+    "experiments/clusters",
     "cnn_jax",
     "cnn_jax/analysis",
     "cnn_jax/data",

@@ -1,5 +1,6 @@
 """The commands of ./launch.sh: the flags of each, and the function it calls."""
 
+import dataclasses
 import difflib
 import shlex
 from collections.abc import Callable
@@ -77,6 +78,7 @@ def list_(values: flags.FlagValues) -> None:
     "seeds",
     "verify",
     "profile",
+    "distributed",
     "coordinator",
     "processes",
     "process",
@@ -89,13 +91,13 @@ def train(values: flags.FlagValues) -> None:
 
     with StopSignals():  # nothing to save yet: a signal ends the process at once
         from cnn_jax.config import experiment
-        from cnn_jax.train import loop, parallel, processes
+        from cnn_jax.train import cluster, loop, lost, parallel, processes
 
         config = experiment.load(values.experiment, values.set)
-        if values.coordinator or values.processes != 1 or values.process:
-            processes.start_processes(
-                values.coordinator, values.processes, values.process, config.heartbeat_seconds
-            )
+        if place := cluster.find(
+            values.distributed, values.coordinator, values.processes, values.process
+        ):
+            processes.start_processes(*dataclasses.astuple(place), config.heartbeat_seconds)
         environment.check_devices()
     if values.dry_run:
         from cnn_jax.train import dry_run
@@ -107,7 +109,7 @@ def train(values: flags.FlagValues) -> None:
     if values.seeds:
         _train_seeds(config, workdir, name, values)
         return
-    with processes.naming_the_lost():
+    with lost.named():
         lines = loop.train(
             config,
             workdir,

@@ -120,8 +120,15 @@ FLAGS = {
     "coordinator": Flag(
         flags.DEFINE_string, None, "host:port of process 0 of a run of several processes"
     ),
-    "processes": Flag(flags.DEFINE_integer, 1, "how many processes take part in the run", least=1),
-    "process": Flag(flags.DEFINE_integer, 0, "which of them this is, from 0"),
+    "processes": Flag(
+        flags.DEFINE_integer, None, "how many processes take part in the run", least=1
+    ),
+    "process": Flag(flags.DEFINE_integer, None, "which of them this is, from 0"),
+    "distributed": Flag(
+        flags.DEFINE_bool,
+        None,
+        "asks SLURM, Open MPI, Kubernetes or the TPU pod which processes take part",
+    ),
     "topology": Flag(
         flags.DEFINE_string,
         REQUIRED,

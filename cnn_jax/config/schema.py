@@ -347,8 +347,7 @@ class Config:
         int,
         AT_LEAST_1,
         "steps between two points of the TensorBoard curves and the progress bar, and between two "
-        "looks at whether the loss is finite; of several processes also at signals and "
-        "checkpoint_every_minutes",
+        "looks at whether the loss is finite; of several processes also at checkpoint_every_minutes",
     ] = 100
     grace_seconds: Annotated[
         float,

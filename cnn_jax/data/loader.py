@@ -28,28 +28,50 @@ def make_order(config: Config, examples: Examples) -> Callable[[int], np.ndarray
 
 
 def training_batches(
-    examples: Examples, order: np.ndarray, batch_size: int, start: int = 0, epoch: int = 0
+    examples: Examples,
+    order: np.ndarray,
+    batch_size: int,
+    start: int = 0,
+    epoch: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of one epoch, from batch `start` on; an incomplete last batch is dropped.
 
+    Args:
+      examples: of training.
+      order: of the epoch.
+      batch_size: of the whole batch.
+      start: the first batch.
+      epoch: its number.
+      rows: the rows of each batch that are read and decoded; None for all, n = batch_size.
+
     Yields:
-      image uint8 [batch_size, H, W, C], label int32 [batch_size], index int32 [batch_size]: the
-      examples' indices in the dataset, epoch int32 [batch_size].
+      image uint8 [n, H, W, C], label int32 [n], index int32 [n]: the examples' indices in the
+      dataset, epoch int32 [n].
     """
-    epochs = np.full(batch_size, epoch, np.int32)
+    own = slice(None) if rows is None else rows
+    epochs = np.full(batch_size, epoch, np.int32)[own]
     steps = range(start, len(order) // batch_size)
-    batches = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
+    batches = [order[step * batch_size : (step + 1) * batch_size][own] for step in steps]
     for index, batch in zip(batches, in_order(examples, batches), strict=True):
         yield batch | {"index": index.astype(np.int32), "epoch": epochs}
 
 
-def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+def evaluation_batches(
+    examples: Examples, batch_size: int, rows: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """All examples in order; the last batch is padded with examples whose mask is 0.
 
+    Args:
+      examples: a split.
+      batch_size: of the whole batch.
+      rows: as in `training_batches`.
+
     Yields:
-      image uint8 [batch_size, H, W, C], label int32 [batch_size], mask float32 [batch_size].
+      image uint8 [n, H, W, C], label int32 [n], mask float32 [n].
     """
-    starts, places = range(0, len(examples), batch_size), np.arange(batch_size)
+    starts = range(0, len(examples), batch_size)
+    places = np.arange(batch_size)[slice(None) if rows is None else rows]
     batches = (np.minimum(start + places, len(examples) - 1) for start in starts)
     for start, batch in zip(starts, in_order(examples, batches), strict=True):
         yield batch | {"mask": (start + places < len(examples)).astype(np.float32)}

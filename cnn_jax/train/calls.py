@@ -84,9 +84,11 @@ class Streamed(Calls):
         self, order: np.ndarray, epoch: int, done: int
     ) -> Iterator[tuple[int, Callable, Any]]:
         """As `Calls.epoch`."""
-        data = loader.training_batches(self._examples, order, self._batch_size, done, epoch)
+        size = self._batch_size
+        rows = parallel.own_rows(self._mesh, size)
+        data = loader.training_batches(self._examples, order, size, done, epoch, rows)
         for after, batch in enumerate(data, done + 1):
-            yield after, self._step, parallel.shard(batch, self._mesh)
+            yield after, self._step, parallel.shard(batch, self._mesh, size)
 
 
 class Resident(Calls):

@@ -104,10 +104,11 @@ def each_batch(
     # The rest of a batch larger than the split would be padding.
     batch_size = -(-min(batch_size, len(examples)) // mesh.size) * mesh.size
     outputs: list[Any] = []
-    for batch in loader.evaluation_batches(examples, batch_size):
+    rows = parallel.own_rows(mesh, batch_size)
+    for batch in loader.evaluation_batches(examples, batch_size, rows):
         if before_each is not None:
             before_each()
-        outputs.append(eval_step(variables, parallel.shard(batch, mesh)))
+        outputs.append(eval_step(variables, parallel.shard(batch, mesh, batch_size)))
         if len(outputs) > parallel.QUEUE:
             jax.block_until_ready(outputs[-parallel.QUEUE])
     return [parallel.to_host(output) for output in outputs]

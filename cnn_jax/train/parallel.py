@@ -99,18 +99,46 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
-def shard(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """`batch` with its leading axis split over the devices; every process passes the whole batch."""
-    return put(batch, split(mesh))
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray | None:
+    """The rows of a batch that the devices of this process hold: int64 [n], ascending; None for all."""
+    if jax.process_count() == 1:
+        return None
+    parts = split(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[part] for part in parts]))
 
 
-def put(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """`batch` on the devices; every process passes the whole batch."""
+def shard(
+    batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """`batch` with its leading axis split over the devices.
+
+    Args:
+      batch: of several processes, each passes its `own_rows` of the whole batch.
+      mesh: the devices.
+      batch_size: of the whole batch, if there are several processes.
+    """
+    sharding = split(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
+    rows = own_rows(mesh, batch_size)
+
+    def spread(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return array[slice(*np.searchsorted(rows, [start, stop]))]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+    return {name: spread(array) for name, array in batch.items()}
+
+
+def put(arrays: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """`arrays` on the devices; every process passes the whole of each."""
+    if jax.process_count() == 1:
+        return jax.device_put(arrays, sharding)
     return {
         name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-        for name, array in batch.items()
+        for name, array in arrays.items()
     }
 
 

@@ -1,24 +1,23 @@
-"""Several processes of one run: how a process joins, and the error line when one is lost."""
+"""Several processes of one run: how a process joins, shares GPUs, and stops with the others."""
 
 import contextlib
-import ctypes
+import datetime
+import json
+import logging
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator
+import socket
+from errno import EADDRINUSE
 
 import jax
 from jax._src import distributed  # its key-value store is not public in jax.distributed
+from jax.experimental import multihost_utils
 
-from cnn_jax.common.errors import CnnJaxError, ConfigError
-from cnn_jax.train import parallel
+from cnn_jax.common import gpu
+from cnn_jax.common.errors import ConfigError
+from cnn_jax.train import lost, parallel
 
-_ADVICE = (
-    "its own last lines say why. Start all processes again with the same commands: the run "
-    "continues from its newest checkpoint"
-)
-_HANDLERS: list = []
+log = logging.getLogger(__name__)
 
 
 def start_processes(coordinator: str, processes: int, process: int, heartbeat_seconds: int) -> None:
@@ -28,81 +27,113 @@ def start_processes(coordinator: str, processes: int, process: int, heartbeat_se
       coordinator: host:port of process 0.
       processes: their number.
       process: the number of this one, from 0.
-      heartbeat_seconds: a process that is silent for so long counts as dead; the others end.
+      heartbeat_seconds: a process that is silent for so long counts as dead; the others end. They
+        wait three times as long for each other at the start.
 
     Raises:
-      ConfigError: coordinator or process is invalid.
+      ConfigError: coordinator or process is invalid; devices would be idle.
     """
     if not 0 <= process < processes:
         raise ConfigError(f"--process={process}: must be from 0 to {processes - 1}")
     if not re.fullmatch(r".+:[0-9]+", coordinator or ""):
         raise ConfigError(f"--coordinator={coordinator or ''}: must be host:port of process 0")
+    _check_address(coordinator, process)
+    patience = 3 * heartbeat_seconds
+    lost.say_if_nobody_comes(processes, process, coordinator, patience)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        coordinator, processes, process, heartbeat_timeout_seconds=heartbeat_seconds
+        coordinator,
+        processes,
+        process,
+        # Else JAX asks the scheduler again, and under SLURM takes one GPU for each process.
+        cluster_detection_method="deactivate",
+        initialization_timeout=patience,
+        heartbeat_timeout_seconds=heartbeat_seconds,
     )
-    # The first exchange connects the processes. Gloo allows 30 seconds for that, which is too short
-    # later, when one process may still decode images.
-    parallel.largest(0)
-    _add_last_line_to_aborts()
+    lost.watch(distributed.global_state.client, process, processes, heartbeat_seconds)
+    with lost.named():
+        seen = _share_gpus(patience)
+        # The first exchange connects the processes. Gloo allows 30 seconds for that, which is too
+        # short later, when one process may still decode images.
+        parallel.largest(0)
+    _check_idle(seen)
+    if parallel.is_main_process():
+        log.info(
+            "%d processes, %d local and %d global devices (%s)",
+            processes,
+            jax.local_device_count(),
+            jax.device_count(),
+            jax.devices()[0].device_kind,
+        )
 
 
-def _add_last_line_to_aborts() -> None:
-    """Prints a last line when JAX aborts this process.
-
-    JAX aborts it in a C++ thread, after a long message, if another process is silent or the
-    coordinator cannot be reached. Python's handlers would be too late: they run between two
-    bytecodes of the main thread.
-    """
-    lost = "another process has ended (the lines above name it)"
-    if jax.process_count() == 2:
-        lost = f"process {1 - jax.process_index()} has ended"
-    line = f"error: JAX ended this process, most likely because {lost}; {_ADVICE}\n".encode()
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def print_line(_: int) -> None:
-        os.write(2, line)
-        os._exit(CnnJaxError.exit_code)
-
-    _HANDLERS.append(print_line)  # C holds no reference
-    ctypes.CDLL(None).signal(signal.SIGABRT, print_line)
-
-
-@contextlib.contextmanager
-def naming_the_lost() -> Iterator[None]:
-    """If an exchange with the other processes fails, names the lost one and says what to do.
+def _check_address(coordinator: str, process: int) -> None:
+    """Refuses an unknown host, and a port that is in use: gRPC would wait for the others there.
 
     Raises:
-      CnnJaxError: names the process.
+      ConfigError: names the coordinator.
     """
+    host, _, port = coordinator.rpartition(":")
     try:
-        yield
-    except Exception as error:
-        if not (
-            parallel.is_one_of_several() and re.search(r"\b(gloo|nccl)", str(error), re.IGNORECASE)
-        ):
-            raise
-        lost = ", ".join(map(str, _missing()))
-        raise CnnJaxError(
-            f"process {lost} of the {jax.process_count()} processes of this run has ended; {_ADVICE}"
-        ) from error
+        socket.getaddrinfo(host.strip("[]"), int(port))
+        if process == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+            socket.create_server(("", int(port))).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or f"{error}"
+        if getattr(error, "errno", None) == EADDRINUSE:
+            reason = "another process 0 or another program uses this port here"
+        raise ConfigError(f"--coordinator={coordinator}: {reason}") from error
 
 
-def _missing() -> list[int]:
-    """The processes that do not answer a roll call; all others must call this at the same time."""
-    me, everyone = jax.process_index(), set(range(jax.process_count()))
-    if len(everyone) == 2:
-        return sorted(everyone - {me})
-    client, pause = distributed.global_state.client, threading.Event()
-    missing = {0}
-    with contextlib.suppress(Exception):  # process 0, which keeps the list, may be lost
-        client.key_value_set(f"cnn_jax/roll_call/{me}", "here")
-        for _ in range(50):
-            here = client.key_value_dir_get("cnn_jax/roll_call")
-            missing = everyone - {int(key.rpartition("/")[2]) for key, _ in here}
-            if len(missing) == 1:
-                break
-            pause.wait(0.1)
-        if me == 0:
-            pause.wait(1)  # until the others have read the list
-    return sorted(missing)
+def _share_gpus(patience_seconds: int) -> int:
+    """Tells JAX which GPUs this process uses; returns how many the machines have for the run.
+
+    Raises:
+      ConfigError: as `gpu.share`.
+    """
+    if jax.config.jax_platforms == "cpu":
+        return 0
+    run = distributed.global_state  # jax.process_index would start the backend
+    found = {
+        "host": socket.gethostname(),
+        "gpus": gpu.visible(),
+        "allocated": int(os.environ.get("SLURM_GPUS_ON_NODE", 0)),  # a task may see fewer
+    }
+    run.client.key_value_set(f"cnn_jax/gpus/{run.process_id}", json.dumps(found))
+    everyone = [
+        json.loads(run.client.blocking_key_value_get(f"cnn_jax/gpus/{i}", 1000 * patience_seconds))
+        for i in range(run.num_processes)
+    ]
+    own = gpu.share([other["gpus"] for other in everyone], run.process_id)
+    if own is not None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, own)))
+    allocated = {other["host"]: other["allocated"] for other in everyone}
+    return max(len({i for other in everyone for i in other["gpus"]}), sum(allocated.values()))
+
+
+def _check_idle(gpus: int) -> None:
+    """Refuses a run that would leave more of the machines' GPUs idle than it uses."""
+    used = jax.device_count() if jax.default_backend() == "gpu" else 0
+    if gpus - used > used:
+        raise ConfigError(
+            f"{gpus - used} of {gpus} GPUs would be idle, as JAX uses {used}: start one process for "
+            "each GPU or one for each machine; JAX_PLATFORMS=cpu if none is meant"
+        )
+
+
+def all_stop_at(step: int, signalled: bool) -> bool:
+    """Whether all processes stop after `step`, because one of them got a signal some steps before.
+
+    JAX's preemption service tells the others and finds a step that no process has passed. Each process
+    must call this after every step.
+
+    Args:
+      step: one more than in the call before, or the same.
+      signalled: this process got a signal.
+    """
+    if signalled:
+        now = datetime.datetime.now(datetime.UTC).isoformat()
+        with contextlib.suppress(Exception):  # it has been told already
+            # The key that JAX's own handler of SIGTERM sets. Ours takes its place.
+            distributed.global_state.client.key_value_set("RECEIVED_PREEMPTION_NOTICE", now)
+    return multihost_utils.reached_preemption_sync_point(step)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,10 @@ import numpy as np
 
 from cnn_jax.common.errors import CheckpointError, NotFiniteError, Preempted
 from cnn_jax.config import Config
-from cnn_jax.train import parallel, workdir
+from cnn_jax.train import parallel, processes, workdir
 from cnn_jax.train.checkpoint import Restored, names
 from cnn_jax.train.checkpoint_writer import CheckpointWriter
-from cnn_jax.train.signals import StopSignals
+from cnn_jax.train.signals import EXIT_CODES, StopSignals
 from cnn_jax.train.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,18 @@ class Saver:
         return bool(parallel.largest(int(seconds >= 60 * config.checkpoint_every_minutes)))
 
     def asked_to_stop(self, step: int) -> int:
-        """The exit code if a signal asked any process to stop by step `step`; otherwise 0."""
-        return parallel.largest(self.signals.exit_code) if self._processes_meet(step) else 0
+        """The exit code if a signal asked any process to stop by step `step`; otherwise 0.
+
+        Of several processes, each must ask after every step.
+        """
+        code = self.signals.exit_code
+        if jax.process_count() == 1:
+            return code
+        if not processes.all_stop_at(step, signalled=code > 0):
+            return 0
+        return (
+            parallel.largest(code) or EXIT_CODES[signal.SIGTERM]
+        )  # JAX took a signal at the start
 
     def _processes_meet(self, step: int) -> bool:
         """Whether to decide after `step`: an exchange of several processes at each step is slow."""

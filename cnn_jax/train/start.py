@@ -74,6 +74,7 @@ def compiled_step(
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
     options = {"compute_dtype": config.compute_dtype, "deterministic": config.deterministic}
     jitted = parallel.jit_step(step, mesh, **options)
-    order = np.arange(config.batch_size)
-    batch = next(loader.training_batches(examples, order, config.batch_size))
-    return parallel.compile_step(jitted, state, parallel.shard(batch, mesh))
+    size = config.batch_size
+    rows = parallel.own_rows(mesh, size)
+    batch = next(loader.training_batches(examples, np.arange(size), size, rows=rows))
+    return parallel.compile_step(jitted, state, parallel.shard(batch, mesh, size))

@@ -214,3 +214,17 @@ def test_closing_ends_what_was_being_read():
 def test_nothing_to_look_ahead_to():
     assert list(look_ahead([])) == []
     assert list(look_ahead([None, 0])) == [None, 0]
+
+
+@pytest.mark.parametrize("source", [lambda examples: examples, Slow])
+def test_each_process_reads_its_own_rows_and_together_they_are_the_batches(source):
+    examples, order = small(23), np.random.default_rng(0).permutation(23)
+    parts = [np.array([0, 3]), np.array([1, 2])]  # the devices of a process need not be neighbours
+    for batches in (
+        lambda rows=None: loader.training_batches(source(examples), order, 4, 1, 5, rows),
+        lambda rows=None: loader.evaluation_batches(source(examples), 4, rows),
+    ):
+        for whole, *own in zip(batches(), *map(batches, parts), strict=True):
+            for name, array in whole.items():
+                for rows, part in zip(parts, own, strict=True):
+                    np.testing.assert_array_equal(part[name], array[rows], err_msg=name)

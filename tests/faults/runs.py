@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,12 +45,17 @@ def config() -> Config:
 
 
 def start(
-    *arguments, devices: int = 1, preexec_fn=None, cwd: Path = REPOSITORY, **environment: str
+    *arguments,
+    devices: int = 1,
+    preexec_fn=None,
+    cwd: Path = REPOSITORY,
+    program: tuple[str, str] = ("-m", "cnn_jax.main"),
+    **environment: str,
 ) -> subprocess.Popen:
     """`python -m cnn_jax.main ARGUMENTS` in the background."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-m", "cnn_jax.main", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"XLA_FLAGS": flags} | environment,
         text=True,
@@ -57,6 +63,15 @@ def start(
         stderr=subprocess.PIPE,
         preexec_fn=preexec_fn,
     )
+
+
+def start_several(*each: tuple, **options) -> list[subprocess.Popen]:
+    """One run of several processes on loopback, from the arguments of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    joined = f"--coordinator=127.0.0.1:{port}", f"--processes={len(each)}"
+    return [start(*own, *joined, f"--process={i}", **options) for i, own in enumerate(each)]
 
 
 def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str, str]:

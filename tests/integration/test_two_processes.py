@@ -17,6 +17,23 @@ GONE = (
     "error: .*process {} (|of the 2 processes of this run )has ended; .* Start all processes again"
 )
 
+# The command where memory is too small for the data; at the end, how many images it has decoded.
+DECODING = """
+import atexit, functools, sys
+from cnn_jax import main
+from cnn_jax.data import sources, tfds_records
+from cnn_jax.train import agreement
+fetch, counts = tfds_records.Records.fetch, []
+def counted(records, indices):
+    if len(indices) != agreement.EXAMPLES:
+        counts.append(len(indices))
+    return fetch(records, indices)
+tfds_records.Records.fetch = counted
+sources.load_examples = functools.partial(sources.load_examples, memory_bytes=0)
+atexit.register(lambda: print("decoded", sum(counts), file=sys.stderr))
+main.run()
+"""
+
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, tfds_dir):
@@ -32,13 +49,8 @@ def flags(tmp_path_factory, tfds_dir):
     )
 
 
-def start_two(flags, *more, second=None):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    joined = f"--coordinator=127.0.0.1:{port}", "--processes=2"
-    each = enumerate((flags, second or flags))
-    return [start(*own, *joined, f"--process={i}", *more) for i, own in each]
+def start_two(flags, *more, second=None, **options):
+    return runs.start_several((*flags, *more), (*(second or flags), *more), **options)
 
 
 def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_killed(flags, tmp_path):
@@ -46,9 +58,16 @@ def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_kille
     code, _, errors = finish(start(*flags, f"--workdir={whole}"))
     assert code == 0, errors
 
-    pair = start_two(flags, f"--workdir={two}")
+    # Its images do not fit in memory: each process decodes its half of every batch.
+    pair = start_two(
+        flags, f"--workdir={two}", program=("-c", DECODING), CNN_JAX_CACHE_DIR=str(tmp_path)
+    )
     results = [finish(process) for process in pair]
     assert [code for code, _, _ in results] == [0, 0], [errors for _, _, errors in results]
+    # Two epochs and evaluations, where 32 are padded to two batches of 24, and a batch to compile for.
+    half = (2 * (128 + 48 + 48) + 8) // 2
+    for _, _, errors in results:
+        assert half <= int(re.search(r"decoded (\d+)", errors)[1]) <= half + 8 // 2  # one ahead
     assert "test accuracy" in results[0][1]
     assert "test accuracy" not in results[1][1]
     assert len(lines_of(two)) == 2
@@ -115,6 +134,40 @@ def test_the_last_line_names_the_process_that_is_gone(flags, tmp_path, number, l
     finish(pair[lost])
     assert code == 1
     assert re.match(GONE.format(lost), errors.splitlines()[-1])
+
+
+def test_a_signal_to_one_process_saves_once_and_ends_both(flags, tmp_path):
+    """At one step, without waiting for the next one that is logged."""
+    more = f"--workdir={tmp_path}", "--set=epochs=1000", "--set=log_every_steps=1000"
+    pair = start_two(flags, *more)
+    runs.wait_until(runs.has_saved(tmp_path, 6), pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    lines = []
+    for code, _, errors in [finish(process) for process in pair]:
+        assert code == 143, errors
+        lines.append(errors.splitlines()[-1])
+    step = Checkpoints(tmp_path).newest().step
+    assert (
+        lines
+        == [
+            f"error: stopped by a signal after step {step} of 16000, and saved; run the same command "
+            "again to go on"
+        ]
+        * 2
+    )
+
+
+def test_what_cannot_join_says_so_in_one_line(flags, tmp_path):
+    """The coordinator of one is not that of the other; the port of a third is taken."""
+    more = f"--workdir={tmp_path}", "--set=heartbeat_seconds=1"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"--coordinator=127.0.0.1:{taken.getsockname()[1]}"
+        alone = [start(*flags, *more, address, "--processes=2", f"--process={i}") for i in range(2)]
+        found = [finish(process) for process in alone]
+    assert [code for code, _, _ in found] == [2, 2]
+    first, second = (errors.splitlines()[-1] for _, _, errors in found)
+    assert first.startswith(f"error: {address}: another process 0 or another program uses")
+    assert second.startswith(f"error: {address}: the 2 processes of this run did not all come")
 
 
 def test_a_process_that_fails_alone_is_not_waited_for(flags, tmp_path):
