@@ -121,14 +121,14 @@ def _check_idle(gpus: int) -> None:
         )
 
 
-def all_stop_at(step: int, signalled: bool) -> bool:
-    """Whether all processes stop after `step`, because one of them got a signal some steps before.
+def all_stop_at(point: int, signalled: bool) -> bool:
+    """Whether all processes stop at `point`, because one of them got a signal some points before.
 
-    JAX's preemption service tells the others and finds a step that no process has passed. Each process
-    must call this after every step.
+    JAX's preemption service tells the others and finds a point that no process has passed. Each process
+    must call this at every point.
 
     Args:
-      step: one more than in the call before, or the same.
+      point: one more than in the call before, or the same.
       signalled: this process got a signal.
     """
     if signalled:
@@ -136,4 +136,4 @@ def all_stop_at(step: int, signalled: bool) -> bool:
         with contextlib.suppress(Exception):  # it has been told already
             # The key that JAX's own handler of SIGTERM sets. Ours takes its place.
             distributed.global_state.client.key_value_set("RECEIVED_PREEMPTION_NOTICE", now)
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(point)

@@ -52,6 +52,7 @@ class Saver:
         self._steps_per_epoch = train_examples // config.batch_size
         self.check_lock = check_lock
         self._saved_at = time.monotonic()
+        self._asked_at, self._points = -1, 0  # of `asked_to_stop`
 
     def start(self, restored: Restored | None) -> None:
         """Removes what the workdir holds after the step from which the run resumes.
@@ -96,16 +97,17 @@ class Saver:
     def asked_to_stop(self, step: int) -> int:
         """The exit code if a signal asked any process to stop by step `step`; otherwise 0.
 
-        Of several processes, each must ask after every step.
+        Of several processes, each must ask after the same steps.
         """
         code = self.signals.exit_code
         if jax.process_count() == 1:
             return code
-        if not processes.all_stop_at(step, signalled=code > 0):
+        if step != self._asked_at:  # a call of the device may do several steps
+            self._asked_at, self._points = step, self._points + 1
+        if not processes.all_stop_at(self._points, signalled=code > 0):
             return 0
-        return (
-            parallel.largest(code) or EXIT_CODES[signal.SIGTERM]
-        )  # JAX took a signal at the start
+        # JAX took a signal at the start if none of ours did.
+        return parallel.largest(code) or EXIT_CODES[signal.SIGTERM]
 
     def _processes_meet(self, step: int) -> bool:
         """Whether to decide after `step`: an exchange of several processes at each step is slow."""

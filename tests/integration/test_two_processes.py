@@ -137,8 +137,9 @@ def test_the_last_line_names_the_process_that_is_gone(flags, tmp_path, number, l
 
 
 def test_a_signal_to_one_process_saves_once_and_ends_both(flags, tmp_path):
-    """At one step, without waiting for the next one that is logged."""
-    more = f"--workdir={tmp_path}", "--set=epochs=1000", "--set=log_every_steps=1000"
+    """At one step, without waiting for the next one that is logged; a call does two steps."""
+    settings = "epochs=1000", "log_every_steps=1000", "resident_data=true", "steps_per_call=2"
+    more = f"--workdir={tmp_path}", *(f"--set={setting}" for setting in settings)
     pair = start_two(flags, *more)
     runs.wait_until(runs.has_saved(tmp_path, 6), pair[0])
     pair[1].send_signal(signal.SIGTERM)
