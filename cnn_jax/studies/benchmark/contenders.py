@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cnn_jax.common import cpu
 from cnn_jax.common.errors import ConfigError
-from cnn_jax.studies.benchmark.figures import OURS, Measured
+from cnn_jax.studies.benchmark.figures import OURS, OURS_BF16, Measured
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ def contenders(peers: bool) -> dict[str, list[str]]:
     """Name -> command, with the placeholders "{network}" and "{batch}"."""
     job = ["{network}", "{batch}"]
     commands = {OURS: [sys.executable, "-m", "cnn_jax.studies.benchmark.ours", *job]}
+    if peers and cpu.multiplies_bfloat16():
+        commands[OURS_BF16] = [*commands[OURS], "bfloat16"]
     if peers:
         python = str(_PEERS_ENVIRONMENT / "bin" / "python")
         variants = ["default", "channels_last", "compile"]

@@ -9,8 +9,8 @@ from cnn_jax.studies.benchmark.networks import NETWORKS
 from cnn_jax.studies.benchmark.ours import PEAK_SIZE
 
 OURS = "cnn_jax"
-# Contenders whose arithmetic is not float32 are shown, but no ratio is taken against them.
-_NOT_FLOAT32 = ("torch bf16",)
+# Contenders in bfloat16, which are compared with each other alone.
+OURS_BF16, TORCH_BF16 = "cnn_jax bf16", "torch bf16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,14 @@ def training_flops(network: str) -> int:
 
 def fastest_peer(measured: dict[str, Measured], mode: str) -> str | None:
     """The float32 contender, other than ours, with the highest median."""
-    peers = [name for name in measured if name != OURS and name not in _NOT_FLOAT32]
+    peers = [name for name in measured if name not in (OURS, OURS_BF16, TORCH_BF16)]
     return max(peers, key=lambda name: statistics.median(measured[name].rates[mode]), default=None)
 
 
-def ratio(measured: dict[str, Measured], peer: str, mode: str) -> float:
-    """Median over the rounds of our rate divided by the peer's rate in the same round."""
-    pairs = zip(measured[OURS].rates[mode], measured[peer].rates[mode], strict=True)
-    return statistics.median(ours / theirs for ours, theirs in pairs)
+def ratio(measured: dict[str, Measured], peer: str, mode: str, ours: str = OURS) -> float:
+    """Median over the rounds of the rate of `ours` divided by the peer's rate in the same round."""
+    pairs = zip(measured[ours].rates[mode], measured[peer].rates[mode], strict=True)
+    return statistics.median(one / other for one, other in pairs)
 
 
 def peak_share(network: str, measured: Measured) -> tuple[float, float]:

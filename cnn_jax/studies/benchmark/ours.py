@@ -1,4 +1,4 @@
-"""The contender cnn_jax: this project's train step and forward pass. Arguments: NETWORK BATCH."""
+"""The contender cnn_jax: its train step and forward pass. Arguments: NETWORK BATCH [DTYPE]."""
 
 import functools
 import sys
@@ -13,23 +13,31 @@ from cnn_jax.config import Config, DataConfig
 from cnn_jax.studies.benchmark.networks import NETWORKS
 from cnn_jax.studies.benchmark.worker import serve
 from cnn_jax.train import optim, parallel
+from cnn_jax.train.apply import apply
 from cnn_jax.train.step import init_state, train_step
 
 # Large enough to reach the float32 peak, small enough for the cache of one core complex.
 PEAK_SIZE = 2048
 
 
-def main(network: str, batch_size: int) -> None:
+def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
     """Serves the modes train, eval and peak."""
     malloc.keep_freed()
     shape = NETWORKS[network].image_shape
     model = getattr(models, NETWORKS[network].model)()
-    config = Config(model=model, data=DataConfig("none"), batch_size=batch_size)
+    config = Config(
+        model=model,
+        data=DataConfig("none"),
+        batch_size=batch_size,
+        compute_dtype=compute_dtype,
+    )
     mesh = parallel.make_mesh(1)
     optimizer = optim.make_optimizer(config, steps_per_epoch=1000)
     pure = functools.partial(train_step, model=model, optimizer=optimizer, config=config)
-    step = parallel.jit_step(pure, mesh)
-    forward = parallel.jit(model.apply)
+    step = parallel.jit_step(pure, mesh, compute_dtype=compute_dtype)
+    forward = parallel.jit(
+        lambda variables, image: apply(model, variables, image, compute_dtype)[0], compute_dtype
+    )
     initial = init_state(model, optimizer, shape, 0)
     variables = initial.variables
     state = parallel.replicate(initial, mesh)
@@ -67,4 +75,4 @@ def main(network: str, batch_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -7,7 +7,7 @@ from pathlib import Path
 from cnn_jax.common import cpu
 from cnn_jax.studies import markdown
 from cnn_jax.studies.benchmark import figures
-from cnn_jax.studies.benchmark.figures import OURS, Measured
+from cnn_jax.studies.benchmark.figures import OURS, OURS_BF16, TORCH_BF16, Measured
 
 
 def render(
@@ -62,7 +62,9 @@ def put_into(path: Path, text: str, batch_size: int) -> None:
 
 def _rates(results: dict, names: list[str], mode: str) -> list[str]:
     peers = len(names) > 1
+    both_bf16 = {OURS_BF16, TORCH_BF16} <= set(names)
     head = ["network", *names, *(["ratio to the fastest float32 peer"] if peers else [])]
+    head += ["bf16, ratio to torch"] if both_bf16 else []
     rows = []
     for network, measured in results.items():
         cells = [network]
@@ -72,5 +74,10 @@ def _rates(results: dict, names: list[str], mode: str) -> list[str]:
         if peers:
             peer = figures.fastest_peer(measured, mode)
             cells.append(f"**{figures.ratio(measured, peer, mode):.2f}** ({peer})")
+        if both_bf16:
+            there = {OURS_BF16, TORCH_BF16} <= set(measured)
+            cells.append(
+                f"**{figures.ratio(measured, TORCH_BF16, mode, OURS_BF16):.2f}**" if there else "-"
+            )
         rows.append(cells)
     return [markdown.markdown_table(head, rows), ""]

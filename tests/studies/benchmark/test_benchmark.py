@@ -57,9 +57,11 @@ def test_the_ratio_is_taken_round_by_round_against_the_fastest_float32_peer():
         "torch default": measured([5.0, 20.0, 20.0], [2.0, 2.0, 2.0]),
         "torch compile": measured([1.0, 1.0, 1.0], [4.0, 4.0, 4.0]),
         "torch bf16": measured([99.0, 99.0, 99.0], [99.0, 99.0, 99.0]),
+        "cnn_jax bf16": measured([99.0, 198.0, 297.0], [99.0, 99.0, 99.0]),
     }
     assert figures.fastest_peer(results, "train") == "torch default"
     assert figures.ratio(results, "torch default", "train") == 2.0  # of 2, 2 and 1
+    assert figures.ratio(results, "torch bf16", "train", "cnn_jax bf16") == 2.0  # of 1, 2 and 3
     assert figures.fastest_peer(results, "eval") == "torch compile"
     assert figures.ratio(results, "torch compile", "eval") == 0.25
 
