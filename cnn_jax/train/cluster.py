@@ -33,6 +33,20 @@ class Place:
     process: int
 
 
+class _OpenMpi:
+    """What every version's variables say. From Open MPI 5 on, JAX's class asks mpi4py, if at all."""
+
+    get_coordinator_address = clusters.OmpiCluster.get_coordinator_address
+
+    @staticmethod
+    def get_process_count() -> int:
+        return int(os.environ["OMPI_COMM_WORLD_SIZE"])
+
+    @staticmethod
+    def get_process_id() -> int:
+        return int(os.environ["OMPI_COMM_WORLD_RANK"])
+
+
 def find(
     distributed: bool | None, coordinator: str | None, processes: int | None, process: int | None
 ) -> Place | None:
@@ -88,9 +102,8 @@ def _scheduler(asked: bool) -> tuple[str, Any] | None:
       ConfigError: `asked`, and there is none.
     """
     # Under SLURM, Open MPI starts its processes inside of a step, whose variables are not theirs.
-    # JAX looks for a variable that Open MPI 5 no longer sets.
     if "OMPI_COMM_WORLD_SIZE" in os.environ:
-        return "Open MPI", clusters.OmpiCluster
+        return "Open MPI", _OpenMpi
     if clusters.SlurmCluster.is_env_present():
         return f"SLURM job {os.environ['SLURM_JOB_ID']}", clusters.SlurmCluster
     for cluster in (clusters.GkeTpuCluster, clusters.GceTpuCluster):

@@ -52,7 +52,9 @@ class Profile:
             jax.block_until_ready(state)
             with written(self._folder, CheckpointError):
                 self._folder.mkdir(exist_ok=True)
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # not shown here, and it slows what is measured
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._first = step
         # A call may do several steps, and so pass over STOP.
         return self.end(step, state) if last or step >= self._stop else []

@@ -50,7 +50,7 @@ def test_where_the_examples_are(platform, memory, wanted, resident):
         (BYTES - 1, EXAMPLES, {"resident_data": True}, rf"{BYTES:,} bytes, .* {BYTES - 1:,}"),
         (
             BYTES,
-            OnDemand(None, np.arange(5)),
+            OnDemand(None, np.arange(5), 0),
             {"resident_data": True},
             "resident_data=true: .*auto",
         ),

@@ -29,7 +29,7 @@ def test_it_evaluates_to_what_was_recorded(run):
     found = json.loads((run / "evaluation.json").read_text())
     # Another processor or version changes the last bits of the loss, and no class.
     assert found.pop("loss") == pytest.approx(recorded.pop("loss"), abs=1e-5)
-    assert found == recorded
+    assert {name: found[name] for name in recorded} == recorded  # newer versions measure more
 
 
 def test_it_goes_on_training(run):

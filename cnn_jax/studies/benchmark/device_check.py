@@ -63,15 +63,17 @@ def _run(part: str, limit: float, output: Path, tiny: bool, data_dir: str | None
     command += [part, str(findings.absolute()), "tiny" if tiny else "whole", data_dir or ""]
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     began = time.monotonic()
-    with (output / f"{part}.log").open("w") as log:
-        process = subprocess.Popen(
+    with (
+        (output / f"{part}.log").open("w") as log,
+        subprocess.Popen(
             command,
             stdin=subprocess.PIPE,  # its end tells the part that this process is gone
             stdout=log,
             stderr=log,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # a limit ends the processes that the part started, too
-        )
+        ) as process,
+    ):
         try:
             code = process.wait(limit)
             status = f"failed with exit code {code}" if code else "passed"

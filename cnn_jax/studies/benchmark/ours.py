@@ -25,12 +25,8 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
     malloc.keep_freed()
     shape = NETWORKS[network].image_shape
     model = getattr(models, NETWORKS[network].model)()
-    config = Config(
-        model=model,
-        data=DataConfig("none"),
-        batch_size=batch_size,
-        compute_dtype=compute_dtype,
-    )
+    data = DataConfig("none")
+    config = Config(model, data, batch_size=batch_size, compute_dtype=compute_dtype)
     mesh = parallel.make_mesh(1)
     optimizer = optim.make_optimizer(config, steps_per_epoch=1000)
     pure = functools.partial(train_step, model=model, optimizer=optimizer, config=config)
