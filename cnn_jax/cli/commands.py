@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -407,7 +408,8 @@ def _loader(values: flags.FlagValues) -> Callable:
     return lambda workdir, which: load_run(workdir, which, model, values.verify)
 
 
-@command(
+_page_of_runs = functools.partial(
+    command,
     "workdir",
     "checkpoint",
     "output",
@@ -418,6 +420,9 @@ def _loader(values: flags.FlagValues) -> Callable:
     experiment=None,
     words="workdir",
 )
+
+
+@_page_of_runs()
 def report(values: flags.FlagValues) -> None:
     """Draws what a run learned, or how several compare, as one HTML page."""
     from cnn_jax.analysis.report import page
@@ -434,17 +439,7 @@ def report(values: flags.FlagValues) -> None:
     print(f"written to {path}")
 
 
-@command(
-    "workdir",
-    "checkpoint",
-    "output",
-    "data_dir",
-    "experiment",
-    "verify",
-    workdir=SEVERAL,
-    experiment=None,
-    words="workdir",
-)
+@_page_of_runs()
 def playground(values: flags.FlagValues) -> None:
     """Writes one HTML page to play with a trained network in a browser, or with two."""
     from cnn_jax.analysis.playground import page

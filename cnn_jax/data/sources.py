@@ -114,18 +114,14 @@ class OnDemand:
 
 
 @dataclasses.dataclass(frozen=True)
-class Relabelled:
-    """Examples with labels in another order.
+class Altered:
+    """Examples whose batches are altered when they are read; a subclass says how.
 
     Attributes:
-      examples: with their original labels.
-      class_names: in the order of the new labels.
-      new_label: int32 [classes of `examples`], by original label.
+      examples: the original ones.
     """
 
     examples: Examples
-    class_names: tuple[str, ...]
-    new_label: np.ndarray
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -138,15 +134,28 @@ class Relabelled:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def take(self, indices: np.ndarray) -> typing.Self:
+        return dataclasses.replace(self, examples=self.examples.take(indices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabelled(Altered):
+    """Examples with labels in another order.
+
+    Attributes:
+      class_names: in the order of the new labels.
+      new_label: int32 [classes of `examples`], by original label.
+    """
+
+    class_names: tuple[str, ...]
+    new_label: np.ndarray
+
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return self.relabelled(self.examples[indices])
 
     def relabelled(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A batch of `examples` with the new labels."""
         return batch | {"label": self.new_label[batch["label"]]}
-
-    def take(self, indices: np.ndarray) -> "Relabelled":
-        return dataclasses.replace(self, examples=self.examples.take(indices))
 
 
 def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:

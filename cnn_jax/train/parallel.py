@@ -99,6 +99,7 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
+@functools.cache  # every step asks
 def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray | None:
     """The rows of a batch that the devices of this process hold: int64 [n], ascending; None for all."""
     if jax.process_count() == 1:

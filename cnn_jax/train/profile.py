@@ -57,9 +57,9 @@ class Profile:
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._first = step
         # A call may do several steps, and so pass over STOP.
-        return self.end(step, state) if last or step >= self._stop else []
+        return self._end(step, state) if last or step >= self._stop else []
 
-    def end(self, step: int, state: Any) -> list[str]:
+    def _end(self, step: int, state: Any) -> list[str]:
         """Ends the trace, if there is one, and returns a table of the longest operations."""
         if self._first < 0:
             return []

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.ndimage
 from PIL import Image
 
-from cnn_jax.data.sources import Examples
+from cnn_jax.data.sources import Altered
 
 STRENGTHS = (1, 2, 3, 4, 5)
 SHIFTS = (-8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8)
@@ -21,33 +21,20 @@ ROTATIONS = (-45, -30, -20, -10, 0, 10, 20, 30, 45)
 
 
 @dataclasses.dataclass(frozen=True)
-class Changed:
+class Changed(Altered):
     """Examples whose images are changed when they are read.
 
     Attributes:
-      examples: the original ones.
       kind: of the change, a key of CORRUPTIONS, "shift" or "rotation".
       amount: its strength, pixels to the right, or degrees.
     """
 
-    examples: Examples
     kind: str
     amount: int
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.examples.class_names
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.examples.image_shape
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return self.examples.files
-
-    def __len__(self) -> int:
-        return len(self.examples)
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         batch = self.examples[indices]
@@ -57,9 +44,6 @@ class Changed:
             for one, i in zip(batch["image"], indices, strict=True)
         ]
         return batch | {"image": np.stack(image)}
-
-    def take(self, indices: np.ndarray) -> "Changed":
-        return dataclasses.replace(self, examples=self.examples.take(indices))
 
 
 def change(image: np.ndarray, kind: str, amount: int, seed: int = 0) -> np.ndarray:
