@@ -106,7 +106,7 @@ def test_list(capsys):
 
 MISTAKES = [  # command line, exit code, what is said
     ("trian", 2, "trian: no such command; nearest: train"),
-    ("xyzzy", 2, "xyzzy: no such command; there are: list, train, evaluate, predict, "),
+    ("xyzzy", 2, "xyzzy: no such command; there are: list, train, lr_finder, "),
     ("--experiment=quickstart", 2, "--experiment=quickstart: no such command; there are: "),
     ("''", 2, ": no such command; there are: "),
     ("train", 2, "--experiment: train needs it (a name under experiments/, "),

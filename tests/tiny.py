@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cnn_jax.data.sources import InMemory
+from cnn_jax.data.examples import InMemory
 
 REPOSITORY = Path(__file__).parent.parent
 CLASS_NAMES = tuple("abcdefghij")

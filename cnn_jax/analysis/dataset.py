@@ -17,7 +17,7 @@ from cnn_jax.common import files, images
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.paths import is_path
 from cnn_jax.data import balance, folders, sources, statistics
-from cnn_jax.data.sources import Examples
+from cnn_jax.data.examples import Examples
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.train.augmentation import augmented
 from cnn_jax.train.step import run_keys, step_keys

@@ -19,6 +19,7 @@ from cnn_jax.common import files
 from cnn_jax.common.errors import DataError, NotFiniteError
 from cnn_jax.config.paths import is_path, resolved
 from cnn_jax.data import folders, sources
+from cnn_jax.data.examples import Examples, with_classes
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models.layers import takes_one_image_size
 from cnn_jax.train import apply, evaluation, parallel, step
@@ -57,7 +58,7 @@ def evaluate(
 
 def load(
     run: RestoredRun, split: str, dataset: str | None = None, data_dir: str | None = None
-) -> tuple[sources.Examples, str]:
+) -> tuple[Examples, str]:
     """The examples on which to evaluate, with the run's classes, and the name of their dataset.
 
     The arguments and errors are those of `evaluate`.
@@ -79,7 +80,7 @@ def load(
 
 def make_scorer(
     run: RestoredRun, devices: int | None = None
-) -> Callable[[Any, sources.Examples], tuple[evaluation.Metrics, Scores]]:
+) -> Callable[[Any, Examples], tuple[evaluation.Metrics, Scores]]:
     """A function of a run's variables, also of another checkpoint, and examples.
 
     It gives their metrics and the logits of each, and compiles once for images of one size.
@@ -95,7 +96,7 @@ def make_scorer(
 
     compiled = parallel.jit_step(both, mesh, donate=False, compute_dtype=run.compute_dtype)
 
-    def score(variables: Any, examples: sources.Examples) -> tuple[evaluation.Metrics, Scores]:
+    def score(variables: Any, examples: Examples) -> tuple[evaluation.Metrics, Scores]:
         variables = parallel.replicate(variables, mesh)
         outputs = evaluation.each_batch(compiled, variables, examples, run.batch_size, mesh)
         sums, single = zip(*outputs, strict=True)
@@ -163,7 +164,7 @@ def write(report: dict, workdir: Path, output: Path | None = None) -> Path | Non
     return path
 
 
-def fitting(run: RestoredRun, examples: sources.Examples, name: str) -> sources.Examples:
+def fitting(run: RestoredRun, examples: Examples, name: str) -> Examples:
     """`examples` with labels in the order of the run's classes.
 
     Args:
@@ -182,7 +183,7 @@ def fitting(run: RestoredRun, examples: sources.Examples, name: str) -> sources.
             f"trained on {_listed(run.class_names)}"
         )
     _check_shape(run, examples, name)
-    return sources.with_classes(examples, run.class_names)
+    return with_classes(examples, run.class_names)
 
 
 def _warn_of_changes(run: RestoredRun) -> None:
@@ -200,7 +201,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _check_shape(run: RestoredRun, examples: sources.Examples, name: str) -> None:
+def _check_shape(run: RestoredRun, examples: Examples, name: str) -> None:
 
     def shown(shape: tuple) -> str:
         return "x".join(map(str, shape))

@@ -24,7 +24,7 @@ from jax import lax
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
-from cnn_jax.data.sources import Examples
+from cnn_jax.data.examples import Examples
 from cnn_jax.models import layers
 from cnn_jax.models.convolutional import gives_class_map
 from cnn_jax.train import step

@@ -42,6 +42,19 @@ def user_path(text: str) -> Path:
         ) from None
 
 
+def local_path(text: str) -> Path:
+    """`user_path`, for what is read from and written to a file system only.
+
+    Raises:
+      ConfigError: it is a URL, or as `user_path`.
+    """
+    if "://" in text:
+        raise ConfigError(
+            f"{text}: must be a folder of this machine or a mounted one; URLs are not read"
+        )
+    return user_path(text)
+
+
 def library_path(folder: Path) -> Path:
     """A path to `folder` that Orbax, TensorStore and TFDS take literally.
 

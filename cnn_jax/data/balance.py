@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from cnn_jax.config import Config
-from cnn_jax.data.sources import Examples, InMemory, chunks
+from cnn_jax.data.examples import Examples, InMemory, chunks
 
 
 def labels(examples: Examples) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cnn_jax.config import Config
 from cnn_jax.data.balance import balanced_order, labels
-from cnn_jax.data.sources import Examples, in_order
+from cnn_jax.data.examples import Examples, in_order
 
 
 def epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:

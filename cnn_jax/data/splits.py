@@ -10,6 +10,7 @@ from cnn_jax.config import Config
 from cnn_jax.config.paths import is_path
 from cnn_jax.config.validate import check_images, check_model
 from cnn_jax.data import folders, sources, statistics
+from cnn_jax.data.examples import Examples, InMemory
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +26,12 @@ class Splits:
       data_files: the hash of a user's own images; empty for other datasets.
     """
 
-    train: sources.Examples
-    validation: sources.Examples | None
-    test: sources.Examples
+    train: Examples
+    validation: Examples | None
+    test: Examples
     data_files: str = ""
 
-    def by_name(self) -> dict[str, sources.Examples]:
+    def by_name(self) -> dict[str, Examples]:
         """The splits that there are."""
         found = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: examples for name, examples in found.items() if examples is not None}
@@ -60,7 +61,7 @@ def load_splits(config: Config, data_dir: str | None = None, download: bool = Fa
 def _warn_of_twins(splits: Splits, name: str) -> None:
     """Warns of images that are in two splits; not if they are decoded on demand, as it takes long."""
     loaded = splits.by_name()
-    if not all(isinstance(examples, sources.InMemory) for examples in loaded.values()):
+    if not all(isinstance(examples, InMemory) for examples in loaded.values()):
         return
     across = [pair for pair in statistics.twins(loaded) if pair[0][0] != pair[1][0]]
     if across:

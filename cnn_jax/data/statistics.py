@@ -10,7 +10,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
 from cnn_jax.config.schema import AUTO
 from cnn_jax.data import balance
-from cnn_jax.data.sources import Examples, chunks
+from cnn_jax.data.examples import Examples, chunks
 
 Place = tuple[str, int]  # a split, and the index of an example in it
 

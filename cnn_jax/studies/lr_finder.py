@@ -17,7 +17,7 @@ from cnn_jax.common.errors import ConfigError, NotFiniteError
 from cnn_jax.config import Config
 from cnn_jax.config.validate import validate
 from cnn_jax.data import loader, statistics
-from cnn_jax.data.sources import Examples
+from cnn_jax.data.examples import Examples
 from cnn_jax.data.splits import check_splits, load_splits
 from cnn_jax.train import optim, parallel, pretrained, start
 

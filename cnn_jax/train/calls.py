@@ -14,7 +14,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
 from cnn_jax.config.schema import AUTO
 from cnn_jax.data import loader
-from cnn_jax.data.sources import Examples, InMemory
+from cnn_jax.data.examples import Examples, InMemory
 from cnn_jax.train import parallel, start
 from cnn_jax.train.step import Batch, TrainState, train_step
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cnn_jax.config import DataConfig
 from cnn_jax.data import loader
-from cnn_jax.data.sources import Examples
+from cnn_jax.data.examples import Examples
 from cnn_jax.data.splits import Splits
 from cnn_jax.train import parallel
 from cnn_jax.train.step import eval_step

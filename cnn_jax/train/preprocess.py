@@ -10,7 +10,7 @@ import numpy as np
 
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.validate import check_init_examples
-from cnn_jax.data.sources import Examples
+from cnn_jax.data.examples import Examples
 
 
 def normalise(image: jax.Array, data: DataConfig) -> jax.Array:

@@ -10,7 +10,7 @@ import optax
 
 from cnn_jax.config import Config
 from cnn_jax.data import loader
-from cnn_jax.data.sources import Examples
+from cnn_jax.data.examples import Examples
 from cnn_jax.train import checkpoint, parallel, preprocess, pretrained
 from cnn_jax.train.step import TrainState, init_state, train_step
 

@@ -10,7 +10,7 @@ from PIL import Image
 from cnn_jax import main
 from cnn_jax.analysis import dataset
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.data.sources import InMemory
+from cnn_jax.data.examples import InMemory
 from cnn_jax.models import MLP
 
 

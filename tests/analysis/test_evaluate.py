@@ -14,7 +14,7 @@ from cnn_jax.cli import tables
 from cnn_jax.common.errors import DataError, NotFiniteError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.data import sources
-from cnn_jax.data.sources import InMemory
+from cnn_jax.data.examples import InMemory, Relabelled
 from cnn_jax.models.layers import Dense, Flatten
 from cnn_jax.train import evaluation, loop, parallel
 from tests.data.test_sources import encode, write_pictures
@@ -351,9 +351,7 @@ def test_classes_are_matched_by_name(tmp_path, monkeypatch, order, memory):
     expected = evaluate.fitting(run, kept, "other")
     found = evaluate.fitting(run, other, "other")
     if memory == "on demand":
-        found = sources.Relabelled(other, CLASS_NAMES, np.array(order, np.int32)).take(
-            np.arange(len(kept))
-        )
+        found = Relabelled(other, CLASS_NAMES, np.array(order, np.int32)).take(np.arange(len(kept)))
     np.testing.assert_array_equal(found[np.arange(len(kept))]["label"], kept.label)
     assert found.class_names == expected.class_names == CLASS_NAMES
     others(monkeypatch, other)

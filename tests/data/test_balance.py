@@ -9,7 +9,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.serialize import changes, to_json
 from cnn_jax.data import balance, loader
-from cnn_jax.data.sources import InMemory
+from cnn_jax.data.examples import InMemory
 from cnn_jax.data.splits import Splits, check_splits
 from tests.networks import Linear
 

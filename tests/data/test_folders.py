@@ -16,6 +16,7 @@ from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.paths import resolved
 from cnn_jax.data import folders, image_files, sources, statistics
+from cnn_jax.data.examples import InMemory
 from cnn_jax.data.splits import load_splits
 from cnn_jax.data.tfds_builder import SizesDiffer
 from cnn_jax.models import MLP
@@ -492,7 +493,7 @@ def test_mean_and_deviation():
     random = np.random.default_rng(0)
     image = random.integers(0, 200, (1203, 3, 4, 3), np.uint8)
     image[..., 2] //= 3
-    examples = sources.InMemory(image, np.zeros(1203, np.int32), ("a",))
+    examples = InMemory(image, np.zeros(1203, np.int32), ("a",))
     pixels = image.astype(np.float64) / 255
     mean, std = statistics.mean_and_deviation(examples)
     assert mean == tuple(pixels.mean((0, 1, 2)).round(4))

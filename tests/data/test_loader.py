@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cnn_jax.data import loader
+from cnn_jax.data.examples import InMemory
 from cnn_jax.data.prefetch import look_ahead
-from cnn_jax.data.sources import InMemory
 
 
 class Slow:

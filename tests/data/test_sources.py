@@ -24,7 +24,8 @@ from cnn_jax.common import cpu, decode
 from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import download, sources, tfds_builder
-from cnn_jax.data.sources import InMemory, OnDemand, load_examples
+from cnn_jax.data.examples import InMemory, OnDemand
+from cnn_jax.data.sources import load_examples
 from cnn_jax.data.tfds_records import Records, silent_stderr
 from tests.tiny import make_examples, png_file, run_command, run_python
 

@@ -16,8 +16,9 @@ from PIL import Image
 from cnn_jax.common import memory
 from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
-from cnn_jax.data import loader, sources, workers
-from cnn_jax.data.sources import InMemory, OnDemand, load_examples
+from cnn_jax.data import loader, workers
+from cnn_jax.data.examples import InMemory, OnDemand, chunks, in_order, with_classes
+from cnn_jax.data.sources import load_examples
 from tests.tiny import REPOSITORY, make_examples
 
 
@@ -69,7 +70,7 @@ def test_they_give_what_memory_gives(kind, count, part_bytes, tfds_dir, folder, 
     for change in (
         lambda x: x,
         lambda x: x.take(np.array([5, 0, 5, 33, 2])),
-        lambda x: sources.with_classes(x, reordered),
+        lambda x: with_classes(x, reordered),
     ):
         one, two = change(memory), change(demand)
         own = order[: len(one)] % len(one)
@@ -78,14 +79,14 @@ def test_they_give_what_memory_gives(kind, count, part_bytes, tfds_dir, folder, 
             found = loader.training_batches(two, own, 8 if len(one) > 8 else 2, start, 7)
             assert_same(found, wanted)
         assert_same(loader.evaluation_batches(two, 16), loader.evaluation_batches(one, 16))
-        assert_same(sources.chunks(two), sources.chunks(one))
+        assert_same(chunks(two), chunks(one))
 
 
 def test_they_read_a_data_dir_of_any_name(tfds_dir, tmp_path):
     shutil.copytree(tfds_dir, tmp_path / "[2024] data")
     wanted = load_examples(DataConfig("tiny_squares"), "train", str(tfds_dir))
     found = streamed("tiny_squares", tmp_path / "[2024] data")
-    assert_same(sources.chunks(found), sources.chunks(wanted))
+    assert_same(chunks(found), chunks(wanted))
 
 
 def test_few_parts_wait_in_memory(tfds_dir, monkeypatch):
@@ -97,7 +98,7 @@ def test_few_parts_wait_in_memory(tfds_dir, monkeypatch):
             taken.append(i)
             yield np.array([i])
 
-    coming = sources.in_order(streamed("tiny_squares", tfds_dir), batches())
+    coming = in_order(streamed("tiny_squares", tfds_dir), batches())
     for _ in range(10):
         next(coming)
     assert 10 <= len(taken) <= 10 + workers.PARTS_AHEAD
@@ -149,7 +150,7 @@ def test_a_file_that_changes_during_a_run_is_named(what, count, tfds_dir, folder
     ):
         CHANGES[what](path)
         with pytest.raises(DataError) as caught:
-            list(sources.in_order(split, [np.arange(4, 8)]))
+            list(in_order(split, [np.arange(4, 8)]))
         assert str(caught.value).startswith(place)
         assert what in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -181,9 +182,9 @@ def test_so_many_corrupt_images_may_be_left_out(
         examples = load_examples(data, "train", data_dir)
         assert (len(examples), examples.skipped) == (len(whole) - 1, 1)
         assert f"1 broken images are left out; the first: {place}" in caplog.text
-        assert_same(sources.chunks(examples), sources.chunks(whole.take(np.arange(1, len(whole)))))
+        assert_same(chunks(examples), chunks(whole.take(np.arange(1, len(whole)))))
     with pytest.raises(DataError) as caught:
-        next(sources.chunks(load_examples(DataConfig(name, **fields), "train", data_dir)))
+        next(chunks(load_examples(DataConfig(name, **fields), "train", data_dir)))
     assert str(caught.value).startswith(place)
 
 
@@ -192,9 +193,10 @@ import os, signal, sys
 import numpy as np
 from cnn_jax.config import DataConfig
 from cnn_jax.data import sources, workers
+from cnn_jax.data.examples import in_order
 data = DataConfig("tiny_squares", streaming=True, workers=2)
 examples = sources.load_examples(data, "train", sys.argv[1])
-for _ in sources.in_order(examples, [np.arange(80)] * 9):
+for _ in in_order(examples, [np.arange(80)] * 9):
     pass
 print(*(process.pid for process in workers._pool(2)._processes), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import pytest
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.data.sources import InMemory, OnDemand
+from cnn_jax.data.examples import InMemory, OnDemand
 from cnn_jax.train import calls, optim, parallel, start, step
 from tests.networks import Linear
 from tests.tiny import make_examples

@@ -18,6 +18,7 @@ from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.data import sources
+from cnn_jax.data.examples import Examples
 from cnn_jax.models import summary
 from cnn_jax.models.convolutional import gives_class_map
 from cnn_jax.models.receptive_field import Field
@@ -42,7 +43,7 @@ class Canvas:
 
 
 def compose(
-    examples: sources.Examples, side: int, background: tuple[int, ...] = (0,), seed: int = 0
+    examples: Examples, side: int, background: tuple[int, ...] = (0,), seed: int = 0
 ) -> Canvas:
     """Puts the first examples on a square canvas, each at random in a cell of twice its size.
 

@@ -18,6 +18,7 @@ from cnn_jax.config import experiment
 from cnn_jax.config.overrides import override
 from cnn_jax.config.serialize import differences, to_json
 from cnn_jax.data import sources
+from cnn_jax.data.examples import Examples
 from cnn_jax.models import summary
 from cnn_jax.train import evaluation
 from cnn_jax.train.workdir import metrics, read_config
@@ -43,7 +44,7 @@ class Facts:
     run: RestoredRun
     lines: list[dict]
     summary: summary.Summary
-    test: sources.Examples
+    test: Examples
     result: evaluation.Metrics
     predictions: Scores
     command: str

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.ndimage
 from PIL import Image
 
-from cnn_jax.data.sources import Altered
+from cnn_jax.data.examples import Altered
 
 STRENGTHS = (1, 2, 3, 4, 5)
 SHIFTS = (-8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8)

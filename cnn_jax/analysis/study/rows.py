@@ -16,7 +16,7 @@ from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.analysis.study import changes, measures, temperature
 from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.common.files import writing, written
-from cnn_jax.data.sources import Examples
+from cnn_jax.data.examples import Examples
 from cnn_jax.train import checkpoint
 from cnn_jax.train.workdir import read_config, write_json
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
 from cnn_jax.data import loader, statistics
-from cnn_jax.data.sources import InMemory
+from cnn_jax.data.examples import InMemory
 from cnn_jax.studies.compile import hlo
 from cnn_jax.studies.compile.findings import Findings, find
 from cnn_jax.studies.compile.targets import Target

@@ -6,7 +6,7 @@ import pytest
 
 from cnn_jax.analysis.playground import page
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.data.sources import InMemory
+from cnn_jax.data.examples import InMemory
 from cnn_jax.models import LeNet
 from tests.networks import Small
 from tests.quick import make_run, unoptimised

@@ -10,7 +10,7 @@ import pytest
 
 from cnn_jax.analysis.playground import page
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.data.sources import InMemory
+from cnn_jax.data.examples import InMemory
 from tests.browser import Browser
 
 MINUS = "\N{MINUS SIGN}"

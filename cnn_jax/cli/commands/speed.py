@@ -1,0 +1,71 @@
+"""The commands that measure or compile training steps."""
+
+from absl import flags
+
+from cnn_jax.cli.flags import SEVERAL
+from cnn_jax.cli.registry import command
+from cnn_jax.common import environment
+from cnn_jax.common.files import local_path
+
+
+@command(
+    "networks",
+    "batch_size",
+    "peers",
+    "rounds",
+    "seconds",
+    "write",
+    "speedrun",
+    "seeds",
+    "device_check",
+    "tiny",
+    "output",
+    "data_dir",
+    seeds=5,
+)
+def benchmark(values: flags.FlagValues) -> int | None:
+    """Measures the training steps of the architectures, alone or beside PyTorch and Keras."""
+    from cnn_jax.studies.benchmark import device_check, run, speedrun
+
+    if values.device_check:
+        output = local_path(values.output or "runs/device_check")
+        return device_check.check(output, values.tiny, values.data_dir)
+    if values.speedrun:
+        environment.check_devices()
+        speedrun.speedrun(values.seeds, values.data_dir)
+        return None
+    run.benchmark(
+        values.networks,
+        values.batch_size,
+        values.peers,
+        values.rounds,
+        values.seconds,
+        values.write,
+    )
+    return None
+
+
+@command(
+    "experiment",
+    "topology",
+    "set",
+    "input_size",
+    "data_dir",
+    "dump",
+    "write",
+    experiment=SEVERAL,
+    words="experiment",
+)
+def compile_(values: flags.FlagValues) -> None:
+    """Compiles the steps of an experiment for a TPU, GPU or CPU, which need not be there."""
+    from cnn_jax.studies.compile import run
+
+    run.compile_all(
+        values.experiment,
+        values.set,
+        values.topology,
+        values.input_size,
+        values.data_dir,
+        local_path(values.dump) if values.dump else None,
+        values.write,
+    )
