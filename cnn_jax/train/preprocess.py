@@ -16,9 +16,9 @@ from cnn_jax.data.examples import Examples
 
 
 def normalise(image: Any, data: DataConfig) -> Any:
-    """uint8 [N, H, W, C] in [0, 255], -> float32, in [0, 1] before mean and std are applied.
+    """uint8 [N, H, W, C] in [0, 255] -> float32, in [0, 1] before mean and std are applied.
 
-    Of JAX or NumPy.
+    Both may be arrays of JAX or of NumPy.
     """
     image = image.astype(jnp.float32) / 255
     if data.mean == (0.0,) and data.std == (1.0,):
