@@ -29,10 +29,10 @@ class Weights:
         self._parts: list[np.ndarray] = []
         self._size = 0
 
-    def add(self, array: Any, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-        """Appends an array; returns its place and its shape (`shape`, if given)."""
+    def add(self, array: Any) -> dict[str, Any]:
+        """Appends an array; returns its place and its shape."""
         array = np.asarray(array, "<f4")
-        place = {"at": self._size, "shape": list(shape or array.shape)}
+        place = {"at": self._size, "shape": list(array.shape)}
         self._parts.append(array.ravel())
         self._size += array.size
         return place
@@ -76,7 +76,31 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
     steps += _between(run, before, logits, last, "the logits")
     if logits.ndim == 4 and logits[0].size > logits.shape[-1]:
         steps.append({"kind": "mean"})  # as `step.predict_step` does with a class map
+    _widen(steps)
     return steps, weights
+
+
+def takes_any_size(steps: list[dict]) -> bool:
+    """Whether the steps give a class for every window of a larger image.
+
+    They do without `flatten`, and without the mean of a class map. They do not if something else needs
+    the whole map.
+    """
+    kinds = [step["kind"] for step in steps]
+    whole = "mean" in kinds[:-1]
+    return not whole and ("flatten", "norm") not in zip(kinds, kinds[1:], strict=False)
+
+
+def _widen(steps: list[dict]) -> None:
+    """Makes convolutions of dense layers: the first one after `flatten` is as large as the map."""
+    window = (1, 1)
+    for step in steps:
+        if step["kind"] == "flatten":
+            window = step["window"]
+        elif step["kind"] == "conv" and len(step["kernel"]["shape"]) == 2:
+            inputs, units = step["kernel"]["shape"]
+            step["kernel"]["shape"] = [*window, inputs // (window[0] * window[1]), units]
+            window = (1, 1)
 
 
 def check(run: RestoredRun, layers: Summary) -> None:
@@ -118,7 +142,8 @@ def _between(run: RestoredRun, before: Any, after: Any, last: str, name: str) ->
             results |= {"flatten": output.reshape(len(output), -1), "mean": output.mean((1, 2))}
         for kind, result in results.items():
             if result.shape == after.shape and np.allclose(result, after, **TOLERANCE):
-                return [*steps, {"kind": kind}] if kind else steps
+                last_step = _flatten(output) if kind == "flatten" else {"kind": kind}
+                return [*steps, last_step] if kind else steps
         if output.shape == after.shape and (norm := float(np.vdot(output, output))):
             factor = float(np.vdot(output, after)) / norm
             if np.allclose(factor * output, after, rtol=1e-4, atol=1e-6 * abs(factor)):
@@ -133,7 +158,7 @@ def _step(run: RestoredRun, call: features.Call, weights: Weights) -> dict:
     module, own = call.module, run.variables
     arrays = _own(own.get("params", {}), module)
     if isinstance(module, Flatten):
-        return {"kind": "flatten"}
+        return _flatten(call.given)
     if isinstance(module, MaxPool):
         return {"kind": "pool", "window": list(module.window)}
     if isinstance(module, nn.BatchNorm) and module.axis == -1:
@@ -145,15 +170,16 @@ def _step(run: RestoredRun, call: features.Call, weights: Weights) -> dict:
         plain = isinstance(module, nn.Dense) or _is_plain(module)
         size = arrays["kernel"].shape
         if plain and len(size) in (2, 4):
-            shape = (
-                size if len(size) == 4 else (1, 1, *size)
-            )  # dense: a 1x1 convolution of one place
             bias = {"bias": weights.add(arrays["bias"])} if "bias" in arrays else {}
-            kernel = {"kernel": weights.add(arrays["kernel"], shape)}
+            kernel = {"kernel": weights.add(arrays["kernel"])}
             return {"kind": "conv", **_geometry(module), **kernel, **bias}
     raise _unknown(
         run, f"{call.layer.name} is a {call.layer.kind} that the playground cannot compute"
     )
+
+
+def _flatten(given: Any) -> dict:
+    return {"kind": "flatten", "window": list(given.shape[1:3]) if given.ndim == 4 else [1, 1]}
 
 
 def _own(tree: Any, module: nn.Module) -> dict:

@@ -17,8 +17,8 @@ MINUS = "\N{MINUS SIGN}"
 READY = """
 (async () => {
   const pause = () => new Promise((next) => setTimeout(next, 25));
-  for (let i = 0; i < 400 && !playground.state.differences; i++) await pause();
-  return playground.state.differences;
+  for (let i = 0; i < 400 && !playground.state.checked; i++) await pause();
+  return playground.state.checked;
 })()
 """
 
