@@ -66,8 +66,9 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
             steps.append(
                 step
                 | {
-                    "name": call.layer.name,
-                    "title": call.layer.kind,
+                    "name": call.layer.name.rpartition("/")[2],
+                    "title": call.layer.kind.partition(" ")[2],
+                    "shape": list(call.layer.shape),
                     "parameters": call.layer.parameters,
                     "field": field and [*field.size, *field.stride, *field.start],
                 }
@@ -75,7 +76,7 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
         last, before = call.layer.name, call.output
     steps += _between(run, before, logits, last, "the logits")
     if logits.ndim == 4 and logits[0].size > logits.shape[-1]:
-        steps.append({"kind": "mean"})  # as `step.predict_step` does with a class map
+        steps.append({"kind": "mean", "shape": [logits.shape[-1]]})  # as `step.predict_step` does with a class map
     _widen(steps)
     return steps, weights
 
@@ -134,7 +135,7 @@ def _between(run: RestoredRun, before: Any, after: Any, last: str, name: str) ->
     after = np.asarray(after, np.float32)
     candidates: list[tuple[list[dict], Callable]] = [([], lambda x: x)]
     for function, apply in features.ACTIVATIONS.items():
-        candidates.append(([{"kind": "activation", "function": function}], apply))
+        candidates.append(([{"kind": "activation", "name": function}], apply))
     for steps, apply in candidates:
         output = np.asarray(apply(before))
         results = {"": output}
@@ -143,14 +144,22 @@ def _between(run: RestoredRun, before: Any, after: Any, last: str, name: str) ->
         for kind, result in results.items():
             if result.shape == after.shape and np.allclose(result, after, **TOLERANCE):
                 last_step = _flatten(output) if kind == "flatten" else {"kind": kind}
-                return [*steps, last_step] if kind else steps
+                return _shaped([*steps, last_step] if kind else steps, output, after)
         if output.shape == after.shape and (norm := float(np.vdot(output, output))):
             factor = float(np.vdot(output, after)) / norm
             if np.allclose(factor * output, after, rtol=1e-4, atol=1e-6 * abs(factor)):
-                return [*steps, {"kind": "scale", "factor": factor}]
+                return _shaped([*steps, {"kind": "scale", "factor": factor}], output, after)
     raise _unknown(
         run, f"between {last} and {name} is a function that the playground does not know"
     )
+
+
+def _shaped(steps: list[dict], first: np.ndarray, last: np.ndarray) -> list[dict]:
+    """Two steps at most, with the shapes of their outputs."""
+    arrays = (first, last)[-len(steps) :] if steps else ()
+    return [
+        step | {"shape": list(array.shape[1:])} for step, array in zip(steps, arrays, strict=True)
+    ]
 
 
 def _step(run: RestoredRun, call: features.Call, weights: Weights) -> dict:
@@ -197,11 +206,12 @@ def _is_plain(module: nn.Conv) -> bool:
 
 def _geometry(module: nn.Dense | nn.Conv) -> dict:
     if isinstance(module, nn.Dense):
-        return {"strides": [1, 1], "padding": "VALID"}
+        return {"strides": [1, 1], "padding": [[0, 0], [0, 0]]}
     strides = module.strides or 1
     padding = canonicalize_padding(module.padding, 2)
-    if not isinstance(padding, str):
-        padding = [list(map(int, pair)) for pair in padding]
+    if padding != "SAME":
+        pairs = ((0, 0), (0, 0)) if padding == "VALID" else padding
+        padding = [list(map(int, pair)) for pair in pairs]
     return {
         "strides": [strides] * 2 if isinstance(strides, int) else list(strides),
         "padding": padding,

@@ -30,11 +30,6 @@ IMAGES_A_KIND = 10
 LOOKED_AT, BATCH = 1000, 250
 # The page is replaced where this is its first line; another file never is.
 FIRST_LINE = "<!DOCTYPE html><!-- a playground of cnn_jax -->"
-# Light colours that differ for any colour vision; the page writes the number of the class on them.
-CLASS_COLOURS = (
-    *("#7fc4e8", "#f2b45c", "#6fcfa8", "#f5e663", "#e79ac0"),
-    *("#a9b4f0", "#f08a6b", "#c9ccd1", "#b7dd72", "#d2b48c"),
-)
 PARTS = Path(__file__).parent / "page"
 
 
@@ -78,7 +73,6 @@ def playground(
         "classes": runs[0].class_names,
         **drawing(test["image"]),
         "colours": _colours(),
-        "class_colours": CLASS_COLOURS,
         "images": [[kind, place, int(test["label"][place])] for kind, place in chosen],
         "pixels": _base64(np.ascontiguousarray(test["image"][places]).tobytes()),
         "runs": [about | {"label": label} for (about, _), label in zip(parts, labels(runs), strict=True)],

@@ -23,32 +23,22 @@ const largest = (values) => values.reduce((most, value) => Math.max(most, Math.a
 const map = (h, w, c, d = new Float32Array(h * w * c)) => ({ h, w, c, d });
 const each = (x, f) => ({ ...x, d: x.d.map(f) });
 
-// The number of outputs along an axis, and the zeros before the first input.
-function along(size, kernel, stride, padding, axis) {
-  if (padding === "SAME") {
-    const count = Math.ceil(size / stride);
-    return [count, Math.max((count - 1) * stride + kernel - size, 0) >> 1];
-  }
-  const [before, after] = padding === "VALID" ? [0, 0] : padding[axis];
-  return [Math.max(0, Math.floor((size + before + after - kernel) / stride) + 1), before];
-}
-
+// How a kernel moves over a map: by axis its size, stride, number of outputs, and zeros before the first input.
 function geometry({ kernel, strides, padding }, x) {
-  const [[kh, kw, , co], [sh, sw]] = [kernel.shape, strides];
-  const [oh, top] = along(x.h, kh, sh, padding, 0);
-  const [ow, left] = along(x.w, kw, sw, padding, 1);
-  return { kh, kw, co, sh, sw, oh, ow, top, left };
+  const axis = (i, size) => {
+    const [width, stride] = [kernel.shape[i], strides[i]];
+    const same = Math.max((Math.ceil(size / stride) - 1) * stride + width - size, 0);
+    const [before, after] = padding === "SAME" ? [same >> 1, same - (same >> 1)] : padding[i];
+    return [width, stride, Math.max(0, Math.floor((size + before + after - width) / stride) + 1), before];
+  };
+  return [...axis(0, x.h), ...axis(1, x.w)];
 }
 
-// Abramowitz and Stegun 7.1.6: all terms have one sign, so that nothing cancels.
+// Abramowitz and Stegun 7.1.26, which is wrong by 1.5e-7 at most.
 function erf(x) {
-  if (Math.abs(x) > 6) return Math.sign(x);
-  let [sum, term] = [0, x];
-  for (let n = 1; Math.abs(term) > 1e-17 * Math.abs(sum); n++) {
-    sum += term;
-    term *= (2 * x * x) / (2 * n + 1);
-  }
-  return (2 / Math.sqrt(Math.PI)) * Math.exp(-x * x) * sum;
+  const u = 1 / (1 + 0.3275911 * Math.abs(x));
+  const sum = u * (0.254829592 + u * (-0.284496736 + u * (1.421413741 + u * (-1.453152027 + u * 1.061405429))));
+  return Math.sign(x) * (1 - sum * Math.exp(-x * x));
 }
 
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
@@ -63,10 +53,11 @@ const ACTIVATIONS = {
   "leaky ReLU": (x) => (x > 0 ? x : 0.01 * x),
 };
 
-// What each kind of step computes. A generator stops after each row, so that a long one can be cut.
+// What each kind of step computes. A convolution stops after each row, so that a long one can be cut.
 const COMPUTE = {
   *conv(step, x) {
-    const { kh, kw, co, sh, sw, oh, ow, top, left } = geometry(step, x);
+    const [kh, sh, oh, top, kw, sw, ow, left] = geometry(step, x);
+    const co = step.kernel.shape[3];
     const y = map(oh, ow, co);
     const weight = step.kernel.d;
     const sum = new Float64Array(co);
@@ -95,44 +86,33 @@ const COMPUTE = {
     }
     return y;
   },
-  *pool(step, x) {
+  pool(step, x) {
     const [kh, kw] = step.window;
     const y = map(Math.floor(x.h / kh), Math.floor(x.w / kw), x.c);
     y.d.fill(-Infinity);
-    for (let i = 0; i < y.h * kh; i++) {
-      for (let j = 0; j < y.w * kw; j++) {
-        const to = (Math.floor(i / kh) * y.w + Math.floor(j / kw)) * x.c;
-        const from = (i * x.w + j) * x.c;
-        for (let c = 0; c < x.c; c++) y.d[to + c] = Math.max(y.d[to + c], x.d[from + c]);
-      }
-      yield;
+    for (const [i, j] of cells(y.h * kh, y.w * kw)) {
+      const to = (Math.floor(i / kh) * y.w + Math.floor(j / kw)) * x.c;
+      const from = (i * x.w + j) * x.c;
+      for (let c = 0; c < x.c; c++) y.d[to + c] = Math.max(y.d[to + c], x.d[from + c]);
     }
     return y;
   },
-  *norm(step, x) {
+  norm(step, x) {
     const { mean, scale, bias } = step;
     const size = mean.d.length;
     const factor = mean.d.map((_, c) => (scale?.d[c] ?? 1) / Math.sqrt(step.var.d[c] + step.epsilon));
     const shift = mean.d.map((value, c) => (bias?.d[c] ?? 0) - value * factor[c]);
     return each(x, (value, i) => value * factor[i % size] + shift[i % size]);
   },
-  *activation(step, x) {
-    return each(x, ACTIVATIONS[step.function]);
-  },
-  *scale(step, x) {
-    return each(x, (value) => value * step.factor);
-  },
-  *flatten(_, x) {
-    return { ...x, flat: true };
-  },
-  *mean(_, x) {
+  mean(_, x) {
     const sum = new Float64Array(x.c);
     for (let i = 0; i < x.d.length; i++) sum[i % x.c] += x.d[i] / (x.h * x.w);
     return map(1, 1, x.c, Float32Array.from(sum));
   },
-  *softmax(_, x) {
-    return map(1, 1, x.c, Float32Array.from(softmax(x.d)));
-  },
+  activation: (step, x) => each(x, ACTIVATIONS[step.name]),
+  scale: (step, x) => each(x, (value) => value * step.factor),
+  flatten: (_, x) => ({ ...x, flat: true }),
+  softmax: (_, x) => map(1, 1, x.c, Float32Array.from(softmax(x.d))),
 };
 
 function softmax(logits) {
@@ -145,7 +125,10 @@ function softmax(logits) {
 // All maps of a network for an input, the input first.
 function* forward(steps, x) {
   const maps = [x];
-  for (const step of steps) maps.push(yield* COMPUTE[step.kind](step, maps.at(-1)));
+  for (const step of steps) {
+    const made = COMPUTE[step.kind](step, maps.at(-1));
+    maps.push(made.next ? yield* made : made);
+  }
   return maps;
 }
 
@@ -167,26 +150,23 @@ function* predict(run, x) {
   return { maps, logits, probabilities: softmax(logits) };
 }
 
-class Stale extends Error {}
-
-// Runs a generator in slices. Raises Stale if its result is no longer wanted.
+// Runs a generator in slices. There is no answer if its result is no longer wanted.
 async function finish(work, wanted = () => true) {
   for (let until = performance.now() + SLICE; ; ) {
     const { done, value } = work.next();
     if (done) return value;
     if (performance.now() > until) {
       await new Promise((next) => setTimeout(next));
-      if (!wanted()) throw new Stale();
+      if (!wanted()) await new Promise(() => {});
       until = performance.now() + SLICE;
     }
   }
 }
 
 // Tells whether nothing new was asked for since this call.
-const unchanged = (of) => {
-  const { ticket } = of;
+function unchanged(of, ticket = of.ticket) {
   return () => ticket === of.ticket;
-};
+}
 
 // The probability of a class in variants of an image: of `make` of each place.
 async function probabilities(run, places, make, target, wanted, message) {
@@ -207,7 +187,7 @@ function changed(x, { dx, dy, turn, noise }) {
   context.rotate((turn * Math.PI) / 180);
   context.drawImage(canvasOf(x), -W / 2, -H / 2);
   const y = dx || dy || turn ? imageIn(context) : x;
-  return noise ? each(y, (value, i) => clamp(value + noise * NOISE[i], 0, 1)) : y;
+  return noise ? each(y, (value, i) => clamp(value + (noise / 100) * NOISE[i], 0, 1)) : y;
 }
 
 // The same noise for every image, so that only the image changes.
@@ -237,7 +217,7 @@ const state = {
   shown: null, // after them
   run: 0,
   chosen: null, // {step, channel, place}: a value of the shown run
-  from: {}, // the first channel that a layer's column shows, by step
+  from: 0, // the first channel that is shown of each map
   input: null, // the input channel whose products are shown
   ticket: 0, // counts the inputs
   difference: 0, // of a logit from predict's, by the largest logit
@@ -338,7 +318,7 @@ function fill(context, levels = paper) {
 function lay(source, exact = null) {
   const before = photo;
   photo = exact === null ? source : null;
-  if (photo !== before) larger.scores = null;
+  if (photo !== before) larger.scores = null; // shows the reader's picture, or test images
   fill(pen, photo ? [255, 255, 255] : paper); // white behind what is transparent, as in predict
   Object.assign(pen, { imageSmoothingEnabled: exact === null, imageSmoothingQuality: "high" });
   if (source) pen.drawImage(source, 0, 0, pad.width, pad.height);
@@ -351,11 +331,12 @@ function drawn(exact = null) {
   update();
 }
 
-function stroke(x, y) {
+// Draws from where the pen is, or a dot where it is put down.
+function stroke(x, y, down = false) {
+  if (down) Object.assign(cursor, { x, y });
   const shade = $("shade").value;
   pen.strokeStyle = C === 3 ? shade : `rgb(${shade} ${shade} ${shade})`;
-  pen.lineWidth = +$("brush").value;
-  pen.lineCap = pen.lineJoin = "round";
+  Object.assign(pen, { lineWidth: +$("brush").value, lineCap: "round", lineJoin: "round" });
   pen.beginPath();
   pen.moveTo(cursor.x, cursor.y);
   pen.lineTo(x + 0.01, y);
@@ -416,19 +397,14 @@ async function openFile(file) {
   const bitmap = await createImageBitmap(file, { resizeWidth: 512, resizeQuality: "medium" }).catch(() => null);
   const refusal = !bitmap ? t("not_image") : bitmap.height > 4096 ? t("too_long") : "";
   $("message").textContent = refusal;
-  if (refusal) return;
-  lay(bitmap);
+  if (!refusal) lay(bitmap);
 }
 
 // ---- From the input to all that is shown -----------------------------------------------------------
 
 const SLIDERS = { dx: "", dy: "", turn: "°", noise: "%" };
 
-function sliders() {
-  const values = Object.fromEntries(Object.keys(SLIDERS).map((id) => [id, +$(id).value]));
-  return { ...values, noise: values.noise / 100 };
-}
-
+const sliders = () => Object.fromEntries(Object.keys(SLIDERS).map((id) => [id, +$(id).value]));
 let busy = false;
 
 // Computes the newest input; one that comes meanwhile is next.
@@ -450,7 +426,7 @@ async function update() {
     await new Promise(requestAnimationFrame);
   }
   busy = false;
-  later();
+  later(unchanged(state));
 }
 
 function show() {
@@ -465,15 +441,11 @@ function show() {
 
 function showBars() {
   const [, place, label] = content.images[state.exact] ?? [];
-  const truth = state.exact === null ? "" : html`<p>${t("truth", { place, name: content.classes[label] })}</p>`;
+  $("truth").textContent = place === undefined ? "" : t("truth", { place, name: content.classes[label] });
   const line = (value, i, all) =>
     html`<li class="${i === best(all) ? "top" : ""}"><span>${content.classes[i]}</span>
       <span class="bar"><i data-style="width:${100 * value}%"></i></span><span class="right">${percent(value)}</span></li>`;
-  const note = ({ views }) => (views.length > 1 ? t("views", { count: views.length }) : "");
-  const block = (run) =>
-    html`<div><h3>${run.label}</h3><ol>${run.probabilities.map(line)}</ol>
-      <p class="muted">${t("milliseconds", { ms: number(run.milliseconds, 2) })} ${note(run)}</p></div>`;
-  put($("bars"), truth, runs.map(block));
+  for (const [i, run] of runs.entries()) put($(`bars-${i}`), run.probabilities.map(line));
 }
 
 // ---- The row of maps -------------------------------------------------------------------------------
@@ -491,15 +463,7 @@ function layout(x) {
 
 const areaOf = (place, { w }) => [Math.floor(place / w), place % w, 1, 1];
 const strongest = (parts) => [...parts].sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
-const titleOf = (step) => (step ? (step.name?.split("/").at(-1) ?? step.function ?? t(step.kind)) : t("input"));
-
-function facts(step, x) {
-  const shape = isMap(x) ? `${x.h}×${x.w}×${x.c}` : x.d.length;
-  const lines = [shape, step?.title?.split(" ").slice(1).join(" ")];
-  if (step?.parameters) lines.push(t("parameters", { count: count(step.parameters) }));
-  if (step?.field) lines.push(t("window", { height: step.field[0], width: step.field[1] }));
-  return lines.filter(Boolean).map((line) => html`<span>${line}</span>`);
-}
+const titleOf = (step) => step.name ?? t(step.kind);
 
 // The chosen value in the row of maps, and below it taken apart.
 function showValue() {
@@ -508,63 +472,52 @@ function showValue() {
   showDetail(made);
 }
 
-function showRow(made) {
-  const run = current();
-  const lines = strongest(made.parts).slice(0, LINES);
-  // The frames: of the inputs that the lines come from, and of the chosen value.
-  const { step: at, channel: chosen, place } = state.chosen;
-  const parts = lines.map((part, k) => ({ ...part, i: made.source, name: k }));
-  const area = areaOf(place, layout(run.maps[at + 1]));
-  parts.push({ i: at + 1, channel: chosen, unit: place, area, name: "to" });
-  const framed = (x, i, channel) => {
+function showRow({ parts, source }) {
+  const { maps } = current();
+  const { step, channel, place } = state.chosen;
+  const lines = strongest(parts).slice(0, LINES);
+  const marks = lines.map((part, name) => ({ ...part, i: source, name }));
+  marks.push({ i: step + 1, channel, area: areaOf(place, layout(maps[step + 1])), name: "to" });
+  for (const [i, x] of maps.entries()) {
     const shown = layout(x);
-    const here = parts.filter((part) => part.i === i);
-    if (!isMap(x))
-      return here.map((part) => (part.unit < shown.size ? frame(areaOf(part.unit, shown), shown, part.name) : ""));
-    return here.map((part) => (i === 0 || part.channel === channel ? frame(part.area, shown, part.name) : ""));
-  };
-  const columns = run.maps.map((x, i) => {
-    const step = run.steps[i - 1];
-    const start = state.from[i] ?? 0;
+    const framed = (at) =>
+      marks
+        .filter((mark) => mark.i === i && (i === 0 || mark.channel === at) && mark.area[0] < shown.h)
+        .map(({ area, name }) => frame(area, shown, name));
+    const [all, limit] = isMap(x) ? [x.c, MAPS] : [x.d.length, MOST_UNITS];
+    const from = isMap(x) ? clamp(state.from, 0, Math.max(0, all - limit)) : 0;
     const most = largest(x.d);
-    const channels = isMap(x) ? range(x.c).slice(start, start + MAPS) : [0];
-    const input = html`<div class="cell">${imageOf(state.shown)}${framed(x, 0)}</div>`;
-    const maps = i ? channels.map((channel) => cell(x, i, channel, most, framed(x, i, channel))) : input;
-    return html`<div class="column"><h3>${titleOf(step)}</h3><p>${facts(step, x)}</p>${maps}${below(x, i, start)}</div>`;
-  });
-  put($("row"), html`<div class="columns"><svg aria-hidden="true"></svg>${columns}</div>`);
+    const channels = isMap(x) ? range(all).slice(from, from + limit) : [0];
+    const input = html`<div class="cell">${imageOf(state.shown)}${framed(0)}</div>`;
+    put(
+      $(`maps-${state.run}-${i}`),
+      i ? channels.map((at) => cell(x, i, at, most, framed(at))) : input,
+      all > limit ? html`<span>${t("channels", { from, to: from + limit - 1, count: count(all) })}</span>` : "",
+    );
+  }
+  const deepest = Math.max(0, ...maps.filter(isMap).map(({ c }) => c));
+  $("previous").disabled = state.from === 0;
+  $("next").disabled = state.from + MAPS >= deepest;
   drawLines(lines);
 }
 
+// The button of a map's channel, or of all units.
 function cell(x, i, channel, most, marks) {
+  const { h, w, size, stride } = layout(x);
   const layer = titleOf(current().steps[i - 1]);
   const name = isMap(x) ? t("map_label", { layer, channel }) : t("units_label", { layer, count: x.d.length });
-  const { h, w, size, stride } = layout(x);
   const at = (k) => (k < size ? colour(x.d[k * stride + channel] / most) : [128, 128, 128, 255]);
   const own = html`id="cell-${i}-${channel}" data-at="${i}" data-channel="${channel}" aria-label="${name}"`;
   const kind = isMap(x) ? "cell" : `cell across${w}`;
   return html`<button type="button" class="${kind}" data-do="cell" ${own}>${picture(h, w, at)}${marks}</button>`;
 }
 
-function below(x, i, start) {
-  const { steps } = current();
-  if (i === steps.length) return html`<ol>${content.classes.map((name) => html`<li>${name}</li>`)}</ol>`;
-  if (!isMap(x))
-    return x.d.length > MOST_UNITS ? html`<span>${t("first_units", { count: count(MOST_UNITS) })}</span>` : "";
-  if (i === 0 || x.c <= MAPS) return "";
-  const page = (to, key, sign) => {
-    const about = html`id="${key}-${i}" data-at="${i}" data-from="${to}" aria-label="${titleOf(steps[i - 1])}: ${t(key)}"`;
-    return html`<button type="button" data-do="page" ${about} ${to < 0 || to >= x.c ? "disabled" : ""}>${sign}</button>`;
-  };
-  const text = t("channels", { from: start, to: Math.min(start + MAPS, x.c) - 1, count: x.c });
-  return html`<div class="pager">${page(start - MAPS, "previous", "‹")}<span>${text}</span>${page(start + MAPS, "next", "›")}</div>`;
-}
-
 // Lines from the inputs of the chosen value to it, as thick as their contributions.
 function drawLines(parts) {
-  const svg = $("row").querySelector("svg");
+  const row = $(`row-${state.run}`);
+  const svg = row.querySelector("svg");
   const origin = svg.getBoundingClientRect();
-  const area = (name) => $("row").querySelector(`[data-part="${name}"]`)?.getBoundingClientRect();
+  const area = (name) => row.querySelector(`[data-part="${name}"]`)?.getBoundingClientRect();
   const to = area("to");
   const most = largest(parts.map(({ value }) => value));
   const line = ({ value }, k) => {
@@ -613,59 +566,61 @@ function slide() {
 // ---- One value and all its sums --------------------------------------------------------------------
 
 // What a value is made of: the column of its inputs, the parts of it that come from there, and the text.
-function explain(run, { step: at, channel, place }) {
-  const [step, given, of] = [run.steps[at], run.maps[at], run.maps[at + 1]];
+function explain({ steps, maps }, { step: at, channel, place }) {
+  const [step, given, of] = [steps[at], maps[at], maps[at + 1]];
+  const source = step.kind === "conv" && given.flat ? at - 1 : at; // the map before it was flattened
   const index = place * layout(of).stride + channel;
   const [spot, c] = [Math.floor(index / of.c), index % of.c];
-  const [y, x] = [Math.floor(spot / of.w), spot % of.w];
-  const value = of.d[index];
-  const made = { at, step, given, of, index, y, x, c, value, input: given.d[index] };
-  const same = [{ channel: c, unit: index, area: [y, x, 1, 1], value }];
-  const source = step.kind === "conv" && given.flat ? at - 1 : at; // the map before it was flattened
-  return { ...made, source, parts: same, key: `${step.kind}_text`, ...EXPLAIN[step.kind](made) };
+  const [y, x] = areaOf(spot, of);
+  const made = { at, step, given, of, index, y, x, c, value: of.d[index], input: given.d[index] };
+  // An area of a channel of the inputs; or the unit, if they are no map.
+  made.part = (value, k = c, area = [y, x, 1, 1], unit = index) =>
+    isMap(maps[source]) ? { value, channel: k, area } : { value, channel: 0, area: areaOf(unit, layout(maps[source])) };
+  return { ...made, source, parts: [made.part(made.value)], key: `${step.kind}_text`, ...EXPLAIN[step.kind](made) };
 }
 
 const EXPLAIN = {
-  conv({ step, given, y, x, c, value }) {
-    const { kh, kw, co, sh, sw, top, left } = geometry(step, given);
+  conv({ step, given, of, y, x, c, value, part }) {
+    const [kh, sh, , top, kw, sw, , left] = geometry(step, given);
     const [row, column] = [y * sh - top, x * sw - left];
-    const weight = (a, b, k) => step.kernel.d[((a * kw + b) * given.c + k) * co + c];
-    const input = (a, b, k) => {
-      const [i, j] = [row + a, column + b];
-      return i < 0 || j < 0 || i >= given.h || j >= given.w ? null : given.d[(i * given.w + j) * given.c + k];
-    };
-    const places = cells(kh, kw);
-    const sum = (k) => places.reduce((all, [a, b]) => all + input(a, b, k) * weight(a, b, k), 0);
-    const parts = range(given.c).map((k) => ({ channel: k, unit: k, area: [row, column, kh, kw], value: sum(k) }));
-    const order = strongest(parts);
+    const terms = (k) =>
+      cells(kh, kw).map(([a, b], at) => {
+        const [i, j] = [row + a, column + b];
+        const inside = i >= 0 && j >= 0 && i < given.h && j < given.w;
+        const input = inside ? given.d[(i * given.w + j) * given.c + k] : null;
+        const weight = step.kernel.d[(at * given.c + k) * step.kernel.shape[3] + c];
+        return { input, weight, value: input * weight, text: `${number(input)}*${bracket(weight)}` };
+      });
+    const sum = (k) => terms(k).reduce((all, term) => all + term.value, 0);
+    const parts = range(given.c).map((k) => part(sum(k), k, [row, column, kh, kw], k));
+    const sums = parts.map((one, k) => ({ k, value: one.value, text: bracket(one.value) }));
     const bias = step.bias?.d[c] ?? 0;
-    const channel = state.input ?? order[0].channel;
-    const terms = places.map(([a, b]) => {
-      const [v, w] = [input(a, b, channel) ?? 0, weight(a, b, channel)];
-      return { value: v * w, text: `${number(v)}*${bracket(w)}` };
-    });
-    const firsts = order.map((part) => ({ text: bracket(part.value) }));
+    const channel = state.input ?? strongest(sums)[0].k;
+    const shown = terms(channel);
+    const matrix = (title, key, limit) =>
+      grid(
+        title,
+        kw,
+        shown.map((term) => term[key]),
+        limit,
+      );
     const figure = html`
       <div class="grids">
-        ${grid(t("patch", { channel }), kh, kw, (a, b) => input(a, b, channel), largest(given.d))}<span class="sign">×</span>
-        ${grid(t("kernel"), kh, kw, (a, b) => weight(a, b, channel))}<span class="sign">=</span>
-        ${grid(t("products"), kh, kw, (a, b) => input(a, b, channel) * weight(a, b, channel))}
+        ${matrix(t("patch", { channel }), "input", largest(given.d))}<span class="sign">×</span>
+        ${matrix(t("kernel"), "weight")}<span class="sign">=</span>${matrix(t("products"), "value")}
       </div>
-      ${places.some(([a, b]) => input(a, b, channel) === null) ? muted("padding") : ""}
-      <p class="formula">${t("sum_of", { channel })}: ${written(terms, GRID * GRID)} = ${number(parts[channel].value, 4)}</p>
-      ${parts.length > 1 ? bars(order, bias, value, channel) : ""}`;
-    const line = `${t("total")}: ${written(firsts, 3, 3)} + ${bracket(bias)} = ${number(value, 5)}`;
-    return { parts, figure, line, key: step.title?.startsWith("Dense") ? "dense_text" : "conv_text" };
+      ${shown.some(({ input }) => input === null) ? muted("padding") : ""}
+      <p class="formula">${t("sum_of", { channel })}: ${written(shown, GRID * GRID, BARS)} = ${number(sums[channel].value, 4)}</p>
+      ${sums.length > 1 ? bars(sums, bias, value, channel) : ""}`;
+    const line = `${t("total")}: ${written(sums, 3, 3)} + ${bracket(bias)} = ${number(value, 5)}`;
+    return { parts, figure, line, key: isMap(of) ? "conv_text" : "dense_text" };
   },
-  pool({ step, given, y, x, c, value }) {
+  pool({ step, given, y, x, c, value, part }) {
     const [kh, kw] = step.window;
-    const at = (a, b) => given.d[((y * kh + a) * given.w + x * kw + b) * given.c + c];
-    const all = cells(kh, kw).map(([a, b]) => number(at(a, b)));
-    return {
-      parts: [{ channel: c, area: [y * kh, x * kw, kh, kw], value }],
-      figure: html`<div class="grids">${grid(t("patch", { channel: c }), kh, kw, at, largest(given.d))}</div>`,
-      line: `max(${all.join(", ")}) = ${number(value)}`,
-    };
+    const window = cells(kh, kw).map(([a, b]) => given.d[((y * kh + a) * given.w + x * kw + b) * given.c + c]);
+    const figure = html`<div class="grids">${grid(t("patch", { channel: c }), kw, window, largest(given.d))}</div>`;
+    const line = `max(${window.map((one) => number(one)).join(", ")}) = ${number(value)}`;
+    return { parts: [part(value, c, [y * kh, x * kw, kh, kw])], figure, line };
   },
   norm({ step, input, index, value }) {
     const c = index % step.mean.d.length;
@@ -673,7 +628,7 @@ const EXPLAIN = {
     const divided = `(${number(input)} − ${bracket(mean)}) / ${number(Math.sqrt(step.var.d[c] + step.epsilon))}`;
     return { line: `${divided} × ${number(scale)} + ${bracket(shift)} = ${number(value)}` };
   },
-  activation({ step: { function: name }, input, value }) {
+  activation({ step: { name }, input, value }) {
     const given = number(input);
     const applied = name === "ReLU" ? `max(0, ${given})` : `${name}(${given})`;
     return { values: { name }, line: `${applied} = ${number(value)}` };
@@ -683,16 +638,16 @@ const EXPLAIN = {
     const line = `(${row} × ${width} + ${column}) × ${channels} + ${channel} = ${index}`;
     return { values: { row, column, channel, width, channels, index }, line };
   },
-  mean: ({ given: { h, w }, c: channel, value }) => ({
-    parts: [{ channel, area: [0, 0, h, w], value }],
+  mean: ({ given: { h, w }, c: channel, value, part }) => ({
+    parts: [part(value, channel, [0, 0, h, w])],
     values: { count: count(h * w), channel },
     line: `= ${number(value)}`,
   }),
-  softmax({ given, c, value }) {
+  softmax({ given, c, value, part }) {
     const most = Math.max(...given.d);
     const powers = Array.from(given.d, (logit) => Math.exp(logit - most));
     const sum = powers.reduce((a, b) => a + b, 0);
-    const parts = powers.map((power, unit) => ({ unit, value: power / sum }));
+    const parts = powers.map((power, k) => part(power / sum, k, [], k));
     const line = ({ value: share }, k) =>
       html`<tr class="${k === c ? "top" : ""}"><th scope="row">${content.classes[k]}</th>
         ${[number(given.d[k]), number(powers[k]), percent(share)].map((text) => html`<td>${text}</td>`)}</tr>`;
@@ -710,25 +665,21 @@ function showDetail({ at, step, of, key, values, figure, line, index, y, x, c, v
   $("statement").textContent = t(kind, { ...about, channel: isMap(of) ? c : index });
   const field = steps.slice(0, at + 1).findLast((one) => one.field)?.field ?? [1, 1, 1, 1, 0, 0];
   const area = [field[4] + y * field[2], field[5] + x * field[3], field[0], field[1]];
-  put(
-    $("detail"),
-    html`<figure><div class="window">${imageOf(state.shown, t("sees"))}${frame(area, { h: H, w: W })}</div>
-      <figcaption>${t("sees")}</figcaption></figure>
-      <div class="sums">${sentence(key, values)}${figure}<p class="formula">${line}</p></div>`,
-  );
+  paint($("window"), H, W, rgb(state.shown));
+  put($("mark"), frame(area, { h: H, w: W }));
+  put($("made"), sentence(key, values), figure, html`<p class="formula">${line}</p>`);
 }
 
-// The terms of a sum as text; where they are more than `most`, the largest ones.
-function written(terms, most, shown = BARS) {
+// A sum as text: all terms, or, of more than `most`, the largest.
+function written(terms, most, shown) {
   if (terms.length <= most) return terms.map(({ text }) => text).join(" + ");
-  const firsts = strongest(terms).slice(0, shown);
-  return [...firsts.map(({ text }) => text), "…"].join(" + ");
+  const largest = strongest(terms).slice(0, shown);
+  return [...largest.map(({ text }) => text), "…"].join(" + ");
 }
 
-// A small matrix as numbers, a larger one as a picture.
-function grid(title, h, w, at, most) {
-  const values = cells(h, w).map(([a, b]) => at(a, b));
-  const limit = most ?? largest(values);
+// A small matrix of w columns as numbers, a larger one as a picture.
+function grid(title, w, values, limit = largest(values)) {
+  const h = values.length / w;
   const figure = (inside) => html`<figure>${inside}<figcaption>${title}</figcaption></figure>`;
   if (Math.max(h, w) > GRID) return figure(picture(h, w, (k) => colour(values[k] / limit), title));
   const one = (value) => {
@@ -740,10 +691,11 @@ function grid(title, h, w, at, most) {
   return figure(html`<table aria-label="${title}"><tbody>${rows}</tbody></table>`);
 }
 
-// The sum over the input channels as bars; each channel can be chosen.
-function bars(order, bias, total, channel) {
-  const shown = order.slice(0, BARS);
-  const others = total - bias - shown.reduce((sum, { value }) => sum + value, 0);
+// A sum over the input channels as bars; each channel can be chosen.
+function bars(sums, bias, total, channel) {
+  const shown = strongest(sums).slice(0, BARS);
+  const rest = sums.length - shown.length;
+  const others = shown.reduce((left, { value }) => left - value, total - bias);
   const most = largest([...shown.map(({ value }) => value), bias, others]);
   const line = (name, value, kind = "") => {
     const share = (50 * Math.abs(value)) / most;
@@ -751,22 +703,17 @@ function bars(order, bias, total, channel) {
     return html`<li class="${kind}"><span>${name}</span><span class="bar"><i data-style="${style}"></i></span>
       <span class="right">${number(value)}</span></li>`;
   };
-  const pick = ({ channel: k, value }) => {
-    const about = html`id="input-${k}" data-at="${k}" aria-pressed="${k === channel}"`;
-    return line(html`<button type="button" data-do="input" ${about}>${k}</button>`, value);
-  };
-  const rest = order.length - shown.length;
-  return html`<figure><figcaption>${t("by_channel")}</figcaption><ol class="parts">${shown.map(pick)}
-    ${rest ? line(t("others", { count: count(rest) }), others) : ""}
+  const pick = (k) =>
+    html`<button type="button" id="input-${k}" data-do="input" data-at="${k}" aria-pressed="${k === channel}">${k}</button>`;
+  return html`<figure><figcaption>${t("by_channel")}</figcaption><ol class="parts">
+    ${shown.map(({ k, value }) => line(pick(k), value))}${rest ? line(t("others", { count: count(rest) }), others) : ""}
     ${line(t("bias"), bias)}${line(t("total"), total, "total")}</ol></figure>${muted("choose_channel")}`;
 }
 
 // ---- Questions: shifts, covers, a larger picture ---------------------------------------------------
 
 // What takes longer, once the reader pauses.
-async function later() {
-  state.ticket++;
-  const wanted = unchanged(state);
+async function later(wanted) {
   await new Promise((next) => setTimeout(next, 150));
   if (!wanted()) return;
   put($("covered"));
@@ -804,14 +751,11 @@ async function occlusion(run, image, target, wanted, message) {
     return x;
   };
   const [before, ...after] = await probabilities(run, [[], ...squares], covered, target, wanted, message);
-  const [fall, times] = [new Float64Array(H * W), new Float64Array(H * W)];
-  for (const [k, places] of squares.entries()) {
-    for (const place of places) {
-      fall[place] += before - after[k];
-      times[place]++;
-    }
-  }
-  return { before, least: Math.min(...after), side, fall: fall.map((value, i) => value / Math.max(1, times[i])) };
+  const fall = range(H * W).map((pixel) => {
+    const over = after.filter((_, k) => squares[k].includes(pixel));
+    return over.reduce((sum, value) => sum + before - value, 0) / Math.max(1, over.length);
+  });
+  return { before, least: Math.min(...after), side, fall };
 }
 
 async function showCovered() {
@@ -849,7 +793,7 @@ function scene() {
 // network has no fixed size, because its dense layers are convolutions already.
 async function showLarger() {
   const run = current();
-  if (!run.any_size) return put($("found"), sentence("larger_none"));
+  if (!run.any_size) return put($("larger"), sentence("larger_none"));
   larger.ticket++;
   const { width, height } = scene();
   const { h, w } = larger;
@@ -869,16 +813,13 @@ async function showLarger() {
     };
   });
   const square = ([row, column], size) => placed([row - size[0] / 2, column - size[1] / 2, ...size], larger);
-  const paint = (i) => `background:${content.class_colours[i % content.class_colours.length]}`;
   const tile = ({ i, share, at }) =>
-    html`<b data-style="${square(at, [side, side])};${paint(i)};opacity:${0.15 + 0.85 * share ** 2}">${side > 3 ? i : ""}</b>`;
+    html`<b class="tone${i % 10}" data-style="${square(at, [side, side])};opacity:${0.15 + 0.85 * share ** 2}">${side > 3 ? i : ""}</b>`;
   const here = found[(scores.h >> 1) * scores.w + (scores.w >> 1)];
   const mark = html`<i class="mark" data-style="${square(here.at, [H, W])}"></i>`;
   put($("larger"), imageOf(part), found.map(tile), mark);
   const values = { height: scores.h, width: scores.w, name: content.classes[here.i], probability: percent(here.share) };
-  const classes = [...new Set(found.map(({ i }) => i))].sort((a, b) => a - b);
-  const item = (i) => html`<li><b data-style="${paint(i)}">${i}</b>${content.classes[i]}</li>`;
-  put($("found"), sentence("larger_found", values), html`<ul>${classes.map(item)}</ul>`);
+  $("found").textContent = t("larger_found", values);
 }
 
 // ---- The start -------------------------------------------------------------------------------------
@@ -902,14 +843,16 @@ async function trust(wanted) {
 const CLICKS = {
   test: ({ dataset }) => lay(canvasOf(testImage(+dataset.at)), +dataset.at),
   run({ dataset }) {
-    for (const one of $("switch").querySelectorAll("button")) one.ariaPressed = one.dataset.at === dataset.at;
-    Object.assign(state, { run: +dataset.at, chosen: null, from: {}, input: null });
+    for (const [i] of runs.entries()) {
+      $(`run-${i}`).ariaPressed = i === +dataset.at;
+      $(`row-${i}`).hidden = i !== +dataset.at;
+    }
+    Object.assign(state, { run: +dataset.at, chosen: null, from: 0, input: null });
     larger.scores = null;
-    show();
-    later();
+    update();
   },
   cell: (button, event) => set({ chosen: placeIn(button, event), input: null }),
-  page: ({ dataset }) => set({ from: { ...state.from, [dataset.at]: +dataset.from } }),
+  page: ({ dataset }) => set({ from: state.from + +dataset.by }),
   input: ({ dataset }) => set({ input: +dataset.at }),
   move: ({ dataset }) => moveBy(dataset.by.split(",").map(Number)),
   slide,
@@ -930,17 +873,13 @@ const CLICKS = {
 
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
-// What a key does in an element; `move` is that of an arrow.
-function pressed(target, { key, shiftKey }, move) {
-  if (target.dataset.do === "cell" && move) {
+// What an arrow key does in an element.
+function pressed(target, move) {
+  if (target.dataset.do === "cell") {
     if (state.chosen.step !== target.dataset.at - 1) CLICKS.cell(target, { detail: 0 });
     else moveBy(move);
-  } else if (target.id === "larger" && move) {
+  } else if (target.id === "larger") {
     pan(larger.y + 2 * move[0], larger.x + 2 * move[1]);
-  } else if (target.id === "pad" && (move || key === " ")) {
-    const [y, x] = [cursor.y + 10 * (move?.[0] ?? 0), cursor.x + 10 * (move?.[1] ?? 0)];
-    if (key === " " || shiftKey) stroke(x, y);
-    else Object.assign(cursor, { x, y });
   } else return false;
   return true;
 }
@@ -950,17 +889,17 @@ function pan(y, x) {
   showLarger();
 }
 
-// Calls `begin` and `drag` with places in an element: shares of its height and width.
-function listenToPointer(target, begin, drag) {
-  const call = (react, event) => {
-    const area = target.getBoundingClientRect();
-    react((event.clientY - area.top) / area.height, (event.clientX - area.left) / area.width);
-  };
-  target.addEventListener("pointerdown", (event) => {
-    target.setPointerCapture(event.pointerId);
-    call(begin, event);
-  });
-  target.addEventListener("pointermove", (event) => event.buttons && call(drag, event));
+// Calls `react` with places in an element, as shares of its height and width, while a pointer is down there.
+function listenToPointer(target, react) {
+  for (const name of ["pointerdown", "pointermove"]) {
+    target.addEventListener(name, (event) => {
+      const down = name === "pointerdown";
+      if (down) target.setPointerCapture(event.pointerId);
+      const area = target.getBoundingClientRect();
+      const place = [(event.clientY - area.top) / area.height, (event.clientX - area.left) / area.width];
+      if (event.buttons) react(...place, down);
+    });
+  }
 }
 
 function listen() {
@@ -969,28 +908,22 @@ function listen() {
     if (target) CLICKS[target.dataset.do](target, event);
   });
   document.addEventListener("keydown", (event) => {
-    if (pressed(event.target, event, ARROWS[event.key])) event.preventDefault();
+    if (event.key in ARROWS && pressed(event.target, ARROWS[event.key])) event.preventDefault();
   });
-  const draw = (y, x) => stroke(x * pad.width, y * pad.height);
-  const dot = (y, x) => {
-    Object.assign(cursor, { x: x * pad.width, y: y * pad.height });
-    draw(y, x);
-  };
-  listenToPointer(pad, dot, draw);
-  let grip = null; // the place of the scene that the pointer holds
-  const hold = (y, x) => {
-    grip = [larger.y + y * larger.h, larger.x + x * larger.w];
-  };
-  listenToPointer($("larger"), hold, (y, x) => pan(grip[0] - y * larger.h, grip[1] - x * larger.w));
+  listenToPointer(pad, (y, x, down) => stroke(x * pad.width, y * pad.height, down));
+  let grip = [0, 0]; // the place of the scene that the pointer holds
+  listenToPointer($("larger"), (y, x, down) => {
+    if (down) grip = [larger.y + y * larger.h, larger.x + x * larger.w];
+    else pan(grip[0] - y * larger.h, grip[1] - x * larger.w);
+  });
   for (const id of Object.keys(SLIDERS)) $(id).addEventListener("input", update);
   $("frame").addEventListener("change", () => drawn());
   $("file").addEventListener("change", () => $("file").files[0] && openFile($("file").files[0]));
   $("language").addEventListener("change", () => {
     language = $("language").value;
     translate();
-    show();
-    if (larger.scores) showLarger();
-    later();
+    larger.scores = null;
+    update();
   });
   document.addEventListener("dragover", (event) => event.preventDefault());
   for (const name of ["drop", "paste"]) {
@@ -1000,7 +933,6 @@ function listen() {
     });
   }
   addEventListener("resize", () => current().maps && showValue());
-  addEventListener("unhandledrejection", (event) => event.reason instanceof Stale && event.preventDefault());
 }
 
 // For the tests, and for readers who open the console.
