@@ -4,6 +4,7 @@ The steps are the calls of the layers that `summary` finds. The functions betwee
 from the numbers that flow there: the output of one call and the input of the next.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,8 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
     found, logits = features.calls(run, layers, image)
     if not found:
         raise _unknown(run, "its layers are not called one by one")
-    steps, weights = [], Weights()
+    weights = Weights()
+    steps = _normalisation(run, weights)
     last, before = "the image", features.normalise(image, run.data)
     for call in found:
         steps += _between(run, np.asarray(before), call.given, last, call.layer.name)
@@ -76,9 +78,22 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
         last, before = call.layer.name, call.output
     steps += _between(run, before, logits, last, "the logits")
     if logits.ndim == 4 and logits[0].size > logits.shape[-1]:
-        steps.append({"kind": "mean", "shape": [logits.shape[-1]]})  # as `step.predict_step` does with a class map
+        steps.append(
+            {"kind": "mean", "shape": [logits.shape[-1]]}
+        )  # as `step.predict_step` does with a class map
     _widen(steps)
     return steps, weights
+
+
+def _normalisation(run: RestoredRun, weights: Weights) -> list[dict]:
+    """The step from values in [0, 1] to the network's input; none if they are the same."""
+    shape = run.image_shape[2:]
+    mean = np.broadcast_to(np.float32(run.data.mean), shape)
+    std = np.broadcast_to(np.float32(run.data.std), shape)
+    if not mean.any() and (std == 1).all():
+        return []
+    places = {"mean": weights.add(mean), "var": weights.add(std * std)}
+    return [{"kind": "norm", "epsilon": 0, "shape": list(run.image_shape), **places}]
 
 
 def takes_any_size(steps: list[dict]) -> bool:
@@ -89,7 +104,7 @@ def takes_any_size(steps: list[dict]) -> bool:
     """
     kinds = [step["kind"] for step in steps]
     whole = "mean" in kinds[:-1]
-    return not whole and ("flatten", "norm") not in zip(kinds, kinds[1:], strict=False)
+    return not whole and ("flatten", "norm") not in itertools.pairwise(kinds)
 
 
 def _widen(steps: list[dict]) -> None:

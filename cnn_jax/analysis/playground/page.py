@@ -75,7 +75,9 @@ def playground(
         "colours": _colours(),
         "images": [[kind, place, int(test["label"][place])] for kind, place in chosen],
         "pixels": _base64(np.ascontiguousarray(test["image"][places]).tobytes()),
-        "runs": [about | {"label": label} for (about, _), label in zip(parts, labels(runs), strict=True)],
+        "runs": [
+            about | {"label": label} for (about, _), label in zip(parts, labels(runs), strict=True)
+        ],
         "texts": texts(),
     }
     page = _render(content, [weights for _, weights in parts])
@@ -200,10 +202,9 @@ def _run(
         "parameters": summary.parameters,
         "step": run.step,
         "dtype": run.compute_dtype,
-        "mean": run.data.mean,
-        "std": run.data.std,
         "views": _views(run),
         "steps": steps,
+        "deepest": max((step["shape"][2] for step in steps if len(step["shape"]) == 3), default=0),
         "any_size": network.takes_any_size(steps),
         "logits_of_predict": [[float(f"{value:.9g}") for value in row] for row in logits],
     }

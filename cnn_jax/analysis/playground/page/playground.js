@@ -11,6 +11,8 @@ const SLICE = 12; // milliseconds of computation before the page may react
 const GRID = 7; // the largest kernel that is written as numbers
 const BARS = 8; // the largest parts of a sum, shown one by one
 const LINES = 24; // from the largest parts of a sum to the value
+const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+const SLIDERS = { dx: "", dy: "", turn: "°", noise: "%" };
 
 const range = (size) => [...Array(size).keys()];
 const cells = (h, w) => range(h * w).map((k) => [Math.floor(k / w), k % w]);
@@ -132,10 +134,6 @@ function* forward(steps, x) {
   return maps;
 }
 
-function normalise({ mean, std }, x) {
-  return each(x, (value, i) => (value - mean[(i % C) % mean.length]) / std[(i % C) % std.length]);
-}
-
 // The logits of an image as predict gives them, the mean of its views, and the maps of the first view.
 function* predict(run, x) {
   let maps = null;
@@ -143,58 +141,56 @@ function* predict(run, x) {
   for (const [weight, places] of run.views) {
     const view = map(H, W, C);
     for (let i = 0; i < view.d.length; i++) view.d[i] = x.d[places[Math.floor(i / C)] * C + (i % C)];
-    const found = yield* forward(run.steps, normalise(run, view));
+    const found = yield* forward(run.steps, view);
     maps ??= found;
     for (const [k, value] of found.at(-2).d.entries()) logits[k] += weight * value;
   }
   return { maps, logits, probabilities: softmax(logits) };
 }
 
-// Runs a generator in slices. There is no answer if its result is no longer wanted.
-async function finish(work, wanted = () => true) {
+// Runs a generator in slices. There is no answer if the ticket changes, because its result is not wanted then.
+async function finish(work, of = {}) {
+  const { ticket } = of;
   for (let until = performance.now() + SLICE; ; ) {
     const { done, value } = work.next();
     if (done) return value;
     if (performance.now() > until) {
       await new Promise((next) => setTimeout(next));
-      if (!wanted()) await new Promise(() => {});
+      if (ticket !== of.ticket) await new Promise(() => {});
       until = performance.now() + SLICE;
     }
   }
 }
 
-// Tells whether nothing new was asked for since this call.
-function unchanged(of, ticket = of.ticket) {
-  return () => ticket === of.ticket;
-}
-
 // The probability of a class in variants of an image: of `make` of each place.
-async function probabilities(run, places, make, target, wanted, message) {
-  const found = [];
+async function probabilities(run, places, make, target, message) {
+  const [found, start] = [[], performance.now()];
   for (const place of places) {
-    found.push((await finish(predict(run, make(place)), wanted)).probabilities[target]);
+    found.push((await finish(predict(run, make(place)), state)).probabilities[target]);
     const done = { run: run.label, done: found.length, count: places.length };
-    if (run.milliseconds > 50) $(message).textContent = done.done < done.count ? t("progress", done) : "";
+    const slow = performance.now() - start > 500 && done.done < done.count;
+    $(message).textContent = slow ? t("progress", done) : "";
   }
   return found;
 }
 
 // ---- Images: values in [0, 1] of H x W x C ---------------------------------------------------------
 
+// The same noise for every image, so that only the image changes.
+const NOISE = range(H * W * C).map(
+  () => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random()),
+);
+
 function changed(x, { dx, dy, turn, noise }) {
-  const context = sheet(H, W);
-  context.translate(W / 2 + dx, H / 2 + dy);
-  context.rotate((turn * Math.PI) / 180);
-  context.drawImage(canvasOf(x), -W / 2, -H / 2);
-  const y = dx || dy || turn ? imageIn(context) : x;
-  return noise ? each(y, (value, i) => clamp(value + (noise / 100) * NOISE[i], 0, 1)) : y;
+  const moved = rendered(H, W, (context) => {
+    context.translate(W / 2 + dx, H / 2 + dy);
+    context.rotate((turn * Math.PI) / 180);
+    context.drawImage(canvasOf(x), -W / 2, -H / 2);
+  });
+  return noise ? each(moved, (value, i) => clamp(value + (noise / 100) * NOISE[i], 0, 1)) : moved;
 }
 
-// The same noise for every image, so that only the image changes.
-const normal = () => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
-const NOISE = Array.from({ length: H * W * C }, normal);
-
-// ---- The runs, the state, the texts ----------------------------------------------------------------
+// ---- The runs, the state, texts and pictures -------------------------------------------------------
 
 const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 
@@ -220,7 +216,8 @@ const state = {
   from: 0, // the first channel that is shown of each map
   input: null, // the input channel whose products are shown
   ticket: 0, // counts the inputs
-  difference: 0, // of a logit from predict's, by the largest logit
+  busy: false, // an input is computed
+  sliding: 0, // the timer that moves the chosen value
 };
 const current = () => runs[state.run];
 
@@ -242,9 +239,6 @@ function write(value) {
   if (Array.isArray(value)) return value.map(write).join("");
   return value?.markup ?? String(value ?? "").replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
-
-const sentence = (key, values) => html`<p>${t(key, values)}</p>`;
-const muted = (key, values) => html`<p class="muted">${t(key, values)}</p>`;
 
 const waiting = []; // pictures whose canvases are not yet in the page
 
@@ -283,8 +277,6 @@ function translate() {
   }
 }
 
-// ---- Colours and pictures --------------------------------------------------------------------------
-
 // The colour of a value in [-1, 1].
 const colour = (value) =>
   content.colours[Math.round(((clamp(value || 0, -1, 1) + 1) / 2) * (content.colours.length - 1))];
@@ -314,13 +306,11 @@ function fill(context, levels = paper) {
   context.fillRect(0, 0, context.canvas.width, context.canvas.height);
 }
 
-// Lays a picture on the whole pad, or none: a test image, or one of the reader's.
+// Lays a test image or a picture on the whole pad, or nothing.
 function lay(source, exact = null) {
-  const before = photo;
-  photo = exact === null ? source : null;
-  if (photo !== before) larger.scores = null; // shows the reader's picture, or test images
-  fill(pen, photo ? [255, 255, 255] : paper); // white behind what is transparent, as in predict
-  Object.assign(pen, { imageSmoothingEnabled: exact === null, imageSmoothingQuality: "high" });
+  const own = source && exact === null;
+  fill(pen, own ? [255, 255, 255] : paper); // white behind what is transparent, as in predict
+  Object.assign(pen, { imageSmoothingEnabled: own, imageSmoothingQuality: "high" });
   if (source) pen.drawImage(source, 0, 0, pad.width, pad.height);
   $("frame").checked = !source && content.extent !== null;
   drawn(exact);
@@ -361,10 +351,10 @@ function boundingBox() {
 // The pad as an image of the dataset: of its size, with a drawing centred and scaled as its things are.
 function padImage() {
   const found = $("frame").checked ? boundingBox() : null;
-  if (!found) return reduced(pad, H, W, [0, 0, W, H]);
+  if (!found) return rendered(H, W, (context) => context.drawImage(pad, 0, 0, W, H));
   const scale = (content.extent * Math.max(H, W)) / Math.max(found[2], found[3]);
   const [w, h] = [found[2] * scale, found[3] * scale];
-  return reduced(pad, H, W, found, [(W - w) / 2, (H - h) / 2, w, h]);
+  return rendered(H, W, (context) => context.drawImage(pad, ...found, (W - w) / 2, (H - h) / 2, w, h));
 }
 
 // A canvas in the background's colour.
@@ -376,19 +366,14 @@ function sheet(h, w) {
   return context;
 }
 
-function imageIn(context) {
-  const { height, width } = context.canvas;
-  const { data } = context.getImageData(0, 0, width, height);
+// What `draw` draws on such a canvas, as an image of h x w.
+function rendered(h, w, draw) {
+  const context = sheet(h, w);
+  draw(context);
+  const { data } = context.getImageData(0, 0, w, h);
   const grey = (i) => Math.round(0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2]);
   const at = (i) => (C === 1 ? grey(4 * i) : data[4 * Math.floor(i / 3) + (i % 3)]) / 255;
-  return map(height, width, C, Float32Array.from(range(height * width * C), at));
-}
-
-// A picture, or a part of it, as an image of h x w; `areas` as in drawImage.
-function reduced(source, h, w, ...areas) {
-  const context = sheet(h, w);
-  context.drawImage(source, ...areas.flat());
-  return imageIn(context);
+  return map(h, w, C, Float32Array.from(range(h * w * C), at));
 }
 
 // Lays an image file on the pad. The browser decodes and reduces it outside of this thread.
@@ -397,55 +382,43 @@ async function openFile(file) {
   const bitmap = await createImageBitmap(file, { resizeWidth: 512, resizeQuality: "medium" }).catch(() => null);
   const refusal = !bitmap ? t("not_image") : bitmap.height > 4096 ? t("too_long") : "";
   $("message").textContent = refusal;
-  if (!refusal) lay(bitmap);
+  if (refusal) return;
+  [photo, larger.scores] = [bitmap, null];
+  lay(bitmap);
 }
 
 // ---- From the input to all that is shown -----------------------------------------------------------
 
-const SLIDERS = { dx: "", dy: "", turn: "°", noise: "%" };
-
 const sliders = () => Object.fromEntries(Object.keys(SLIDERS).map((id) => [id, +$(id).value]));
-let busy = false;
-
 // Computes the newest input; one that comes meanwhile is next.
 async function update() {
   state.ticket++;
-  if (busy) return;
-  busy = true;
-  for (let newest = () => false; !newest(); ) {
-    newest = unchanged(state);
+  if (state.busy) return;
+  state.busy = true;
+  for (let ticket = -1; ticket !== state.ticket; ) {
+    ticket = state.ticket;
     state.image = state.exact === null ? padImage() : testImage(state.exact);
     const image = changed(state.image, sliders());
-    for (const run of runs) {
-      const start = performance.now();
-      Object.assign(run, await finish(predict(run, image)));
-      run.milliseconds = performance.now() - start;
-    }
+    for (const run of runs) Object.assign(run, await finish(predict(run, image)));
     state.shown = image;
     show();
     await new Promise(requestAnimationFrame);
   }
-  busy = false;
-  later(unchanged(state));
+  state.busy = false;
+  later();
 }
 
 function show() {
   paint($("seen"), H, W, rgb(state.shown));
   for (const [id, unit] of Object.entries(SLIDERS)) $(id).nextElementSibling.textContent = $(id).value + unit;
   for (const one of $("tests").querySelectorAll("button")) one.ariaPressed = +one.dataset.at === state.exact;
-  const { steps, probabilities: found } = current();
-  state.chosen ??= { step: steps.length - 1, channel: 0, place: best(found) };
-  showBars();
-  showValue();
-}
-
-function showBars() {
   const [, place, label] = content.images[state.exact] ?? [];
   $("truth").textContent = place === undefined ? "" : t("truth", { place, name: content.classes[label] });
   const line = (value, i, all) =>
     html`<li class="${i === best(all) ? "top" : ""}"><span>${content.classes[i]}</span>
       <span class="bar"><i data-style="width:${100 * value}%"></i></span><span class="right">${percent(value)}</span></li>`;
   for (const [i, run] of runs.entries()) put($(`bars-${i}`), run.probabilities.map(line));
+  set();
 }
 
 // ---- The row of maps -------------------------------------------------------------------------------
@@ -465,8 +438,12 @@ const areaOf = (place, { w }) => [Math.floor(place / w), place % w, 1, 1];
 const strongest = (parts) => [...parts].sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
 const titleOf = (step) => step.name ?? t(step.kind);
 
-// The chosen value in the row of maps, and below it taken apart.
-function showValue() {
+// Shows the chosen value in the row of maps, and below it taken apart.
+function set(values = {}) {
+  Object.assign(state, values);
+  const { steps, maps } = current();
+  const first = steps.findIndex(({ kind }) => kind === "conv");
+  state.chosen ??= { step: first, channel: 0, place: strongestPlace(maps[first + 1], 0) };
   const made = explain(current(), state.chosen);
   showRow(made);
   showDetail(made);
@@ -495,9 +472,6 @@ function showRow({ parts, source }) {
       all > limit ? html`<span>${t("channels", { from, to: from + limit - 1, count: count(all) })}</span>` : "",
     );
   }
-  const deepest = Math.max(0, ...maps.filter(isMap).map(({ c }) => c));
-  $("previous").disabled = state.from === 0;
-  $("next").disabled = state.from + MAPS >= deepest;
   drawLines(lines);
 }
 
@@ -532,22 +506,20 @@ function drawLines(parts) {
   put(svg, parts.map(line));
 }
 
-// The value of a map at the place of a click; of a key, the largest one.
+function strongestPlace(x, channel) {
+  const { size, stride } = layout(x);
+  return best(range(size).map((k) => Math.abs(x.d[k * stride + channel])));
+}
+
+// The value of a map at the place of a click; of a key, the strongest one.
 function placeIn(button, event) {
   const [i, channel] = [+button.dataset.at, +button.dataset.channel];
   const x = current().maps[i];
-  const { h, w, size, stride } = layout(x);
+  const { h, w, size } = layout(x);
   const area = button.firstChild.getBoundingClientRect();
   const at = (distance, whole, count) => clamp(Math.floor((distance * count) / whole), 0, count - 1);
-  const place = event.detail
-    ? at(event.clientY - area.top, area.height, h) * w + at(event.clientX - area.left, area.width, w)
-    : best(range(size).map((k) => Math.abs(x.d[k * stride + channel])));
-  return { step: i - 1, channel, place: clamp(place, 0, size - 1) };
-}
-
-function set(values) {
-  Object.assign(state, values);
-  showValue();
+  const place = at(event.clientY - area.top, area.height, h) * w + at(event.clientX - area.left, area.width, w);
+  return { step: i - 1, channel, place: event.detail ? Math.min(place, size - 1) : strongestPlace(x, channel) };
 }
 
 function moveBy([down, right]) {
@@ -555,12 +527,10 @@ function moveBy([down, right]) {
   set({ chosen: { ...state.chosen, place: (state.chosen.place + down * w + right + size) % size }, input: null });
 }
 
-let sliding = 0;
-
 function slide() {
-  clearInterval(sliding);
-  sliding = sliding ? 0 : setInterval(moveBy, 400, [0, 1]);
-  $("slide").setAttribute("aria-pressed", sliding > 0);
+  clearInterval(state.sliding);
+  state.sliding = state.sliding ? 0 : setInterval(moveBy, 400, [0, 1]);
+  $("slide").ariaPressed = state.sliding > 0;
 }
 
 // ---- One value and all its sums --------------------------------------------------------------------
@@ -609,7 +579,7 @@ const EXPLAIN = {
         ${matrix(t("patch", { channel }), "input", largest(given.d))}<span class="sign">×</span>
         ${matrix(t("kernel"), "weight")}<span class="sign">=</span>${matrix(t("products"), "value")}
       </div>
-      ${shown.some(({ input }) => input === null) ? muted("padding") : ""}
+      ${shown.some(({ input }) => input === null) ? html`<p class="muted">${t("padding")}</p>` : ""}
       <p class="formula">${t("sum_of", { channel })}: ${written(shown, GRID * GRID, BARS)} = ${number(sums[channel].value, 4)}</p>
       ${sums.length > 1 ? bars(sums, bias, value, channel) : ""}`;
     const line = `${t("total")}: ${written(sums, 3, 3)} + ${bracket(bias)} = ${number(value, 5)}`;
@@ -644,16 +614,16 @@ const EXPLAIN = {
     line: `= ${number(value)}`,
   }),
   softmax({ given, c, value, part }) {
-    const most = Math.max(...given.d);
-    const powers = Array.from(given.d, (logit) => Math.exp(logit - most));
-    const sum = powers.reduce((a, b) => a + b, 0);
-    const parts = powers.map((power, k) => part(power / sum, k, [], k));
-    const line = ({ value: share }, k) =>
-      html`<tr class="${k === c ? "top" : ""}"><th scope="row">${content.classes[k]}</th>
-        ${[number(given.d[k]), number(powers[k]), percent(share)].map((text) => html`<td>${text}</td>`)}</tr>`;
+    const [most, shares] = [Math.max(...given.d), softmax(given.d)];
+    const row = (share, k) => {
+      const texts = [number(given.d[k]), number(Math.exp(given.d[k] - most)), percent(share)];
+      return html`<tr class="${k === c ? "top" : ""}"><th scope="row">${content.classes[k]}</th>
+        ${texts.map((text) => html`<td>${text}</td>`)}</tr>`;
+    };
     const head = ["class", "logit", "power", "softmax"].map((key) => html`<th scope="col">${t(key)}</th>`);
-    const figure = html`<table class="plain"><thead><tr>${head}</tr></thead><tbody>${parts.map(line)}</tbody></table>`;
-    return { parts, figure, line: `exp(${number(given.d[c])} − ${bracket(most)}) / ${number(sum)} = ${number(value)}` };
+    const figure = html`<table class="plain"><thead><tr>${head}</tr></thead><tbody>${shares.map(row)}</tbody></table>`;
+    const line = `exp(${number(given.d[c])} − ${bracket(most)}) / ${number(1 / Math.max(...shares))} = ${number(value)}`;
+    return { parts: shares.map((share, k) => part(share, k, [], k)), figure, line };
   },
 };
 
@@ -667,7 +637,7 @@ function showDetail({ at, step, of, key, values, figure, line, index, y, x, c, v
   const area = [field[4] + y * field[2], field[5] + x * field[3], field[0], field[1]];
   paint($("window"), H, W, rgb(state.shown));
   put($("mark"), frame(area, { h: H, w: W }));
-  put($("made"), sentence(key, values), figure, html`<p class="formula">${line}</p>`);
+  put($("made"), html`<p>${t(key, values)}</p>${figure}<p class="formula">${line}</p>`);
 }
 
 // A sum as text: all terms, or, of more than `most`, the largest.
@@ -707,29 +677,29 @@ function bars(sums, bias, total, channel) {
     html`<button type="button" id="input-${k}" data-do="input" data-at="${k}" aria-pressed="${k === channel}">${k}</button>`;
   return html`<figure><figcaption>${t("by_channel")}</figcaption><ol class="parts">
     ${shown.map(({ k, value }) => line(pick(k), value))}${rest ? line(t("others", { count: count(rest) }), others) : ""}
-    ${line(t("bias"), bias)}${line(t("total"), total, "total")}</ol></figure>${muted("choose_channel")}`;
+    ${line(t("bias"), bias)}${line(t("total"), total, "total")}</ol></figure><p class="muted">${t("choose_channel")}</p>`;
 }
 
 // ---- Questions: shifts, covers, a larger picture ---------------------------------------------------
 
 // What takes longer, once the reader pauses.
-async function later(wanted) {
+async function later() {
+  const { ticket } = state;
   await new Promise((next) => setTimeout(next, 150));
-  if (!wanted()) return;
+  if (ticket !== state.ticket) return;
   put($("covered"));
   if (!larger.scores) await showLarger();
-  await showShifts(wanted);
-  await trust(wanted);
+  await showShifts();
 }
 
-async function showShifts(wanted) {
+async function showShifts() {
   const target = state.exact === null ? best(runs[0].probabilities) : content.images[state.exact][2];
   const reach = Math.round(W / 3);
   const places = range(2 * reach + 1).map((i) => i - reach);
   const shifted = (dx) => changed(state.image, { ...sliders(), dx });
   const said = [];
   for (const [k, run] of runs.entries()) {
-    const curve = await probabilities(run, places, shifted, target, wanted, "message_shifts");
+    const curve = await probabilities(run, places, shifted, target, "message_shifts");
     $(`curve-${k}`).setAttribute("d", `M${curve.map((value, i) => `${places[i]} ${value}`).join("L")}`);
     said.push(`${run.label}: ${curve.map((value, i) => `${places[i]}: ${percent(value)}`).join(", ")}`);
   }
@@ -740,7 +710,7 @@ async function showShifts(wanted) {
 }
 
 // The fall of a class's probability where a square covers the image, as the mean over the squares.
-async function occlusion(run, image, target, wanted, message) {
+async function occlusion(run, image, target, message = "message_cover") {
   const side = Math.max(2, Math.round(Math.max(H, W) / 7));
   const steps = (size) => range(Math.floor((size - side) / (side >> 1)) + 1).map((i) => i * (side >> 1));
   const square = (top, left) => cells(side, side).map(([a, b]) => (top + a) * W + left + b);
@@ -750,7 +720,7 @@ async function occlusion(run, image, target, wanted, message) {
     for (const place of places) x.d.set(content.background, place * C);
     return x;
   };
-  const [before, ...after] = await probabilities(run, [[], ...squares], covered, target, wanted, message);
+  const [before, ...after] = await probabilities(run, [[], ...squares], covered, target, message);
   const fall = range(H * W).map((pixel) => {
     const over = after.filter((_, k) => squares[k].includes(pixel));
     return over.reduce((sum, value) => sum + before - value, 0) / Math.max(1, over.length);
@@ -759,29 +729,27 @@ async function occlusion(run, image, target, wanted, message) {
 }
 
 async function showCovered() {
-  const wanted = unchanged(state);
-  const figures = [];
+  const results = [];
   for (const run of runs) {
     const target = best(run.probabilities);
-    const { before, least, side, fall } = await occlusion(run, state.shown, target, wanted, "message_cover");
+    results.push({ run, target, ...(await occlusion(run, state.shown, target)) });
+  }
+  const figure = ({ run, target, before, least, side, fall }) => {
     const values = { name: content.classes[target], before: percent(before), after: percent(least), patch: side };
     const said = t("cover_result", { run: run.label, ...values });
-    figures.push({ said, at: (i) => colour(fall[i] / largest(fall)) });
-  }
-  const figure = ({ said, at }) =>
-    html`<figure><div class="pair">${imageOf(state.shown)}${picture(H, W, at, said)}</div><figcaption>${said}</figcaption></figure>`;
-  put($("covered"), figures.map(figure));
+    const heat = picture(H, W, (i) => colour(fall[i] / largest(fall)), said);
+    return html`<figure><div class="pair">${imageOf(state.shown)}${heat}</div><figcaption>${said}</figcaption></figure>`;
+  };
+  put($("covered"), results.map(figure));
 }
 
 const larger = { y: 0, x: 0, h: 2 * H, w: 2 * W, scores: null, ticket: 0 };
 
 // What the window moves over: the reader's picture, or test images on a canvas.
 function scene() {
-  const scale = photo && Math.max((4 * W) / photo.width, (3 * H) / photo.height);
-  const context = photo
-    ? sheet(Math.round(photo.height * scale), Math.round(photo.width * scale))
-    : sheet(3 * H, 5 * W);
-  if (photo) context.drawImage(photo, 0, 0, context.canvas.width, context.canvas.height);
+  const context = sheet(3 * H, 5 * W);
+  const scale = photo && Math.min((5 * W) / photo.width, (3 * H) / photo.height);
+  if (photo) context.drawImage(photo, 0, 0, photo.width * scale, photo.height * scale);
   for (const k of photo ? [] : range(Math.min(8, content.images.length))) {
     const [top, left] = [0.15 + 1.45 * (k % 2) + 0.1 * (k % 3), 0.05 + 1.25 * (k >> 1)];
     context.drawImage(canvasOf(testImage(k)), Math.round(left * W), Math.round(top * H));
@@ -791,16 +759,16 @@ function scene() {
 
 // The part of the scene, and over the middle of each window its class, as strong as its probability. The
 // network has no fixed size, because its dense layers are convolutions already.
-async function showLarger() {
+async function showLarger(row = larger.y, column = larger.x) {
   const run = current();
-  if (!run.any_size) return put($("larger"), sentence("larger_none"));
+  if (!run.any_size) return put($("larger"), html`<p>${t("larger_none")}</p>`);
   larger.ticket++;
-  const { width, height } = scene();
+  const whole = scene();
   const { h, w } = larger;
-  const [y, x] = [clamp(Math.round(larger.y), 0, height - h), clamp(Math.round(larger.x), 0, width - w)];
-  const part = reduced(scene(), h, w, [x, y, w, h], [0, 0, w, h]);
+  const [y, x] = [clamp(Math.round(row), 0, whole.height - h), clamp(Math.round(column), 0, whole.width - w)];
+  const part = rendered(h, w, (context) => context.drawImage(whole, -x, -y));
   const steps = run.steps.filter(({ kind }) => !["flatten", "mean", "softmax"].includes(kind));
-  const scores = (await finish(forward(steps, normalise(run, part)), unchanged(larger))).at(-1);
+  const scores = (await finish(forward(steps, part), larger)).at(-1);
   Object.assign(larger, { y, x, scores });
   const [high, wide, down, right, top, left] = steps.findLast((step) => step.field).field;
   const side = Math.min(down, right, 8);
@@ -824,35 +792,33 @@ async function showLarger() {
 
 // ---- The start -------------------------------------------------------------------------------------
 
-const unchecked = runs.flatMap((run) => run.logits_of_predict.map((logits, i) => ({ run, logits, i })));
-
 // Compares the logits of the test images with predict's.
-async function trust(wanted) {
-  for (; unchecked.length; unchecked.pop()) {
-    const { run, logits, i } = unchecked.at(-1);
-    const found = await finish(predict(run, testImage(i)), wanted);
-    const difference = Math.max(...logits.map((value, k) => Math.abs(value - found.logits[k])));
-    state.difference = Math.max(state.difference, difference / largest(run.logits_of_predict.flat()));
+async function trust() {
+  let worst = 0;
+  for (const run of runs) {
+    for (const [i, logits] of run.logits_of_predict.entries()) {
+      const found = await finish(predict(run, testImage(i)));
+      const difference = Math.max(...logits.map((value, k) => Math.abs(value - found.logits[k])));
+      worst = Math.max(worst, difference / largest(run.logits_of_predict.flat()));
+    }
   }
-  const values = { count: content.images.length, difference: state.difference.toExponential(1) };
-  const others = runs.filter(({ dtype }) => dtype !== "float32").map(({ dtype }) => t("trust_dtype", { dtype }));
-  $("trust").textContent = [t("trust", values), ...others].join(" ");
+  const values = { count: content.images.length, difference: worst.toExponential(1) };
+  Object.assign($("trust").dataset, { t: "trust", values: JSON.stringify(values) });
+  translate();
 }
 
 // What a click on an element with data-do does.
 const CLICKS = {
   test: ({ dataset }) => lay(canvasOf(testImage(+dataset.at)), +dataset.at),
   run({ dataset }) {
-    for (const [i] of runs.entries()) {
-      $(`run-${i}`).ariaPressed = i === +dataset.at;
-      $(`row-${i}`).hidden = i !== +dataset.at;
-    }
+    for (const one of $("switch").children) one.ariaPressed = one.dataset.at === dataset.at;
+    for (const one of document.querySelectorAll(".row")) one.hidden = one.id !== `row-${dataset.at}`;
     Object.assign(state, { run: +dataset.at, chosen: null, from: 0, input: null });
     larger.scores = null;
     update();
   },
   cell: (button, event) => set({ chosen: placeIn(button, event), input: null }),
-  page: ({ dataset }) => set({ from: state.from + +dataset.by }),
+  page: ({ dataset }) => set({ from: clamp(state.from + +dataset.by, 0, Math.max(0, current().deepest - MAPS)) }),
   input: ({ dataset }) => set({ input: +dataset.at }),
   move: ({ dataset }) => moveBy(dataset.by.split(",").map(Number)),
   slide,
@@ -865,39 +831,16 @@ const CLICKS = {
     pen.globalCompositeOperation = "source-over";
     drawn();
   },
-  reset() {
-    for (const id of Object.keys(SLIDERS)) $(id).value = 0;
-    update();
-  },
 };
-
-const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-
-// What an arrow key does in an element.
-function pressed(target, move) {
-  if (target.dataset.do === "cell") {
-    if (state.chosen.step !== target.dataset.at - 1) CLICKS.cell(target, { detail: 0 });
-    else moveBy(move);
-  } else if (target.id === "larger") {
-    pan(larger.y + 2 * move[0], larger.x + 2 * move[1]);
-  } else return false;
-  return true;
-}
-
-function pan(y, x) {
-  Object.assign(larger, { y, x });
-  showLarger();
-}
 
 // Calls `react` with places in an element, as shares of its height and width, while a pointer is down there.
 function listenToPointer(target, react) {
   for (const name of ["pointerdown", "pointermove"]) {
     target.addEventListener(name, (event) => {
-      const down = name === "pointerdown";
-      if (down) target.setPointerCapture(event.pointerId);
+      if (name === "pointerdown") target.setPointerCapture(event.pointerId);
       const area = target.getBoundingClientRect();
       const place = [(event.clientY - area.top) / area.height, (event.clientX - area.left) / area.width];
-      if (event.buttons) react(...place, down);
+      if (event.buttons) react(...place, name === "pointerdown");
     });
   }
 }
@@ -908,15 +851,21 @@ function listen() {
     if (target) CLICKS[target.dataset.do](target, event);
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key in ARROWS && pressed(event.target, ARROWS[event.key])) event.preventDefault();
+    const [move, { id, dataset }] = [ARROWS[event.key], event.target];
+    if (!move || (dataset.do !== "cell" && id !== "larger")) return;
+    event.preventDefault();
+    if (id === "larger") showLarger(larger.y + 2 * move[0], larger.x + 2 * move[1]);
+    else if (state.chosen.step === dataset.at - 1) moveBy(move);
+    else CLICKS.cell(event.target, { detail: 0 });
   });
   listenToPointer(pad, (y, x, down) => stroke(x * pad.width, y * pad.height, down));
   let grip = [0, 0]; // the place of the scene that the pointer holds
   listenToPointer($("larger"), (y, x, down) => {
     if (down) grip = [larger.y + y * larger.h, larger.x + x * larger.w];
-    else pan(grip[0] - y * larger.h, grip[1] - x * larger.w);
+    else showLarger(grip[0] - y * larger.h, grip[1] - x * larger.w);
   });
-  for (const id of Object.keys(SLIDERS)) $(id).addEventListener("input", update);
+  $("sliders").addEventListener("input", update);
+  $("sliders").addEventListener("reset", () => setTimeout(update));
   $("frame").addEventListener("change", () => drawn());
   $("file").addEventListener("change", () => $("file").files[0] && openFile($("file").files[0]));
   $("language").addEventListener("change", () => {
@@ -932,15 +881,12 @@ function listen() {
       openFile((event.dataTransfer ?? event.clipboardData).files[0]);
     });
   }
-  addEventListener("resize", () => current().maps && showValue());
 }
 
 // For the tests, and for readers who open the console.
 globalThis.playground = {
   state,
   runs,
-  background: content.background,
-  images: content.images.map(([, place]) => place),
   predict: (run, data) => finish(predict(runs[run], fromBytes(bytes(data)))),
   occlusion: (run, i, target) => occlusion(runs[run], testImage(i), target),
 };
@@ -949,4 +895,5 @@ for (const [i, one] of $("tests").querySelectorAll("canvas").entries()) paint(on
 $("language").value = language;
 translate();
 listen();
+trust();
 $("test-0").click();
