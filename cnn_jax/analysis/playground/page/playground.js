@@ -281,7 +281,6 @@ function translate() {
 // The colour of a value in [-1, 1].
 const colour = (value) =>
   content.colours[Math.round(((clamp(value || 0, -1, 1) + 1) / 2) * (content.colours.length - 1))];
-const css = (value) => `rgb(${colour(value).slice(0, 3).join(" ")})`;
 const rgb = (x) => (i) => [0, 1, 2].map((k) => Math.round(255 * x.d[i * C + (C === 3 ? k : 0)])).concat(255);
 const imageOf = (x, label) => picture(x.h, x.w, rgb(x), label);
 const canvasOf = (x) => paint(document.createElement("canvas"), x.h, x.w, rgb(x));
@@ -657,7 +656,7 @@ function grid(title, w, values, limit = largest(values)) {
     if (value === null) return html`<td class="padding">0</td>`;
     const [r, g, b] = colour(value / limit);
     const ink = 0.2126 * r * r + 0.7152 * g * g + 0.0722 * b * b < 13350 ? "#fff" : "#000"; // by the luminance
-    return html`<td data-style="background:${css(value / limit)};color:${ink}">${number(value, 2)}</td>`;
+    return html`<td data-style="background:rgb(${r} ${g} ${b});color:${ink}">${number(value, 2)}</td>`;
   };
   const rows = range(h).map((i) => html`<tr>${values.slice(i * w, i * w + w).map(one)}</tr>`);
   return figure(html`<table aria-label="${title}"><tbody>${rows}</tbody></table>`);
@@ -671,8 +670,8 @@ function bars(sums, bias, total, channel) {
   const most = largest([...shown.map(({ value }) => value), bias, others]);
   const line = (name, value, kind = "") => {
     const share = (50 * Math.abs(value)) / most;
-    const style = `width:${share}%;left:${value < 0 ? 50 - share : 50}%;background:${css(value < 0 ? -0.7 : 0.7)}`;
-    return html`<li class="${kind}"><span>${name}</span><span class="bar"><i data-style="${style}"></i></span>
+    const style = `width:${share}%;left:${value < 0 ? 50 - share : 50}%`;
+    return html`<li class="${kind}"><span>${name}</span><span class="bar"><i class="${value < 0 ? "below" : "above"}" data-style="${style}"></i></span>
       <span class="right">${number(value)}</span></li>`;
   };
   const pick = (k) =>
