@@ -20,7 +20,7 @@ from cnn_jax.models.summary import Summary
 
 # Of float32 weights in base64: a page of 43 MB, which a browser opens in a second or two.
 MOST_PARAMETERS = 8_000_000
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 class Weights:
@@ -223,7 +223,7 @@ def _geometry(module: nn.Dense | nn.Conv) -> dict:
     if isinstance(module, nn.Dense):
         return {"strides": [1, 1], "padding": [[0, 0], [0, 0]]}
     strides = module.strides or 1
-    padding = canonicalize_padding(module.padding, 2)
+    padding: Any = canonicalize_padding(module.padding, 2)
     if padding != "SAME":
         pairs = ((0, 0), (0, 0)) if padding == "VALID" else padding
         padding = [list(map(int, pair)) for pair in pairs]
