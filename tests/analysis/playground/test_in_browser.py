@@ -167,8 +167,13 @@ def test_files_that_are_no_images(browser: Browser):
         """(async () => {
           const dataTransfer = new DataTransfer();
           dataTransfer.items.add(new File(["no image"], "notes.txt"));
+          const message = document.getElementById("message");
+          const answered = new Promise((next) => {
+            const look = () => message.textContent.startsWith("This is") && next();
+            new MutationObserver(look).observe(message, { childList: true, subtree: true });
+          });
           document.dispatchEvent(new DragEvent("drop", { dataTransfer }));
-          await new Promise((next) => setTimeout(next, 100));
+          await answered;
         })()"""
     )
     assert Hand(browser).text("#message").startswith("This is not an image")
