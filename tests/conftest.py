@@ -8,13 +8,24 @@ from pathlib import Path
 # Before JAX starts.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["CNN_JAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="cnn_jax_tests_")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # whose workers share it
+    _cache = tempfile.TemporaryDirectory(prefix="cnn_jax_tests_", ignore_cleanup_errors=True)
+    os.environ["CNN_JAX_CACHE_DIR"] = _cache.name
+os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
 
+import jax
 import pytest
 
+from cnn_jax.common.cache import enable_compilation_cache
 from cnn_jax.data.splits import Splits
 from cnn_jax.data.tfds_builder import tensorflow_is_installed
 from tests.tiny import make_examples, prepare_tiny_squares
+
+# Many tests compile the same small programs.
+enable_compilation_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# JAX reads it when it is imported: it halves the compilations of the processes that tests start.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 @pytest.fixture(scope="session")

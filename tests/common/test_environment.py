@@ -1,11 +1,13 @@
-"""What is set in the environment, tried by processes of their own."""
+"""What is set in the environment, tried by processes of their own where JAX or Python reads it."""
 
 import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from cnn_jax import main
 from tests.tiny import REPOSITORY, run_command
 
 SUMMARY = ("summary", "--experiment=quickstart", "--input_size=28x28x1")
@@ -37,20 +39,20 @@ REFUSED = [  # variable, value, the one line
         r"XLA_FLAGS: this version of XLA does not know --xla_cpu_mulit_thread_eigen=false; nearest: "
         r"--xla_cpu_multi_thread_eigen$",
     ),
+    ("CNN_JAX_CACHE_DIR", "~nosuchuser/x", r"~nosuchuser/x: the home folder ~nosuchuser is not "),
+]
+REFUSED_FLAGS = [  # of XLA_FLAGS; a process of the program's own tries them
     (
-        "XLA_FLAGS",
         "--xyzzy --abc=1",
         r"XLA_FLAGS: this version of XLA does not know --xyzzy --abc=1$",
     ),
-    ("XLA_FLAGS", "-xla_cpu_foo", r"XLA_FLAGS: this version of XLA does not know -xla_cpu_foo"),
+    ("-xla_cpu_foo", r"XLA_FLAGS: this version of XLA does not know -xla_cpu_foo"),
     (
-        "XLA_FLAGS",
         "--xla_force_host_platform_device_count=x",
         r"XLA_FLAGS: --xla_force_host_platform_device_count=x: XLA does not accept this value$",
     ),
-    ("XLA_FLAGS", "flags.txt", r"XLA_FLAGS=flags.txt: must be flags, which start with --$"),
-    ("XLA_FLAGS", "--help", r"XLA_FLAGS=--help: must be flags that this version of XLA knows$"),
-    ("CNN_JAX_CACHE_DIR", "~nosuchuser/x", r"~nosuchuser/x: the home folder ~nosuchuser is not "),
+    ("flags.txt", r"XLA_FLAGS=flags.txt: must be flags, which start with --$"),
+    ("--help", r"XLA_FLAGS=--help: must be flags that this version of XLA knows$"),
 ]
 
 
@@ -65,6 +67,20 @@ def test_what_cannot_be_is_refused_in_one_line(name, value, said):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), REFUSED_FLAGS, ids=[value for value, _ in REFUSED_FLAGS]
+)
+def test_flags_that_xla_does_not_take_are_refused_in_one_line(
+    value, said, monkeypatch, caplog, capsys
+):
+    monkeypatch.setenv("XLA_FLAGS", value)
+    assert main.main(["list"]) == 2
+    assert capsys.readouterr().out == ""
+    (line,) = caplog.messages
+    assert re.match(f"error: {said}", line)
+    assert "\n" not in line
+
+
 def test_what_can_be_is_taken():
     environment = {
         "XLA_FLAGS": " --xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen",
@@ -77,21 +93,25 @@ def test_what_can_be_is_taken():
     assert done.stdout.startswith("LeNet on 28x28x1\n")
 
 
-def test_training_without_jit_learns_the_same(tmp_path, tfds_dir):
+def test_training_without_jit_learns_the_same(tmp_path, tfds_dir, capsys):
     """As people set JAX_DISABLE_JIT to look into a model."""
     own = tmp_path / "own.py"
     own.write_text(
         "from cnn_jax.config import Config, DataConfig\n"
         "from cnn_jax.models import MLP\n"
-        "def config(): return Config(MLP(), DataConfig('tiny_squares'), epochs=1)\n"
+        "def config(): return Config(MLP(), DataConfig('tiny_squares'), epochs=1, batch_size=80)\n"
     )
     lines = []
-    for disabled in ("0", "1"):
-        workdir = f"--workdir={tmp_path / disabled}"
-        flags = f"--experiment={own}", f"--data_dir={tfds_dir}", workdir, "--set=batch_size=80"
-        done = run_command("train", *flags, JAX_DISABLE_JIT=disabled)
-        assert done.returncode == 0, done.stderr
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith("epoch 1/1")]
+    for disabled in (False, True):
+        flags = (
+            f"--experiment={own}",
+            f"--data_dir={tfds_dir}",
+            f"--workdir={tmp_path / f'{disabled}'}",
+        )
+        with jax.disable_jit(disabled):
+            assert main.main(["train", *flags, "--set=devices=1"]) == 0
+        printed = capsys.readouterr().out
+        (line,) = [line for line in printed.splitlines() if line.startswith("epoch 1/1")]
         lines.append([float(number) for number in re.findall(r"\d\.\d{4}", line)])
     assert len(lines[0]) == 4
     assert lines[1] == pytest.approx(lines[0], abs=2e-4)

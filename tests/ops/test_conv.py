@@ -16,6 +16,7 @@ from jax import lax
 from cnn_jax.ops import conv
 from cnn_jax.ops.formulations import FORMULATIONS, applies
 from cnn_jax.ops.rule import Formulations, formulations_for
+from tests.quick import quick_jit
 
 pytestmark = pytest.mark.oldest
 
@@ -95,7 +96,7 @@ def test_every_formulation_agrees_with_lax_in_float64(problem):
         cotangent = normal((image_shape[0], *g.out, kernel_shape[3]), 2, "float64")
         names = [name for name in FORMULATIONS if applies(name, g)]
 
-        @jax.jit
+        @quick_jit
         def every(image, kernel, cotangent):
             # What the rule chooses, and each formulation that can serve this shape.
             found = [passes(lambda x, w: fast(x, w, strides, padding), image, kernel, cotangent)]
