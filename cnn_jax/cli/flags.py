@@ -163,6 +163,18 @@ FLAGS = {
     "seeds": Flag(
         flags.DEFINE_integer, None, "how many runs of each, with the seeds 0, 1, ...", least=1
     ),
+    "launcher": Flag(flags.DEFINE_string, "local", "where the runs run: local or slurm"),
+    "parallel": Flag(
+        flags.DEFINE_integer,
+        None,
+        "how many runs at once; by default one on this machine, with slurm all",
+        least=1,
+    ),
+    "slurm": Flag(
+        flags.DEFINE_string,
+        None,
+        "options of each job, as in --slurm='partition=gpu time=120 gpus=1 cpus=8'; time in minutes",
+    ),
     "rebuild": Flag(
         flags.DEFINE_bool, False, "trains nothing, and writes RESULTS.md from the records there are"
     ),
