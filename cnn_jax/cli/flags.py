@@ -134,6 +134,9 @@ FLAGS = {
         REQUIRED,
         "the devices to compile for: cpu, a slice as v5e:2x2, or GPUs as h100, h100:8 or h100:2x8",
     ),
+    "scaling": Flag(
+        flags.DEFINE_bool, False, "prints how the cost of a training step grows with the devices"
+    ),
     "dump": Flag(flags.DEFINE_string, None, "a file to which the compiled text is written"),
     "networks": Flag(
         flags.DEFINE_list, [], "which to measure, separated by commas; all by default"

@@ -35,7 +35,9 @@ class Rates:
     memory: float
     memory_bandwidth: float
     interconnect_bandwidth: float
+    linked: int
     source: str
+    network_bandwidth: float = 0
     target_config: str = ""
 
 
