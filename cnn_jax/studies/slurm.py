@@ -6,8 +6,10 @@ Whether a job has ended is asked of squeue: submitit asks sacct, which many clus
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
@@ -15,6 +17,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -184,10 +187,11 @@ def _submit(
         additional_parameters={"requeue": True, **options.others},
     )
     try:
-        with executor.batch():
+        # Submitit prints what sbatch prints, which the error below has too.
+        with contextlib.redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(Job(task, folder / f"{_key(task)}.json")) for task in tasks]
     except submitit.core.utils.FailedJobError as error:  # what sbatch printed
-        reason = " ".join(str(error).split()).removeprefix("sbatch: error: ")
+        reason = "; ".join(re.sub("sbatch: (error: )?", "", str(error)).splitlines())
         raise ConfigError(f"--slurm={options.text}: sbatch refuses it ({reason})") from None
     log.info(
         "%d job%s submitted, as %s", len(jobs), "s" * (len(jobs) > 1), jobs[0].job_id.split("_")[0]
@@ -207,10 +211,12 @@ class Job:
         try:
             failure = self._task.fails(self._processes.run)
         except Preempted as error:
+            print(f"error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from error
         code = failure.exit_code if failure else 0
         write_json(self._outcome, {"exit_code": code, "problem": str(failure or "")})
         if code:
+            print(f"error: {failure}", file=sys.stderr)
             raise SystemExit(code)  # so that SLURM shows the job as failed
 
     def checkpoint(self) -> object:
@@ -274,5 +280,7 @@ def _last_error(printed: Path) -> str:
         lines = printed.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return "the job has ended without a log"
-    found = [line for line in lines if "error: " in line]
+    # SLURM's own daemon knows best: a cancelled job, the time limit, the memory.
+    found = [line for line in lines if line.startswith("slurmstepd") and "error: " in line]
+    found = found or [line for line in lines if "error: " in line]
     return found[-1].rpartition("error: ")[2].strip("* ") if found else "the job was ended"

@@ -343,5 +343,5 @@ def test_a_job_that_is_cancelled_is_told_with_its_log(slurm, start, tmp_path):
 def test_bad_options_are_one_line(slurm, start, tmp_path, options, line):
     process = start("sweep", "--seeds=1", f"--slurm={options}", f"--workdir={tmp_path}")
     code, output, errors = runs.finish(process)
-    assert (code, output) == (2, "")
+    assert (code, output, errors.count("\n")) == (2, "", 1)
     assert re.search(re.escape(line).replace(r"\.\*", ".*"), errors.splitlines()[-1]), errors
