@@ -118,9 +118,12 @@ class Slurm:
         """SIGKILL for a node's daemon and the tasks of its steps, as if it lost power."""
         self.daemons[node].kill()
         self.daemons[node].wait()
+        own = f"SLURM_CONF={self.folder}/slurm.conf"
         for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
-                if f"SLURMD_NODENAME={node}\0".encode() in environ.read_bytes():
+                text = environ.read_bytes()
+                # Another worker of pytest may have a SLURM of its own.
+                if all(f"{word}\0".encode() in text for word in (f"SLURMD_NODENAME={node}", own)):
                     os.kill(int(environ.parent.name), signal.SIGKILL)
             except (OSError, ProcessLookupError):
                 continue

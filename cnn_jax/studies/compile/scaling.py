@@ -98,7 +98,9 @@ def _sent(count: float, devices: int) -> float:
 
 
 def tables(config: Config, image_shape: tuple[int, int, int], target: Target) -> Iterator[str]:
-    """What was compiled for 1, 2, 4, ... of the target's devices; then arithmetic for 8 to 512.
+    """What was compiled for one and for all of the target's devices; then arithmetic for 8 to 512.
+
+    Of virtual devices, which compile quickly, also what was compiled for 2, 4, ... of them.
 
     Args:
       config: the run; its batch is divided among the devices.
@@ -109,7 +111,9 @@ def tables(config: Config, image_shape: tuple[int, int, int], target: Target) ->
       ConfigError: the target has one device, the batch cannot be split, or as `compile_steps`.
     """
     counts = [2**i for i in range(len(target.devices).bit_length())]
-    if len(counts) == 1:
+    if target.rates:
+        counts = [1, len(target.devices)]
+    if len(target.devices) == 1:
         raise ConfigError(
             f"--scaling: --topology={target.topology} has one device, and must have several; for cpu "
             "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
