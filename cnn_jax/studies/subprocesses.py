@@ -113,8 +113,9 @@ class Processes:
     def end(self) -> None:
         """Lets the commands that still run save and end."""
         running = list(self._running)
-        for process in running:
-            process.terminate()
+        if not self._stopped_by:  # else they know
+            for process in running:
+                process.terminate()
         for process in running:
             process.wait()
 
