@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import IO
 
 from cnn_jax.common.errors import Preempted
 from cnn_jax.train.signals import EXIT_CODES, handle
@@ -152,22 +153,24 @@ class Processes:
 def _pass_on(process: subprocess.Popen, prefix: str) -> str:
     """Prints what a command prints, until it ends; returns its error line, which is not printed."""
 
-    def pass_output_on() -> None:
-        with process.stdout:
-            for line in process.stdout:
+    def pass_output_on(lines: IO[str]) -> None:
+        with lines:
+            for line in lines:
                 sys.stdout.write(prefix + line)
                 sys.stdout.flush()
 
-    output = threading.Thread(target=pass_output_on)
+    output = None
     if process.stdout:
+        output = threading.Thread(target=pass_output_on, args=(process.stdout,))
         output.start()
     reason = ""
+    assert process.stderr is not None, "it is a pipe"
     with process.stderr:
         for line in process.stderr:
             if line.startswith("error: "):
                 reason = line.removeprefix("error: ").strip()
             else:
                 sys.stderr.write(prefix + line)
-    if process.stdout:
+    if output:
         output.join()
     return reason

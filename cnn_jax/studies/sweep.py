@@ -112,7 +112,7 @@ def settings(experiment: str, assignments: Sequence[str]) -> list[Setting]:
                 f"--set {assignment}: {path} is given twice; write {path}=value,value"
             )
         axes[path] = _values(config, path, text)
-    found = []
+    found: list[Setting] = []
     for texts in itertools.product(*axes.values()):
         pairs = [f"{path}={text}" for path, text in zip(axes, texts, strict=True)]
         changed = validate(override(config, pairs))

@@ -65,8 +65,8 @@ def test_an_exchange_beyond_the_interconnect_is_that_of_whole_groups():
 
 @pytest.mark.parametrize("memory", [(0.0, 0.0), (5e-6, 2e-6), (1.0, 0.0)])
 def test_devices_idle_below_a_batch_whose_computation_is_shorter_than_the_exchange(memory):
-    found = step(30_000, memory=memory)
-    least = next(n for n in range(1, 10**4) if found.computing(n) >= found.exchanging(4) * 0.999999)
+    found = step(30_100, memory=memory)
+    least = next(n for n in range(1, 10**4) if found.computing(n) >= found.exchanging(4))
     assert found.idle_below(4) == 4 * least
 
 
