@@ -27,7 +27,7 @@ ESTIMATED = (
     "exchanges",
     "share of the exchange",
     "times one device",
-    "idle below batch",
+    "half lost below batch",
 )
 _COUNTS = tuple(2**i for i in range(3, 10))  # 8 to 512
 
@@ -85,9 +85,12 @@ class Step:
         ports = linked * self.rates.network_bandwidth
         return max(inside, _sent(self.reduced, devices // linked) / ports)
 
-    def idle_below(self, devices: int) -> int:
-        """The batch below which the exchange takes longer than the computation that could hide it."""
-        needed = self.exchanging(devices)
+    def half_lost_below(self, devices: int) -> int:
+        """The batch below which devices spend less than half of the time on examples.
+
+        The rest is what each of them repeats, whatever the batch, and the exchange.
+        """
+        needed = 2 * self.computing(0) + self.exchanging(devices)
         examples = min(self.arithmetic.reaches(needed), self.memory.reaches(needed))
         return devices * max(1, math.ceil(examples))
 
@@ -118,21 +121,24 @@ def tables(config: Config, image_shape: tuple[int, int, int], target: Target) ->
             f"--scaling: --topology={target.topology} has one device, and must have several; for cpu "
             "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
         )
-    steps = [_compile(config, image_shape, target, devices=count) for count in counts]
+    steps = [_compile(config, image_shape, target, count, config.batch_size) for count in counts]
     yield markdown.markdown_table(COMPILED, [_cells(step) for step in steps])
     if target.rates is None:
         return
     batch = config.batch_size
     one, part = (
         steps[0],
-        _compile(config, image_shape, target, devices=1, batch_size=max(1, batch // 8)),
+        _compile(config, image_shape, target, 1, max(1, batch // 8)),
     )
     step = _step(one, part, _reduced(steps[-1]), target.rates)
     yield markdown.markdown_table(ESTIMATED, [*_estimates(step, batch)])
 
 
-def _compile(config: Config, image_shape: tuple, target: Target, **changes: int) -> Compiled:
-    return next(compile_steps(dataclasses.replace(config, **changes), image_shape, target))
+def _compile(
+    config: Config, shape: tuple[int, int, int], target: Target, devices: int, batch_size: int
+) -> Compiled:
+    changed = dataclasses.replace(config, devices=devices, batch_size=batch_size)
+    return next(compile_steps(changed, shape, target))
 
 
 def _reduced(step: Compiled) -> int:
@@ -158,8 +164,9 @@ def _step(one: Compiled, part: Compiled, reduced: int, rates: Rates) -> Step:
 
     peak = getattr(rates, one.compute_dtype)
     arithmetic = line((part.flops / peak, one.flops / peak))
-    traffic = (step.findings.traffic / rates.memory_bandwidth for step in (part, one))
-    return Step(arithmetic, line(tuple(traffic)), reduced, rates)
+    bandwidth = rates.memory_bandwidth
+    memory = line((part.findings.traffic / bandwidth, one.findings.traffic / bandwidth))
+    return Step(arithmetic, memory, reduced, rates)
 
 
 def _estimates(step: Step, batch: int) -> Iterator[list[str]]:
@@ -167,12 +174,12 @@ def _estimates(step: Step, batch: int) -> Iterator[list[str]]:
     for devices in _COUNTS:
         if devices > step.rates.linked and not step.rates.network_bandwidth:
             return
-        exchange, idle = step.exchanging(devices), f"{step.idle_below(devices):,}"
-        cells = [duration(exchange), "-", "-", idle]
+        exchange, least = step.exchanging(devices), f"{step.half_lost_below(devices):,}"
+        cells = [duration(exchange), "-", "-", least]
         if devices <= batch:
             computing = step.computing(batch / devices)
             whole = computing + exchange
-            cells = [duration(exchange), f"{exchange / whole:.0%}", f"{alone / whole:.1f}", idle]
+            cells = [duration(exchange), f"{exchange / whole:.0%}", f"{alone / whole:.1f}", least]
             cells.insert(0, duration(computing))
             yield [str(devices), f"{batch // devices:,}", *cells]
         else:

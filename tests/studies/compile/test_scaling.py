@@ -63,11 +63,16 @@ def test_an_exchange_beyond_the_interconnect_is_that_of_whole_groups():
     assert step(10**9).exchanging(512) == pytest.approx(ring(10**9, 64) / 8e8)
 
 
-@pytest.mark.parametrize("memory", [(0.0, 0.0), (5e-6, 2e-6), (1.0, 0.0)])
-def test_devices_idle_below_a_batch_whose_computation_is_shorter_than_the_exchange(memory):
+@pytest.mark.parametrize("memory", [(0.0, 0.0), (5e-6, 2e-6), (1e-5, 1e-9)])
+def test_half_of_the_time_is_lost_below_a_batch(memory):
     found = step(30_100, memory=memory)
-    least = next(n for n in range(1, 10**4) if found.computing(n) >= found.exchanging(4))
-    assert found.idle_below(4) == 4 * least
+
+    def lost(examples):
+        whole = found.computing(examples) + found.exchanging(4)
+        return (found.computing(0) + found.exchanging(4)) / whole
+
+    least = next(examples for examples in range(1, 10**4) if lost(examples) <= 0.5)
+    assert found.half_lost_below(4) == 4 * least
 
 
 def test_one_device_is_refused():
