@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from cnn_jax.common import cpu, gpu
 from cnn_jax.common.errors import ConfigError, Preempted
@@ -17,6 +18,7 @@ from cnn_jax.studies.subprocesses import ADVICE, Processes
 from cnn_jax.studies.task import Failure, Task
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 Launcher = Callable[[Sequence[Task], Path], Iterator[tuple[Task, Failure | None]]]
 
 
@@ -77,13 +79,15 @@ def _shares(parallel: int) -> list[_Share]:
     names = names if len(names) == len(gpus) else [*map(str, range(len(gpus)))]
     found = []
     for i in range(parallel):
-        own, shown = (
-            all_[i * (len(all_) // parallel) : (i + 1) * (len(all_) // parallel)]
-            for all_ in (cores, names)
-        )
+        own, shown = _part(cores, i, parallel), _part(names, i, parallel)
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(shown)} if gpus else {}
         found.append(_Share(tuple(own), environment))
     return found
+
+
+def _part(everything: list[T], i: int, parts: int) -> list[T]:
+    size = len(everything) // parts
+    return everything[i * size : (i + 1) * size]
 
 
 def _one_by_one(tasks: Sequence[Task], folder: Path) -> Iterator[tuple[Task, Failure | None]]:
@@ -97,7 +101,8 @@ def _side_by_side(
     tasks: Sequence[Task], folder: Path, shares: Sequence[_Share]
 ) -> Iterator[tuple[Task, Failure | None]]:
     """As many tasks at once as there are shares, each in a thread that has its share of the cores."""
-    free, own = queue.SimpleQueue(), threading.local()
+    free: queue.SimpleQueue[_Share] = queue.SimpleQueue()
+    own = threading.local()
     for share in shares:
         free.put(share)
 

@@ -75,7 +75,8 @@ class Options:
             name, equals, value = word.lstrip("-").partition("=")
             if name in _OWN:
                 raise ConfigError(f"--slurm={word}: cannot be set, as this command sets it itself")
-            if not re.fullmatch(r"[a-z][a-z-]+", name) or (equals and not value):
+            needs_value = equals or name in ("partition", "time", "gpus", "cpus")
+            if not re.fullmatch(r"[a-z][a-z-]+", name) or (needs_value and not value):
                 raise ConfigError(
                     f"--slurm={word}: must be option=value, separated by spaces, with sbatch's long "
                     "names; time is in minutes, gpus and cpus are numbers"
@@ -90,7 +91,8 @@ class Options:
                 unit = "minutes" if name == "time" else "a number"
                 raise ConfigError(f"--slurm={name}={given}: must be {unit}, at least 1")
             numbers[name] = int(given)
-        return cls(text, partition=found.pop("partition", None), **numbers, others=found)
+        partition = str(found.pop("partition")) if "partition" in found else None
+        return cls(text, partition, **numbers, others=found)
 
 
 def run(
@@ -203,13 +205,14 @@ class Job:
     """What runs in a job: a task. Its outcome is a file, which the waiting command reads."""
 
     def __init__(self, task: Task, outcome: Path):
-        self._task, self._outcome, self._processes = task, outcome, None
+        self._task, self._outcome = task, outcome
+        self._processes: Processes | None = None  # in the job; it cannot be pickled
 
     def __call__(self) -> None:
         # Without handlers of signals: submitit has installed its own. The commands get the signals too.
-        self._processes = Processes()
+        processes = self._processes = Processes()
         try:
-            failure = self._task.fails(self._processes.run)
+            failure = self._task.fails(processes.run)
         except Preempted as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from error
@@ -223,7 +226,8 @@ class Job:
         """Is called by submitit's handler of the signal, before it queues the job again."""
         import submitit
 
-        self._processes.wait()  # its command saves
+        if self._processes:
+            self._processes.wait()  # its command saves
         return submitit.helpers.DelayedSubmission(Job(self._task, self._outcome))
 
 

@@ -92,7 +92,7 @@ class Processes:
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(paths)}
             | unbuffered
-            | (environment or {}),
+            | dict(environment or {}),
             text=True,
             errors="replace",
             process_group=0,  # Ctrl-C reaches only this process, which passes it on
