@@ -136,6 +136,9 @@ FLAGS = {
         REQUIRED,
         "the devices to compile for: cpu, a slice as v5e:2x2, or GPUs as h100, h100:8 or h100:2x8",
     ),
+    "scaling": Flag(
+        flags.DEFINE_bool, False, "prints how the cost of a training step grows with the devices"
+    ),
     "dump": Flag(flags.DEFINE_string, None, "a file to which the compiled text is written"),
     "networks": Flag(
         flags.DEFINE_list, [], "which to measure, separated by commas; all by default"
@@ -169,6 +172,18 @@ FLAGS = {
     "only": Flag(flags.DEFINE_list, [], "which experiments, separated by commas; all by default"),
     "seeds": Flag(
         flags.DEFINE_integer, None, "how many runs of each, with the seeds 0, 1, ...", least=1
+    ),
+    "launcher": Flag(flags.DEFINE_string, "local", "where the runs run: local or slurm"),
+    "parallel": Flag(
+        flags.DEFINE_integer,
+        None,
+        "how many runs at once; by default one on this machine, with slurm all",
+        least=1,
+    ),
+    "slurm": Flag(
+        flags.DEFINE_string,
+        None,
+        "options of each job, as in --slurm='partition=gpu time=120 gpus=1 cpus=8'; time in minutes",
     ),
     "rebuild": Flag(
         flags.DEFINE_bool, False, "trains nothing, and writes RESULTS.md from the records there are"

@@ -1,8 +1,12 @@
-"""Adds TensorFlow, which only some datasets need, when one of them is requested."""
+"""Packages that only some commands need."""
 
+import importlib.util
 import logging
 import os
 import sys
+
+from cnn_jax import CHECKOUT, PROGRAM
+from cnn_jax.common.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -21,3 +25,19 @@ def add_tensorflow() -> None:
         log.info("TensorFlow is needed, and is installed now")
         sys.stdout.flush()
         os.execv(launcher, [launcher, "--with=prepare", *sys.argv[1:]])
+
+
+def need(module: str, flag: str, extra: str) -> None:
+    """Checks that a package of an extra of setup.cfg is installed.
+
+    Args:
+      module: the name by which it is imported.
+      flag: what needs it, for the message.
+      extra: the name in setup.cfg.
+
+    Raises:
+      ConfigError: it is missing; names the command that adds it.
+    """
+    if importlib.util.find_spec(module) is None:
+        adds = f"{PROGRAM} setup --with={extra}" if CHECKOUT else f"pip install 'cnn_jax[{extra}]'"
+        raise ConfigError(f"{flag}: needs {module}, which is missing; {adds} adds it")

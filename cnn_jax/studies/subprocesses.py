@@ -1,15 +1,19 @@
-"""Runs commands of this project one after another, each in its own process.
+"""Runs commands of this project, each in its own process.
 
 A run's memory and devices are free when its process ends, and a crash does not stop other runs.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import IO
 
 from cnn_jax.common.errors import Preempted
 from cnn_jax.train.signals import EXIT_CODES, handle
@@ -30,13 +34,13 @@ class CommandFailed(Exception):
 
 
 class Processes:
-    """Runs the commands; use it as a context manager.
+    """Runs the commands, several at once if several threads ask; use it as a context manager.
 
-    A stop signal is passed on to the command, which saves and ends; then Preempted is raised.
+    A stop signal is passed on to the commands, which save and end; then Preempted is raised.
     """
 
     def __init__(self) -> None:
-        self._running: subprocess.Popen | None = None
+        self._running: set[subprocess.Popen] = set()
         self._stopped_by = 0
         self._handlers: dict = {}
 
@@ -52,20 +56,26 @@ class Processes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._running is not None:  # an error of this process, such as a broken pipe
-            self._running.terminate()
-            self._running.wait()
+        self.end()  # after an error of this process, such as a broken pipe
         if self._handlers:
             signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def run(self, *arguments: str, quiet: bool = False) -> None:
+    def run(
+        self,
+        *arguments: str,
+        quiet: bool = False,
+        prefix: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Runs `./launch.sh ARGUMENTS`; passes on its standard error, except its error line.
 
         Args:
           *arguments: a command and its flags.
           quiet: drops its standard output.
+          prefix: stands before every line that it prints.
+          environment: added to that of this process.
 
         Raises:
           CommandFailed: it ended with an error.
@@ -73,28 +83,26 @@ class Processes:
         """
         self._check_stopped("")
         paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        unbuffered = {"PYTHONUNBUFFERED": "1"} if prefix else {}
+        output = subprocess.PIPE if prefix else None
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "cnn_jax.main", *arguments],
-            stdout=subprocess.DEVNULL if quiet else None,
+            stdout=subprocess.DEVNULL if quiet else output,
             stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(paths)}
+            | unbuffered
+            | dict(environment or {}),
             text=True,
             errors="replace",
             process_group=0,  # Ctrl-C reaches only this process, which passes it on
         )
-        self._running = process
+        self._running.add(process)
         if self._stopped_by:  # a signal came after the check
             process.send_signal(self._stopped_by)
-        reason = ""
-        assert process.stderr is not None, "it is a pipe"
-        with process.stderr:
-            for line in process.stderr:
-                if line.startswith("error: "):
-                    reason = line.removeprefix("error: ").strip()
-                else:
-                    sys.stderr.write(line)
+        reason = _pass_on(process, prefix)
         code = process.wait()
-        self._running = None
+        self._running.discard(process)
         self._check_stopped(reason)
         if code in STOPPED:  # a signal was sent to the command itself
             raise Preempted(reason or ADVICE, EXIT_CODES.get(-code, code))
@@ -103,13 +111,66 @@ class Processes:
         if code:
             raise CommandFailed(reason or f"ended with exit code {code}", code)
 
+    def end(self) -> None:
+        """Lets the commands that still run save and end."""
+        running = list(self._running)
+        if not self._stopped_by:  # else they know
+            for process in running:
+                process.terminate()
+        for process in running:
+            process.wait()
+
+    def wait(self) -> None:
+        """Waits for the commands that run, also inside of a handler of a signal."""
+        for process in list(self._running):
+            # Not Popen.wait, whose lock `run` may hold.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    def pause(self, seconds: float) -> None:
+        """Waits.
+
+        Raises:
+          Preempted: a signal stopped this process.
+        """
+        end = time.monotonic() + seconds
+        while not self._stopped_by and time.monotonic() < end:
+            time.sleep(0.1)
+        self._check_stopped("")
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._stopped_by:
             return
         self._stopped_by = number
-        if self._running is not None:
-            self._running.send_signal(number)
+        for process in list(self._running):
+            process.send_signal(number)
 
     def _check_stopped(self, reason: str) -> None:
         if self._stopped_by:
             raise Preempted(reason or ADVICE, EXIT_CODES[self._stopped_by])
+
+
+def _pass_on(process: subprocess.Popen, prefix: str) -> str:
+    """Prints what a command prints, until it ends; returns its error line, which is not printed."""
+
+    def pass_output_on(lines: IO[str]) -> None:
+        with lines:
+            for line in lines:
+                sys.stdout.write(prefix + line)
+                sys.stdout.flush()
+
+    output = None
+    if process.stdout:
+        output = threading.Thread(target=pass_output_on, args=(process.stdout,))
+        output.start()
+    reason = ""
+    assert process.stderr is not None, "it is a pipe"
+    with process.stderr:
+        for line in process.stderr:
+            if line.startswith("error: "):
+                reason = line.removeprefix("error: ").strip()
+            else:
+                sys.stderr.write(prefix + line)
+    if output:
+        output.join()
+    return reason

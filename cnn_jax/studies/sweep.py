@@ -13,7 +13,7 @@ import logging
 import re
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from cnn_jax.config.overrides import override
 from cnn_jax.config.serialize import is_of, to_json
 from cnn_jax.config.validate import validate
 from cnn_jax.data.sources import has_validation
-from cnn_jax.studies import markdown, sweep_plot
-from cnn_jax.studies.subprocesses import CommandFailed, Processes
+from cnn_jax.studies import launcher, markdown, sweep_plot
+from cnn_jax.studies.task import Failure, Task
 from cnn_jax.train.workdir import metrics, prepare, read_config, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -154,6 +154,7 @@ def sweep(
     workdir: Path,
     data_dir: str | None = None,
     download: bool = False,
+    launch: launcher.Launcher | None = None,
 ) -> int:
     """Trains the runs that are missing, prints the table, writes it and a plot into `workdir`.
 
@@ -164,6 +165,7 @@ def sweep(
       workdir: for the runs, WORKDIR/SETTING/seed_S, and sweep.json, sweep.md and curves.png.
       data_dir: the folder of the dataset.
       download: downloads the dataset if it is not prepared.
+      launch: runs them, as `launcher.choose` gives it; by default one after another.
 
     Returns:
       The exit code of the first run that failed, or 0. A run with a loss that is not finite has not
@@ -182,44 +184,51 @@ def sweep(
             "warning: data.validation_examples=0: no best setting is chosen, as test accuracy must "
             "not choose it; add --set data.validation_examples=5000"
         )
-    done: list[Setting] = []
-    codes: list[int] = []
-    total = len(planned) * seeds
-    with Processes() as processes:
-        for setting in planned:
-            runs = []
-            for seed in range(seeds):
-                place = f"{len(done) * seeds + seed + 1} of {total}"
-                log.info("%s, seed %d (%s)", setting.name, seed, place)
-                folder = workdir / setting.folder / f"seed_{seed}"
-                command = ["train", f"--experiment={experiment}", f"--workdir={folder}"]
-                command += [f"--data_dir={data_dir}"] if data_dir else []
-                command += ["--download"] if download else []
-                changes = [*setting.assignments, f"seed={seed}"]
-                command += [part for change in changes for part in ("--set", change)]
-                config = dataclasses.replace(setting.config, seed=seed)
-                run, code = _run(processes, command, folder, config)
-                runs.append(run)
-                codes.append(code)
-                if run.problem:
-                    bad = "" if code == NotFiniteError.exit_code else "error: "
-                    log.info("%s%s, seed %d: %s", bad, setting.name, seed, run.problem)
-            done.append(dataclasses.replace(setting, runs=tuple(runs)))
+    found: dict[tuple[str, int], Run] = {}
+    codes: dict[tuple[str, int], int] = {}
+    tasks = {}
+    for place, (setting, seed) in enumerate(itertools.product(planned, range(seeds)), 1):
+        config = dataclasses.replace(setting.config, seed=seed)
+        folder = workdir / setting.folder / f"seed_{seed}"
+        key = setting.name, seed
+        if run := _ended(folder, config):
+            log.info("%s, seed %d (%d of %d): ended already", *key, place, len(planned) * seeds)
+            found[key], codes[key] = run, 0
+            continue
+        command = ["train", f"--experiment={experiment}", f"--workdir={folder}"]
+        command += [f"--data_dir={data_dir}"] if data_dir else []
+        command += ["--download"] if download else []
+        changes = [*setting.assignments, f"seed={seed}"]
+        command += [part for change in changes for part in ("--set", change)]
+        name = f"{setting.name}, seed {seed}"
+        task = Task(name, place, len(planned) * seeds, _train, tuple(command))
+        tasks[task] = key, folder, config
+    for task, failure in (launch or launcher.choose())([*tasks], workdir / "slurm"):
+        key, folder, config = tasks[task]
+        found[key], codes[key] = _result(folder, config, failure)
+        if found[key].problem:
+            bad = "error: " if codes[key] else ""
+            log.info("%s%s: %s", bad, task.name, found[key].problem)
+    done = [
+        dataclasses.replace(setting, runs=tuple(found[setting.name, seed] for seed in range(seeds)))
+        for setting in planned
+    ]
     _write(experiment, assignments, seeds, workdir, done, chosen_by=None if blind else "validation")
-    return next((code for code in codes if code not in (0, NotFiniteError.exit_code)), 0)
+    every = (codes[setting.name, seed] for setting in planned for seed in range(seeds))
+    return next(filter(None, every), 0)
 
 
-def _run(processes: Processes, command: list[str], folder: Path, config: Config) -> tuple[Run, int]:
-    """Trains one run to its end, unless it has ended already."""
-    if (run := _ended(folder, config)) is not None:
-        return run, NotFiniteError.exit_code if run.problem else 0
-    try:
-        processes.run(*command)
-    except CommandFailed as error:
-        if error.exit_code == NotFiniteError.exit_code and (run := _ended(folder, config)):
-            return run, error.exit_code
-        return Run(config.seed, metrics(folder), str(error)), error.exit_code
-    return Run(config.seed, metrics(folder), ""), 0
+def _train(run: Callable[..., None], *command: str) -> None:
+    run(*command)
+
+
+def _result(folder: Path, config: Config, failure: Failure | None) -> tuple[Run, int]:
+    """A run that was trained, and its exit code; a loss that is not finite is no failure."""
+    if failure is None:
+        return Run(config.seed, metrics(folder), ""), 0
+    if failure.exit_code == NotFiniteError.exit_code and (run := _ended(folder, config)):
+        return run, 0
+    return Run(config.seed, metrics(folder), str(failure)), failure.exit_code
 
 
 def _ended(folder: Path, config: Config) -> Run | None:

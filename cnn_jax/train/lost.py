@@ -114,7 +114,8 @@ def say_if_nobody_comes(processes: int, process: int, coordinator: str, seconds:
         return (
             f"--coordinator={coordinator}: the {processes} processes of this run did not all come "
             f"there within {seconds} s (3 x heartbeat_seconds); start all, each with the same "
-            f"--coordinator and --processes and with its own --process (here {process})"
+            f"--coordinator and --processes and with its own --process (here {process}; if all were "
+            "started, another one has this number)"
         )
 
     _print_at_abort(line, ConfigError.exit_code)

@@ -1,8 +1,10 @@
-"""experiments/clusters/train.sbatch on a real SLURM of two nodes, which this file starts on this host.
+"""experiments/clusters/train.sbatch, and sweep and reproduce with --launcher=slurm, on a real SLURM.
 
-Needs Debian's packages slurm-wlm and munge. ./launch.sh test -mslurm; about three minutes.
+This file starts it, with two nodes on this host. Needs Debian's packages slurm-wlm and munge, and
+submitit for --launcher. ./launch.sh test -mslurm; about five minutes.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -116,9 +118,12 @@ class Slurm:
         """SIGKILL for a node's daemon and the tasks of its steps, as if it lost power."""
         self.daemons[node].kill()
         self.daemons[node].wait()
+        own = f"SLURM_CONF={self.folder}/slurm.conf"
         for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
-                if f"SLURMD_NODENAME={node}\0".encode() in environ.read_bytes():
+                text = environ.read_bytes()
+                # Another worker of pytest may have a SLURM of its own.
+                if all(f"{word}\0".encode() in text for word in (f"SLURMD_NODENAME={node}", own)):
                     os.kill(int(environ.parent.name), signal.SIGKILL)
             except (OSError, ProcessLookupError):
                 continue
@@ -227,3 +232,119 @@ def test_a_job_that_is_disturbed_is_queued_again_and_goes_on(slurm, flags, tmp_p
         assert "error: stopped by a signal after step" in output
         assert "and saved" in output
     assert Checkpoints(workdir).newest().step == 16 * epochs
+
+
+# ------------------------------------------------------------------------- sweep and reproduce
+
+submitit = pytest.mark.skipif(
+    not importlib.util.find_spec("submitit"), reason="submitit: not installed"
+)
+
+
+@pytest.fixture
+def start(slurm, flags):
+    """Starts a command that hands its runs to SLURM, as a process of its own."""
+
+    def start(command, *arguments, experiment=flags[0]):
+        words = [command, *arguments, "--launcher=slurm", flags[1]]
+        words += [f"--experiment={experiment}"] if command == "sweep" else []
+        environment = slurm.environment | {"SUBMITIT_PREEMPT_SIGNAL": "USR2"}  # not the user's
+        return runs.start(*words, **environment)
+
+    return start
+
+
+def jobs(slurm, folder):
+    """The jobs of a study by the number that SLURM gave them, with their states."""
+    noted = json.loads((folder / "slurm/jobs.json").read_text())
+    return {job: slurm.state(job) for job in noted.values()}
+
+
+@submitit
+def test_a_sweep_waits_for_its_jobs_and_names_the_log_of_one_that_failed(slurm, start, tmp_path):
+    options = "--set=batch_size=8,7000", "--seeds=1", "--slurm=time=10 cpus=1", "--set=epochs=1"
+    code, output, errors = runs.finish(start("sweep", *options, f"--workdir={tmp_path}"))
+    assert code == 2, errors
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    good, bad = (setting["runs"][0] for setting in report["settings"])
+    assert (good["problem"], good["last_epoch"]["epoch"]) == (None, 1)
+    assert "batch_size=7000" in bad["problem"]
+    log = Path(bad["problem"].rpartition("its log is ")[2])
+    assert "batch_size=7000" in log.read_text()
+    assert "best" in output
+    assert re.search(r"\d of 2 jobs ended; \d (running|pending)", errors)
+    # The same command again collects what there is, and submits only what is missing.
+    code, _, errors = runs.finish(start("sweep", *options, f"--workdir={tmp_path}"))
+    assert code == 2
+    assert "1 job submitted" in errors
+
+
+@submitit
+def test_reproduce_records_what_its_jobs_trained(slurm, start, tmp_path):
+    options = "--only=quickstart", "--seeds=1", f"--output={tmp_path}/out", "--parallel=1"
+    code, _, errors = runs.finish(start("reproduce", *options, f"--workdir={tmp_path}"))
+    assert code == 0, errors
+    record = json.loads((tmp_path / "out/records/quickstart/seed_0/run.json").read_text())
+    assert record["wall_seconds"] > 0
+    assert "| quickstart" in (tmp_path / "out/RESULTS.md").read_text()
+
+
+@submitit
+@pytest.mark.parametrize("how", ["limit", "preemption", "interrupt"])
+def test_a_sweep_that_is_disturbed_goes_on(slurm, start, tmp_path, how):
+    epochs = 40
+    folder = tmp_path / f"epochs={epochs}/seed_0"
+    options = f"--set=epochs={epochs}", "--seeds=1", f"--workdir={tmp_path}"
+    waiting = start("sweep", *options)
+    slurm.wait(runs.has_saved(folder, 6))
+    (job,) = jobs(slurm, tmp_path)
+    if how == "limit":  # the signal that SLURM sends before the time limit
+        slurm("scancel", "--signal=USR1", job)
+    elif how == "preemption":
+        other = slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
+        slurm.finished(other)
+        assert slurm.state(other) == {"COMPLETED"}
+    else:
+        waiting.send_signal(signal.SIGINT)
+        code, _, errors = runs.finish(waiting)
+        assert code == 130
+        assert f"scancel {job} ends them" in errors
+        assert slurm.state(job) == {"RUNNING"}
+        waiting = start("sweep", *options)
+    code, _, errors = runs.finish(waiting)
+    log = (tmp_path / f"slurm/{job}_0_log.out").read_text()
+    assert code == 0, errors + log
+    assert list(jobs(slurm, tmp_path)) == [job]
+    assert ("resumed from step" in log) == (how != "interrupt"), log
+    assert Checkpoints(folder).newest().step == 16 * epochs
+    assert [line["epoch"] for line in workdirs.metrics(folder)] == [*range(1, epochs + 1)]
+
+
+@submitit
+def test_a_job_that_is_cancelled_is_told_with_its_log(slurm, start, tmp_path):
+    waiting = start("sweep", "--set=epochs=400", "--seeds=1", f"--workdir={tmp_path}")
+    slurm.wait(runs.has_saved(tmp_path / "epochs=400/seed_0", 2))
+    (job,) = jobs(slurm, tmp_path)
+    slurm("scancel", job)
+    code, _, errors = runs.finish(waiting)
+    assert code == 1
+    told = rf"error: epochs=400, seed 0: .*CANCELLED.*; its log is \S+/{job}_0_log.out"
+    assert re.search(told, errors)
+
+
+@submitit
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("time=1:00", "--slurm=time=1:00: must be minutes, at least 1"),
+        ("gpus=none", "--slurm=gpus=none: must be a number, at least 1"),
+        ("array=0-3", "--slurm=array=0-3: cannot be set, as this command sets it itself"),
+        ("partition=nowhere", "--slurm=partition=nowhere: sbatch refuses it (.*invalid partition"),
+        ("colour=red", "--slurm=colour=red: sbatch refuses it (.*unrecognized option"),
+    ],
+)
+def test_bad_options_are_one_line(slurm, start, tmp_path, options, line):
+    process = start("sweep", "--seeds=1", f"--slurm={options}", f"--workdir={tmp_path}")
+    code, output, errors = runs.finish(process)
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert re.search(re.escape(line).replace(r"\.\*", ".*"), errors.splitlines()[-1]), errors

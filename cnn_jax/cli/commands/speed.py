@@ -60,6 +60,7 @@ def benchmark(values: flags.FlagValues) -> int | None:
     "data_dir",
     "dump",
     "write",
+    "scaling",
     experiment=SEVERAL,
     words="experiment",
 )
@@ -75,4 +76,5 @@ def compile_(values: flags.FlagValues) -> None:
         values.data_dir,
         local_path(values.dump) if values.dump else None,
         values.write,
+        values.scaling,
     )

@@ -149,6 +149,9 @@ def lr_finder(values: flags.FlagValues) -> None:
     "workdir",
     "data_dir",
     "download",
+    "launcher",
+    "parallel",
+    "slurm",
     seeds=3,
     workdir=None,
     words="experiment",
@@ -156,12 +159,13 @@ def lr_finder(values: flags.FlagValues) -> None:
 def sweep(values: flags.FlagValues) -> int:
     """Trains every combination of --set field=value,value over several seeds, and compares them."""
     from cnn_jax.config import experiment
+    from cnn_jax.studies import launcher
     from cnn_jax.studies import sweep as sweeps
 
+    launch = launcher.choose(values.launcher, values.parallel, values.slurm or "")
     workdir = local_path(values.workdir or f"runs/sweep/{experiment.short_name(values.experiment)}")
-    return sweeps.sweep(
-        values.experiment, values.set, values.seeds, workdir, values.data_dir, values.download
-    )
+    given = values.data_dir, values.download, launch
+    return sweeps.sweep(values.experiment, values.set, values.seeds, workdir, *given)
 
 
 @command(
@@ -170,6 +174,9 @@ def sweep(values: flags.FlagValues) -> int:
     "workdir",
     "data_dir",
     "download",
+    "launcher",
+    "parallel",
+    "slurm",
     "output",
     "rebuild",
     workdir="runs/reproduce",
@@ -177,14 +184,16 @@ def sweep(values: flags.FlagValues) -> int:
 def reproduce(values: flags.FlagValues) -> int:
     """Trains what experiments/RESULTS.md tells of, keeps a record of each run, rebuilds the tables."""
     from cnn_jax.config import experiment
+    from cnn_jax.studies import launcher
     from cnn_jax.studies.reproduce import plan, run, table
 
     if values["only"].present and not values.only:
         raise ConfigError("--only=: must name at least one experiment; leave it out for all")
     rows = plan.choose(plan.ROWS, values.only, values.seeds)
+    launch = launcher.choose(values.launcher, values.parallel, values.slurm or "")
     output = local_path(values.output) if values.output else experiment.RESULTS
     if values.rebuild:
-        for name in ("only", "seeds", "download"):
+        for name in ("only", "seeds", "download", "launcher", "parallel", "slurm"):
             if values[name].present:
                 raise ConfigError(
                     f"--{name}: must not be given with --rebuild, which trains nothing; leave it out"
@@ -193,6 +202,7 @@ def reproduce(values: flags.FlagValues) -> int:
         print(f"written to {output / 'RESULTS.md'}")
         return 0
     workdir = local_path(values.workdir)
-    code = run.reproduce(rows, workdir, output, values.data_dir, download=values.download)
+    given = values.data_dir, plan.ROWS, values.download, launch
+    code = run.reproduce(rows, workdir, output, *given)
     print(f"written to {output / 'RESULTS.md'}")
     return code

@@ -11,7 +11,7 @@ from cnn_jax.common.files import written
 from cnn_jax.config import experiment
 from cnn_jax.data.sources import input_shape
 from cnn_jax.studies import markdown
-from cnn_jax.studies.compile import table, targets
+from cnn_jax.studies.compile import scaling, table, targets
 from cnn_jax.studies.compile.programs import compile_steps
 
 
@@ -23,6 +23,7 @@ def compile_all(
     data_dir: str | None,
     dump: Path | None,
     write: bool,
+    scale: bool = False,
 ) -> None:
     """Compiles and prints the steps of experiments.
 
@@ -34,11 +35,14 @@ def compile_all(
       data_dir: the folder of the datasets, which need not be prepared.
       dump: a file for the compiled text.
       write: puts the training steps into RESULTS.md.
+      scale: prints how the cost of a training step grows with the devices, instead of the rest.
 
     Raises:
       ConfigError: an experiment, the topology or a batch is unsuitable.
       WorkdirError: a file cannot be written.
     """
+    if scale and (write or dump):
+        raise ConfigError(f"--scaling: must not be given with --{'write' if write else 'dump'}")
     configs = [experiment.load(name, assignments) for name in experiments]
     target = targets.find(topology)
     if write and target.rates is None:
@@ -48,6 +52,9 @@ def compile_all(
         if len(experiments) > 1:
             print(name)
         shape = input_shape(config.data, input_size, data_dir)
+        if scale:
+            print("\n\n".join(scaling.tables(config, shape, target)), flush=True)
+            continue
         for compiled in compile_steps(config, shape, target):
             print("\n".join(table.lines(compiled, target)), flush=True)
             texts.append(compiled.text)

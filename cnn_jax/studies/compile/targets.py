@@ -1,7 +1,6 @@
 """The devices to compile for: what they are able to do, and as JAX sees them."""
 
 import dataclasses
-import importlib.util
 import os
 import re
 import tomllib
@@ -11,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from cnn_jax import CHECKOUT, PROGRAM
+from cnn_jax.common import extras
 from cnn_jax.common.errors import ConfigError
 
 # libtpu asks for these where there is no TPU; the topology overrides them.
@@ -36,8 +35,10 @@ class Rates:
     memory: float
     memory_bandwidth: float
     interconnect_bandwidth: float
+    linked: int
     source: str
     highest: float = 0.0
+    network_bandwidth: float = 0.0
     target_config: str = ""
 
     def arithmetic(self, compute_dtype: str, matmul_precision: str) -> float:
@@ -96,7 +97,7 @@ def _tpus(topology: str, shape: str) -> Sequence[jax.Device]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape, re.ASCII):
         raise ConfigError(f"--topology={topology}: a TPU's must have a slice, as in v5e:2x2")
     if "TPU_LIBRARY_PATH" not in os.environ:
-        _need("libtpu", topology, "compile-tpu")
+        extras.need("libtpu", f"--topology={topology}", "compile-tpu")
     os.environ.update(_TPU_ENVIRONMENT)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -110,17 +111,9 @@ def _gpus(topology: str, rates: Rates, shape: str) -> Sequence[jax.Device]:
         raise ConfigError(
             f"--topology={topology}: a GPU's must have a number or HOSTSxNUMBER, as in h100:2x4"
         )
-    _need("jax_cuda13_plugin", topology, "compile-cuda")
+    extras.need("jax_cuda13_plugin", f"--topology={topology}", "compile-cuda")
     os.environ.update(_CUDA_ENVIRONMENT)
     hosts, count = found[1] or 1, found[2] or 1
     return topologies.get_topology_desc(
         platform="cuda", target_config=rates.target_config, topology=f"1x{hosts}x{count}"
     ).devices
-
-
-def _need(module: str, topology: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        adds = f"{PROGRAM} setup --with={extra}" if CHECKOUT else f"pip install 'cnn_jax[{extra}]'"
-        raise ConfigError(
-            f"--topology={topology}: needs {module}, which is missing; {adds} adds it"
-        )

@@ -1,9 +1,10 @@
 """Trains the experiments of the plan, keeps a record of each run, rebuilds RESULTS.md."""
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -13,9 +14,11 @@ from cnn_jax.common.errors import CnnJaxError, Preempted
 from cnn_jax.config import Config
 from cnn_jax.config.experiment import load
 from cnn_jax.config.serialize import is_of
+from cnn_jax.studies import launcher
 from cnn_jax.studies.reproduce import records, table
 from cnn_jax.studies.reproduce.plan import ROWS, Row
-from cnn_jax.studies.subprocesses import CommandFailed, Processes
+from cnn_jax.studies.subprocesses import CommandFailed
+from cnn_jax.studies.task import Task
 from cnn_jax.train.workdir import metrics, prepare, write_json
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ def reproduce(
     data_dir: str | None = None,
     shown: Sequence[Row] = ROWS,
     download: bool = False,
+    launch: launcher.Launcher | None = None,
 ) -> int:
     """Trains, evaluates and records every run of `rows` that has no record yet.
 
@@ -40,6 +44,7 @@ def reproduce(
       data_dir: the folder of the datasets.
       shown: the rows of RESULTS.md.
       download: downloads datasets that are not prepared.
+      launch: runs them, as `launcher.choose` gives it; by default one after another.
 
     Returns:
       The exit code of the first run that failed, or 0.
@@ -54,48 +59,68 @@ def reproduce(
     jax.config.update("jax_platforms", "cpu")
     table.rebuild(output, shown)  # fail now rather than after hours of training
     runs = [(row.experiment, seed) for row in rows for seed in range(row.seeds)]
+    tasks: list[Task] = []
     codes: list[int] = []
-    with Processes() as processes:
-        for place, (experiment, seed) in enumerate(runs, 1):
-            name = f"{experiment}, seed {seed} ({place} of {len(runs)})"
-            try:
-                config = load(experiment, [f"seed={seed}"])
-                path = records.folder(output / "records", experiment, seed)
-                record = records.read(path)
-                if record and is_of(record.config["config"], config):
-                    log.info("%s: recorded already", name)
-                    continue
-                log.info("%s", name)
-                own = records.folder(workdir, experiment, seed)
-                _run(processes, experiment, config, own, path, data_dir, download)
-                table.rebuild(output, shown)
-            except Preempted:
-                raise
-            except (CnnJaxError, CommandFailed) as error:
-                log.error("error: %s: %s", name, " ".join(str(error).split()))
-                codes.append(error.exit_code)
+    for place, (experiment, seed) in enumerate(runs, 1):
+        own = records.folder(workdir, experiment, seed)
+        arguments = experiment, seed, own, data_dir, download
+        task = Task(f"{experiment}, seed {seed}", place, len(runs), _train, arguments)
+        with _reported(task, codes):
+            config = load(experiment, [f"seed={seed}"])
+            record = records.read(records.folder(output / "records", experiment, seed))
+            if record and is_of(record.config["config"], config):
+                log.info("%s: recorded already", task.label)
+            else:
+                tasks.append(task)
+    for task, failure in (launch or launcher.choose())(tasks, workdir / "slurm"):
+        with _reported(task, codes):
+            if failure:
+                raise failure
+            _record(output / "records", *task.arguments[:3])
+            table.rebuild(output, shown)
     table.rebuild(output, shown)
     log.info("%d of %d runs are recorded", len(runs) - len(codes), len(runs))
     return codes[0] if codes else 0
 
 
-def _run(
-    processes: Processes,
+@contextlib.contextmanager
+def _reported(task: Task, codes: list[int]) -> Iterator[None]:
+    """Logs the error of a run, and adds its exit code to `codes`."""
+    try:
+        yield
+    except Preempted:
+        raise
+    except (CnnJaxError, CommandFailed) as error:
+        log.error("error: %s: %s", task.label, " ".join(str(error).split()))
+        codes.append(error.exit_code)
+
+
+def _train(
+    run: Callable[..., None],
     experiment: str,
-    config: Config,
+    seed: int,
     workdir: Path,
-    path: Path,
     data_dir: str | None,
     download: bool,
 ) -> None:
-    """Trains and evaluates one run in `workdir` and records it in `path`."""
-    command = ["train", f"--experiment={experiment}", "--set", f"seed={config.seed}"]
+    """Trains and evaluates one run in `workdir`."""
     folders = [f"--workdir={workdir}", *([f"--data_dir={data_dir}"] if data_dir else [])]
-    with _Origin(workdir, config) as origin:
-        processes.run(*command, *folders, *(["--download"] if download else []))
+    with _Origin(workdir, load(experiment, [f"seed={seed}"])):
+        run(*_command(experiment, seed), *folders, *(["--download"] if download else []))
         evaluate = ["evaluate", f"--experiment={experiment}", f"--output={workdir}"]
-        processes.run(*evaluate, *folders, quiet=True)
-    records.write(path, workdir, config, f"./launch.sh {' '.join(command)}", origin.saved)
+        run(*evaluate, *folders, quiet=True)
+
+
+def _record(folder: Path, experiment: str, seed: int, workdir: Path) -> None:
+    """Records the run in `workdir` below `folder`."""
+    config = load(experiment, [f"seed={seed}"])
+    path = records.folder(folder, experiment, seed)
+    command = f"./launch.sh {' '.join(_command(experiment, seed))}"
+    records.write(path, workdir, config, command, _Origin(workdir, config).saved)
+
+
+def _command(experiment: str, seed: int) -> list[str]:
+    return ["train", f"--experiment={experiment}", "--set", f"seed={seed}"]
 
 
 class _Origin:

@@ -15,7 +15,7 @@ from cnn_jax.studies.compile.findings import Findings
 from tests.networks import Linear
 
 NOTHING = Findings(0, 0, 0, (), {}, {}, (), (), (), (), 0, False)
-RATES = targets.Rates(2e12, 4e12, 1e9, 1e11, 1e10, "")
+RATES = targets.Rates(2e12, 4e12, 1e9, 1e11, 1e10, 8, "")
 GPU = dataclasses.replace(RATES, highest=1e12, target_config="x")
 
 
@@ -97,7 +97,7 @@ def test_float64_is_found():
 
 
 def test_what_does_not_fit_is_refused():
-    few = targets.Rates(1.0, 1.0, 2000.0, 1.0, 1.0, "")
+    few = targets.Rates(1.0, 1.0, 2000.0, 1.0, 1.0, 8, "")
     target = targets.Target("few", jax.devices()[:1], few)
     with pytest.raises(ConfigError, match=r"batch of 16: needs .* which has 2,000"):
         next(programs.compile_steps(config(), (4, 4, 1), target))
