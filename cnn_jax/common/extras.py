@@ -1,10 +1,17 @@
-"""Adds TensorFlow, which only some datasets need, when one of them is requested."""
+"""Packages that only some runs need: what adds them."""
 
 import logging
 import os
 import sys
 
+from cnn_jax import CHECKOUT, PROGRAM
+
 log = logging.getLogger(__name__)
+
+
+def command_that_adds(extra: str) -> str:
+    """The command that installs an extra of setup.cfg."""
+    return f"{PROGRAM} setup --with={extra}" if CHECKOUT else f"pip install 'cnn_jax[{extra}]'"
 
 
 def add_tensorflow() -> None:

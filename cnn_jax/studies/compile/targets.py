@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from cnn_jax import CHECKOUT, PROGRAM
 from cnn_jax.common.errors import ConfigError
+from cnn_jax.common.extras import command_that_adds
 
 # libtpu asks for these where there is no TPU; the topology overrides them.
 _TPU_ENVIRONMENT = {
@@ -110,7 +110,7 @@ def _gpus(topology: str, rates: Rates, shape: str) -> Sequence[jax.Device]:
 
 def _need(module: str, topology: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
-        adds = f"{PROGRAM} setup --with={extra}" if CHECKOUT else f"pip install 'cnn_jax[{extra}]'"
         raise ConfigError(
-            f"--topology={topology}: needs {module}, which is missing; {adds} adds it"
+            f"--topology={topology}: needs {module}, which is missing; {command_that_adds(extra)} "
+            "adds it"
         )
