@@ -108,7 +108,8 @@ def of_wandb(workdir) -> dict[tuple[str, int], float]:
             for item in record.history.item:
                 name, step = item.key or item.nested_key[0], record.history.step.num
                 value = json.loads(item.value_json)
-                if isinstance(value, int | float) and not name.startswith("_"):
+                # What it keeps of a picture has two keys.
+                if len(item.nested_key) < 2 and not name.startswith("_"):
                     rows.append((name, step, value))
     return unique(rows)
 

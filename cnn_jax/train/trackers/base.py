@@ -1,5 +1,6 @@
 """What a tracker is: a place outside of metrics.jsonl to which a run reports."""
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,11 +20,16 @@ def ending_of(error: BaseException | None) -> Ending:
 class Tracker:
     """Gets what a run measures. A subclass defines what it has use for.
 
-    It is made once for each call of `train`, by a function of two arguments: the run's workdir, a
-    Path, and the content of its config.json, a dict. Only the main process makes it. All methods are
-    called by the same thread, in the order of the steps. An error in any of them costs a warning and
-    this tracker; the run continues.
+    It is made once for each call of `train`, by the main process alone. All methods are called by the
+    same thread, in the order of the steps. An error in any of them costs a warning and this tracker;
+    the run continues.
     """
+
+    def __init__(self, workdir: Path, saved: dict):
+        """Args:
+        workdir: the run's folder, which exists.
+        saved: the content of its config.json.
+        """
 
     def recorded(self) -> dict[str, int] | None:
         """The last step of each metric and picture that the record holds from earlier calls.

@@ -14,7 +14,7 @@ class CsvFiles(Tracker):
     """
 
     def __init__(self, workdir: Path, saved: dict):
-        """`workdir`/csv need not exist; `saved` is in config.json already."""
+        """`workdir`/csv need not exist; config.json has what is in `saved`."""
         folder = workdir / "csv"
         folder.mkdir(exist_ok=True)
         self._metrics, self._checkpoints = folder / "metrics.csv", folder / "checkpoints.csv"

@@ -24,7 +24,7 @@ class TensorBoard(Tracker):
     """
 
     def __init__(self, workdir: Path, saved: dict | None = None):
-        """`workdir`/tensorboard need not exist; `saved` is in config.json already."""
+        """`workdir`/tensorboard need not exist; `saved` is not used."""
         self._folder = workdir / "tensorboard"
         self._records: Any = None
         self._failed = False
