@@ -93,6 +93,8 @@ def run_file(path: Path, flag: str, use: Callable[[Any], T]) -> T:
       ConfigError: the file or `use` fails.
     """
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    assert spec is not None, "a name that ends in .py has a spec"
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look up annotations as text here
     try:

@@ -1,8 +1,8 @@
 """The commands that train."""
 
-import dataclasses
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -11,6 +11,9 @@ from cnn_jax.cli.registry import command
 from cnn_jax.common import environment
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import local_path
+
+if TYPE_CHECKING:  # it imports JAX, which not all commands need
+    from cnn_jax.config import Config
 
 
 @command()
@@ -58,7 +61,9 @@ def train(values: flags.FlagValues) -> None:
         if place := cluster.find(
             values.distributed, values.coordinator, values.processes, values.process
         ):
-            processes.start_processes(*dataclasses.astuple(place), config.heartbeat_seconds)
+            processes.start_processes(
+                place.coordinator, place.processes, place.process, config.heartbeat_seconds
+            )
         environment.check_devices()
     if values.dry_run:
         from cnn_jax.train import dry_run
@@ -94,7 +99,7 @@ def train(values: flags.FlagValues) -> None:
         print(f"then the real data: {PROGRAM} train fashion_mnist/lenet --download")
 
 
-def _train_seeds(config, workdir: Path, name: str, values: flags.FlagValues) -> None:
+def _train_seeds(config: "Config", workdir: Path, name: str, values: flags.FlagValues) -> None:
     from cnn_jax.studies import markdown
     from cnn_jax.train import seeds
 

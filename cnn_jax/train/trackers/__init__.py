@@ -50,7 +50,8 @@ def find(names: Sequence[str]) -> dict[str, Callable[[Path, dict], Tracker]]:
                 "separated by commas"
             )
         for module in NEEDED.get(name, ()):
-            if importlib.util.find_spec(module) is None:
+            spec = importlib.util.find_spec(module)
+            if spec is None or spec.origin is None:  # W&B leaves a folder wandb/ where it ran
                 raise ConfigError(
                     f"--tracker={name}: needs {module}, which is missing; "
                     f"{command_that_adds(name)} adds it"
