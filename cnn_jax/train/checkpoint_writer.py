@@ -11,11 +11,7 @@ import os
 import queue
 import shutil
 import time
-<<<<<<< HEAD
-from collections.abc import Iterator
-=======
-from collections.abc import Mapping
->>>>>>> main
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
