@@ -1,5 +1,6 @@
 """A run in Weights & Biases, without an account unless WANDB_MODE=online asks for one."""
 
+import importlib
 import os
 import struct
 import uuid
@@ -32,7 +33,8 @@ class WandbRun(Tracker):
             write_text(identity, uuid.uuid4().hex[:12])
         self._id = identity.read_text()
         self._image = wandb.Image
-        settings = {"silent": True, "console": "off", "disable_git": True, "save_code": False}
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "cnn_jax"),
             group=saved["experiment"] or None,
@@ -41,8 +43,8 @@ class WandbRun(Tracker):
             resume="allow",
             reinit="create_new",  # several seeds have a run each
             dir=str(self._folder.parent),
-            mode=os.environ.get("WANDB_MODE", "offline"),
-            settings=wandb.Settings(**settings),
+            mode=mode,
+            settings=settings,
         )
         self._run.config.update(saved, allow_val_change=True)
 
@@ -77,8 +79,8 @@ def records(path: Path) -> Iterator[Any]:
     W&B's own reader is no longer in its Python package.
     """
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
 
+    types: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")  # made at the import
     data = path.read_bytes()
     at, record, header, block = 7, b"", struct.Struct("<IHB"), 2**15
     while at + header.size <= len(data):
@@ -94,6 +96,6 @@ def records(path: Path) -> Iterator[Any]:
         at += header.size + length
         if kind in (1, 4):
             try:
-                yield Record.FromString(record)
+                yield types.Record.FromString(record)
             except DecodeError:
                 return
