@@ -1,5 +1,6 @@
 """Where a run reports besides metrics.jsonl: each record is whole, and no step is in it twice."""
 
+import contextlib
 import csv
 import importlib.util
 import inspect
@@ -97,7 +98,7 @@ def of_csv(workdir) -> dict[tuple[str, int], float]:
 
 
 def of_mlflow(workdir) -> dict[tuple[str, int], float]:
-    with sqlite3.connect(workdir / "mlflow" / "mlflow.db") as database:
+    with contextlib.closing(sqlite3.connect(workdir / "mlflow" / "mlflow.db")) as database:
         return unique(database.execute("select key, step, value from metrics").fetchall())
 
 
@@ -144,7 +145,7 @@ def test_csv_has_the_checksums_of_the_checkpoints(resumed):
 
 @pytest.mark.skipif("mlflow" not in OPTIONAL, reason="mlflow is not installed")
 def test_mlflow_has_one_run_with_everything(resumed):
-    with sqlite3.connect(resumed / "mlflow" / "mlflow.db") as database:
+    with contextlib.closing(sqlite3.connect(resumed / "mlflow" / "mlflow.db")) as database:
         ((run, status),) = database.execute("select run_uuid, status from runs").fetchall()
         params = dict(database.execute("select key, value from params").fetchall())
         tags = dict(database.execute("select key, value from tags").fetchall())
@@ -161,6 +162,13 @@ def test_mlflow_has_one_run_with_everything(resumed):
 def test_wandb_has_everything_under_one_identifier(resumed):
     first, second = sorted((resumed / "wandb").glob("offline-run-*/*.wandb"))
     assert first.name == second.name
+    steps = [
+        record.history.step.num
+        for file in (first, second)
+        for record in wandb_run.records(file)
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert steps == [*range(1, 16)]
     text = "".join(map(str, wandb_run.records(second)))
     assert Checkpoints(resumed).manifest(15)["sha256"] in text
     assert "tiny_squares" in text

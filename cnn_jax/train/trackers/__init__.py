@@ -99,29 +99,35 @@ class Trackers:
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Sends metrics of training step `step`."""
-        self._each(lambda name, tracker: tracker.metrics(self._new(name, values, step), step))
+        for name, tracker in [*self._running.items()]:
+            if new := self._new(name, values, step):
+                with self._guarded(name):
+                    tracker.metrics(new, step)
 
     def images(self, images: dict[str, np.ndarray], step: int) -> None:
         """Sends pictures, uint8 [H, W, C]."""
-        self._each(lambda name, tracker: tracker.images(self._new(name, images, step), step))
+        for name, tracker in [*self._running.items()]:
+            if new := self._new(name, images, step):
+                with self._guarded(name):
+                    tracker.images(new, step)
 
     def checkpoint(self, step: int, sha256: str) -> None:
         """Sends the checksum of a checkpoint."""
-        self._each(lambda name, tracker: tracker.checkpoint(step, sha256))
+        self._each(lambda tracker: tracker.checkpoint(step, sha256))
 
     def flush(self) -> None:
         """Has written what is buffered, after an epoch."""
-        self._each(lambda name, tracker: tracker.flush())
+        self._each(lambda tracker: tracker.flush())
 
     def close(self, ending: Ending) -> None:
         """Ends all records."""
-        self._each(lambda name, tracker: tracker.close(ending))
+        self._each(lambda tracker: tracker.close(ending))
         self._running.clear()
 
-    def _each(self, action: Callable[[str, Tracker], None]) -> None:
+    def _each(self, action: Callable[[Tracker], None]) -> None:
         for name, tracker in [*self._running.items()]:
             with self._guarded(name):
-                action(name, tracker)
+                action(tracker)
 
     def _new(self, name: str, values: dict, step: int) -> dict:
         """Those of `values` that the record of this tracker does not have."""
