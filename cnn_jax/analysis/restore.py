@@ -1,6 +1,7 @@
 """Restores a trained model from its workdir, for evaluate, predict, report and the others."""
 
 import dataclasses
+import html
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.serialize import data_from_json, model_from_json
 from cnn_jax.config.validate import validate
 from cnn_jax.train import checkpoint, step
-from cnn_jax.train.workdir import read_config
+from cnn_jax.train.workdir import metrics, read_config
+
+MOST_CLASSES = 20  # that a notebook shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +57,35 @@ class RestoredRun:
         names = ("model", "data", "compute_dtype", "matmul_precision")
         return {name: getattr(self, name) for name in names}
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it: a table of the network, the data and the metrics."""
+        sizes = [leaf.size for leaf in jax.tree.leaves(self.variables["params"])]
+        rows = {
+            "architecture": type(self.model).__name__,
+            "parameters": f"{sum(sizes):,}",
+            "dataset": self.data.name,
+            "images": "x".join(map(str, self.image_shape)),
+            "classes": ", ".join(self.class_names[:MOST_CLASSES])
+            + ("" if len(self.class_names) <= MOST_CLASSES else f", ... {len(self.class_names)}"),
+            "checkpoint": f"step {self.step}",
+        }
+        lines = [line for line in metrics(self.workdir) if line["step"] <= self.step]
+        for name, value in (lines[-1] if lines else {}).items():
+            if name == "epoch":
+                rows["epoch"] = f"{value}"
+            elif name.endswith(("_loss", "_accuracy")):
+                rows[name.replace("_", " ")] = f"{value:.4f}"
+        title = html.escape(f"{self.experiment or type(self.model).__name__} in {self.workdir}")
+        cells = "".join(
+            f'<tr><th style="text-align: left">{html.escape(name)}</th>'
+            f'<td style="text-align: left">{html.escape(value)}</td></tr>'
+            for name, value in rows.items()
+        )
+        return f"<table><caption>{title}</caption>{cells}</table>"
+
 
 def load_run(
-    workdir: Path, which: str = "latest", model: nn.Module | None = None, verify: bool = True
+    workdir: Path | str, which: str = "latest", model: nn.Module | None = None, verify: bool = True
 ) -> RestoredRun:
     """Restores the model of `workdir`.
 
@@ -71,6 +100,7 @@ def load_run(
       ConfigError: config.json names a model that is not one of cnn_jax.models, and none was given, or
         a field in it is out of range.
     """
+    workdir = Path(workdir)
     saved = read_config(workdir)
     try:
         config = saved["config"]

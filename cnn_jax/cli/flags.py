@@ -100,6 +100,11 @@ FLAGS = {
         None,
         "START:STOP, training steps counted from 0: writes a trace of them, prints the longest parts",
     ),
+    "tracker": Flag(
+        flags.DEFINE_list,
+        ["tensorboard"],
+        "where the run reports: tensorboard, csv, wandb, mlflow or a .py file, separated by commas",
+    ),
     "format": Flag(flags.DEFINE_string, "stablehlo", "stablehlo or onnx"),
     "watch": Flag(
         flags.DEFINE_bool, False, "evaluates each new checkpoint until the training ends"

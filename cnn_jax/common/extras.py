@@ -1,4 +1,4 @@
-"""Packages that only some commands need."""
+"""Packages that only some runs need."""
 
 import importlib.util
 import logging
@@ -38,6 +38,7 @@ def need(module: str, flag: str, extra: str) -> None:
     Raises:
       ConfigError: it is missing; names the command that adds it.
     """
-    if importlib.util.find_spec(module) is None:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:  # a folder of that name, as W&B leaves where it ran
         adds = f"{PROGRAM} setup --with={extra}" if CHECKOUT else f"pip install 'cnn_jax[{extra}]'"
         raise ConfigError(f"{flag}: needs {module}, which is missing; {adds} adds it")

@@ -6,8 +6,9 @@ import difflib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from cnn_jax import CHECKOUT, EXPERIMENTS, PROGRAM
 from cnn_jax.common.errors import ConfigError
@@ -18,6 +19,7 @@ from cnn_jax.config.schema import Config, DataConfig
 from cnn_jax.config.validate import validate
 from cnn_jax.models import LeNet
 
+T = TypeVar("T")
 FOLDER = EXPERIMENTS
 # Where RESULTS.md and the records are written. They do not belong in an installed package.
 RESULTS = FOLDER if CHECKOUT else Path("runs", "results")
@@ -72,7 +74,24 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
       ConfigError: there is no such experiment, its file fails or returns no Config, or a field is
         unknown or out of range.
     """
-    path = find(experiment)
+    config = run_file(find(experiment), f"--experiment={experiment}", lambda file: file.config())
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise ConfigError(f"--experiment={experiment}: config() returns {kind}, not a Config")
+    return resolve(validate(override(config, assignments)))
+
+
+def run_file(path: Path, flag: str, use: Callable[[Any], T]) -> T:
+    """What `use` makes of a user's file, as a module that has run; it may import files beside it.
+
+    Args:
+      path: of the file.
+      flag: that names it, with its value, for errors.
+      use: takes the module.
+
+    Raises:
+      ConfigError: the file or `use` fails.
+    """
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     assert spec is not None, "a name that ends in .py has a spec"
     assert spec.loader is not None
@@ -81,14 +100,10 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
     try:
         with _neighbours_importable(path):
             spec.loader.exec_module(module)
-            config = module.config()
+            return use(module)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"--experiment={experiment}: {path.name} fails: {reason}") from error
-    if not isinstance(config, Config):
-        kind = type(config).__name__
-        raise ConfigError(f"--experiment={experiment}: config() returns {kind}, not a Config")
-    return resolve(validate(override(config, assignments)))
+        raise ConfigError(f"{flag}: {path.name} fails: {reason}") from error
 
 
 def of_dataset(dataset: str, assignments: Sequence[str] = ()) -> Config:

@@ -8,9 +8,10 @@ written or read back is reported at once and removed; the run continues and save
 import contextlib
 import logging
 import os
+import queue
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class CheckpointWriter(Checkpoints):
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._failure: CheckpointError | None = None  # of the last save
         self._failures, self._failed_at = 0, 0.0  # since the last success
+        self._proven: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
 
     def start_writing(self, resume_at: int | None) -> None:
         """Deletes unfinished saves of an earlier run, and sets its damaged checkpoints aside.
@@ -122,6 +124,7 @@ class CheckpointWriter(Checkpoints):
             self._writer.wait_until_finished()
             if parallel.is_main_process():
                 self._read_back(manifest)
+                self._proven.put((manifest["step"], manifest["sha256"]))
                 self._prune(manifest["step"])
         except Exception as error:
             self._fail(manifest, error)
@@ -169,6 +172,11 @@ class CheckpointWriter(Checkpoints):
         pause = min(60.0, 2.0**self._failures)
         due = self._failure is not None and time.monotonic() - self._failed_at >= pause
         return bool(parallel.largest(int(due)))
+
+    def newly_proven(self) -> Iterator[tuple[int, str]]:
+        """(step, SHA-256 of the manifest) of each checkpoint read back since the last call."""
+        while not self._proven.empty():
+            yield self._proven.get()
 
     def wait(self) -> None:
         """Waits until the last save is done.

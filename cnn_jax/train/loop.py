@@ -6,6 +6,7 @@ the order of what happens in them.
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from cnn_jax.train.profile import Profile
 from cnn_jax.train.run import Run
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
-from cnn_jax.train.workdir import check_same_run, locked, metrics, prepare, write_config
+from cnn_jax.train.trackers import DEFAULT, Trackers, find
+from cnn_jax.train.workdir import (
+    check_same_run,
+    locked,
+    metrics,
+    prepare,
+    read_config,
+    write_config,
+)
 
 
 def train(
@@ -35,6 +44,7 @@ def train(
     mesh: Any = None,
     signals: StopSignals | None = None,
     profile: str | None = None,
+    trackers: Sequence[str] = DEFAULT,
 ) -> list[dict]:
     """Trains to the last epoch; resumes where an earlier call on `workdir` stopped.
 
@@ -50,6 +60,7 @@ def train(
       mesh: the devices; by default the first `config.devices`.
       signals: that ask it to stop, if the caller, in the main thread, receives them.
       profile: START:STOP, the steps of which to write a trace.
+      trackers: where it reports to, as `trackers.find` takes them.
 
     Returns:
       The lines of metrics.jsonl.
@@ -66,6 +77,8 @@ def train(
     agreement.check_program(config)
     workdir = Path(workdir).absolute()
     traced = Profile(profile, workdir) if profile else None
+    makers = find(trackers)
+    tracking = Trackers(makers if parallel.is_main_process() else {}, workdir)
     if parallel.is_main_process():
         prepare(workdir)
     receiving = contextlib.nullcontext(signals) if signals else StopSignals()
@@ -82,9 +95,10 @@ def train(
         check_same_run(workdir, config, metadata)
         order = loader.make_order(config, splits.train)
         saver = Saver(config, workdir, len(splits.train), order, signals, check_lock)
-        with Run(config, mesh, splits, signals, saver, traced) as run:
+        with Run(config, mesh, splits, signals, saver, tracking, traced) as run:
             saver.start(run.restore(verify, source))
             if parallel.is_main_process():
                 write_config(workdir, config, experiment, metadata)
+                tracking.start(read_config(workdir), metrics(workdir))
             run.epochs()
     return metrics(workdir)

@@ -1,4 +1,4 @@
-"""The output of a run while it trains: the progress bar, metrics.jsonl, TensorBoard."""
+"""The output of a run while it trains: the progress bar, metrics.jsonl, the trackers."""
 
 import logging
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from cnn_jax.config import Config
 from cnn_jax.models.kernels import first_kernel
 from cnn_jax.train import parallel, workdir
 from cnn_jax.train.progress import Progress
-from cnn_jax.train.tensorboard import TensorBoard
+from cnn_jax.train.trackers import Trackers, metrics_of
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +38,12 @@ def epoch_line(step: int, epoch: int, sums: dict[str, np.ndarray], images: int) 
 class Reporter:
     """Reports on a run. Every process prints; only the main process writes to the workdir."""
 
-    def __init__(self, config: Config, folder: Path, steps_per_epoch: int):
+    def __init__(self, config: Config, folder: Path, steps_per_epoch: int, trackers: Trackers):
         self._model, self._folder, self._steps = config.model, folder, steps_per_epoch
         self._compute_dtype = config.compute_dtype
         self.progress = Progress(config.epochs, steps_per_epoch, config.batch_size)
-        self._tensorboard = TensorBoard(folder)
+        self.trackers = trackers
         self._kept: tuple[int, Any, jax.Array] | None = None
-
-    def close(self) -> None:
-        self._tensorboard.close()
 
     def compiled(self, seconds: float, devices: int, calls: str) -> None:
         """Prints the devices for which the step was compiled; `calls` says how it is called."""
@@ -76,10 +73,10 @@ class Reporter:
         done = (step - 1) % self._steps + 1
         self.progress.update(done, float(mean), float(accuracy))
         if parallel.is_main_process():
-            self._tensorboard.scalars({"step_loss": float(loss)}, step)
+            self.trackers.metrics({"step_loss": float(loss)}, step)
 
     def evaluated(self, confusion: np.ndarray, params: Any, image_shape: tuple, step: int) -> None:
-        """Draws the test split's confusion matrix and the first layer's kernels for TensorBoard.
+        """Draws the test split's confusion matrix and the first layer's kernels for the trackers.
 
         Args:
           confusion: int64 [classes, classes].
@@ -93,9 +90,11 @@ class Reporter:
             pictures = {"confusion": images.draw_confusion(confusion)}
             if kernel := first_kernel(self._model, image_shape, params):
                 pictures["kernels"] = images.draw_kernels(kernel[1])
-            self._tensorboard.images(pictures, step)
+            self.trackers.images(pictures, step)
         except Exception as error:  # a picture must not end a run
-            log.warning("warning: no pictures for TensorBoard: %s: %s", type(error).__name__, error)
+            log.warning(
+                "warning: no pictures for the trackers: %s: %s", type(error).__name__, error
+            )
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Writes an epoch's line to metrics.jsonl and shows it.
@@ -105,7 +104,6 @@ class Reporter:
         """
         if parallel.is_main_process():
             workdir.append_metrics(self._folder, line)
-            curves = {name: value for name, value in line.items() if name not in ("step", "epoch")}
-            self._tensorboard.scalars(curves, line["step"])
-            self._tensorboard.flush()
+            self.trackers.metrics(metrics_of(line), line["step"])
+            self.trackers.flush()
         self.progress.end_epoch(line)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from cnn_jax.common.errors import CheckpointError
 from cnn_jax.config import Config
 from cnn_jax.data.splits import Splits
 from cnn_jax.train import checkpoint, early_stopping, evaluation, optim, parallel, pretrained, start
@@ -24,6 +25,8 @@ from cnn_jax.train.reporting import Reporter, epoch_line
 from cnn_jax.train.saving import Saver
 from cnn_jax.train.signals import StopSignals
 from cnn_jax.train.step import TrainState, empty_sums
+from cnn_jax.train.trackers import Trackers
+from cnn_jax.train.trackers.base import ending_of
 
 
 class Run:
@@ -36,13 +39,14 @@ class Run:
         splits: Splits,
         signals: StopSignals,
         saver: Saver,
+        trackers: Trackers,
         profile: Profile | None = None,
     ):
         self.profile = profile
         self.config, self.mesh, self.splits = config, mesh, splits
         self.signals, self.saver = signals, saver
         self.steps_per_epoch = len(splits.train) // config.batch_size
-        self.reporter = Reporter(config, saver.folder, self.steps_per_epoch)
+        self.reporter = Reporter(config, saver.folder, self.steps_per_epoch, trackers)
         self.optimizer = optim.make_optimizer(config, self.steps_per_epoch)
         self.eval_step = evaluation.make_eval_step(config, mesh)
         self.state: TrainState
@@ -53,8 +57,14 @@ class Run:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        self.reporter.close()
-        self.saver.close(error)
+        try:
+            self.saver.close(error)
+        except CheckpointError as failure:
+            error = failure
+            raise
+        finally:
+            self._report_checkpoints()
+            self.reporter.trackers.close(ending_of(error))
 
     # ------------------------------------------------------------------------------ before
 
@@ -140,6 +150,11 @@ class Run:
         self._trace(first + done, last=epoch + 1 == config.epochs)
         self._end_epoch(epoch)
 
+    def _report_checkpoints(self) -> None:
+        """Tells the trackers of the checkpoints that were read back since."""
+        for step, sha256 in self.saver.checkpoints.newly_proven():
+            self.reporter.trackers.checkpoint(step, sha256)
+
     def _trace(self, step: int, last: bool = False) -> None:
         """Starts or ends the trace of --profile before `step`."""
         if self.profile:
@@ -165,6 +180,7 @@ class Run:
         line["images_per_second"] = images / self.epoch_seconds
         saver.check_lock()
         self.reporter.epoch(line)
+        self._report_checkpoints()
         self.line_is_missing = False
         if last or early_stopping.stale_epochs(config, saver.folder):
             saver.save_and_wait(self.state, self.epoch_seconds)

@@ -7,6 +7,7 @@ slowly.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cnn_jax.config.validate import validate
 from cnn_jax.data.splits import load_splits
 from cnn_jax.train import loop, parallel, progress
 from cnn_jax.train.signals import StopSignals
+from cnn_jax.train.trackers import DEFAULT
 
 
 def train_seeds(
@@ -30,6 +32,7 @@ def train_seeds(
     download: bool = False,
     verify: bool = True,
     init_from: str | None = None,
+    trackers: Sequence[str] = DEFAULT,
 ) -> list[list[dict]]:
     """Trains `config` with the seeds 0 to `seeds` - 1 at once; resumes each where it stopped.
 
@@ -67,6 +70,7 @@ def train_seeds(
                     init_from=init_from,
                     mesh=parallel.make_mesh(1, [device]),
                     signals=signals,
+                    trackers=trackers,
                 )
             except CnnJaxError as error:
                 return error

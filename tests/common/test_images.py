@@ -112,4 +112,4 @@ def test_pictures_that_fail_do_not_end_a_run(
         lines = loop.train(dataclasses.replace(config, epochs=1), tmp_path, splits=splits)
     assert len(lines) == 1
     assert images_of(tmp_path) == {}
-    assert "no pictures for TensorBoard: MemoryError: no room" in caplog.text
+    assert "no pictures for the trackers: MemoryError: no room" in caplog.text

@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models import MLP
 from cnn_jax.train import loop
-from cnn_jax.train.tensorboard import TensorBoard
+from cnn_jax.train.trackers.tensorboard import TensorBoard
 from tests.quick import unoptimised
 
 
@@ -51,7 +51,7 @@ def test_curves_and_pictures_are_there_once_flushed(tmp_path):
     board = TensorBoard(tmp_path)
     assert not (tmp_path / "tensorboard").exists()  # nothing to show yet
     picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
-    board.scalars({"train_loss": 0.5, "test_loss": 0.25}, 7)
+    board.metrics({"train_loss": 0.5, "test_loss": 0.25}, 7)
     board.images({"kernels": picture}, 8)
     board.flush()
     head, session, *rest = events(only_file(tmp_path))
@@ -70,7 +70,7 @@ def test_curves_and_pictures_are_there_once_flushed(tmp_path):
 def test_a_full_disk_costs_one_warning_and_the_curves(tmp_path, monkeypatch, caplog, fails):
     board = TensorBoard(tmp_path)
     if fails == "write":
-        board.scalars({"loss": 1.0}, 1)
+        board.metrics({"loss": 1.0}, 1)
 
         def write(records, data):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -81,7 +81,7 @@ def test_a_full_disk_costs_one_warning_and_the_curves(tmp_path, monkeypatch, cap
     else:
         board = TensorBoard(tmp_path / "gone")
     for step in range(2, 30):
-        board.scalars({"loss": 1.0}, step)
+        board.metrics({"loss": 1.0}, step)
         board.images({"kernels": np.zeros((2, 2, 3), np.uint8)}, step)
     board.close()
     (record,) = caplog.records

@@ -38,6 +38,7 @@ def list_(values: flags.FlagValues) -> None:
     "seeds",
     "verify",
     "profile",
+    "tracker",
     "distributed",
     "coordinator",
     "processes",
@@ -51,9 +52,12 @@ def train(values: flags.FlagValues) -> None:
 
     with StopSignals():  # nothing to save yet: a signal ends the process at once
         from cnn_jax.config import experiment
-        from cnn_jax.train import cluster, loop, lost, parallel, processes
+        from cnn_jax.train import cluster, loop, lost, parallel, processes, trackers
 
         config = experiment.load(values.experiment, values.set)
+        if not values.tracker:
+            raise ConfigError("--tracker=: is empty; leave it out, or give it a value")
+        trackers.find(values.tracker)
         if place := cluster.find(
             values.distributed, values.coordinator, values.processes, values.process
         ):
@@ -81,6 +85,7 @@ def train(values: flags.FlagValues) -> None:
             values.verify,
             init_from=values.init_from,
             profile=values.profile,
+            trackers=values.tracker,
         )
     if not parallel.is_main_process():
         return
@@ -106,7 +111,7 @@ def _train_seeds(config: "Config", workdir: Path, name: str, values: flags.FlagV
                 f"--set {change}: must not be given with --seeds={values.seeds}, which sets the "
                 "seeds 0, 1, ...; leave one of the two out"
             )
-    given = values.data_dir, values.download, values.verify, values.init_from
+    given = values.data_dir, values.download, values.verify, values.init_from, values.tracker
     ended = seeds.train_seeds(config, values.seeds, workdir, name, *given)
     accuracy = markdown.spread([lines[-1]["test_accuracy"] for lines in ended])
     print(f"test accuracy {accuracy} (n = {len(ended)}), in {workdir}/seed_0 and so on")

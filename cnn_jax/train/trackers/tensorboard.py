@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from cnn_jax.train.trackers.base import Ending, Tracker
+
 log = logging.getLogger(__name__)
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """The curves and pictures of one call of `train`, in one file under tensorboard/.
 
     tensorboardX's SummaryWriter writes in a thread. A full disk ends that thread with a traceback,
@@ -21,32 +23,29 @@ class TensorBoard:
     is a warning and no more curves, but the run continues.
     """
 
-    def __init__(self, folder: Path):
-        """`folder`/tensorboard need not exist."""
-        self._folder = folder / "tensorboard"
+    def __init__(self, workdir: Path, saved: dict | None = None):
+        """`workdir`/tensorboard need not exist; `saved` is not used."""
+        self._folder = workdir / "tensorboard"
         self._records: Any = None
         self._failed = False
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Adds a point to each of these curves."""
+    def metrics(self, values: dict[str, float], step: int) -> None:
         from tensorboardX import summary
 
         for name, value in values.items():
             self._write(step, summary=summary.scalar(name, value))
 
     def images(self, images: dict[str, np.ndarray], step: int) -> None:
-        """Adds pictures, uint8 [H, W, C]."""
         from tensorboardX import summary
 
         for name, image in images.items():
             self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def flush(self) -> None:
-        """Writes buffered events to the file, so that TensorBoard shows them."""
         if self._records is not None:
             self._try(self._records.flush)
 
-    def close(self) -> None:
+    def close(self, ending: Ending = "finished") -> None:
         records, self._records = self._records, None
         if records is not None:
             self._try(records.close)

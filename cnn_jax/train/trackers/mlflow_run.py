@@ -1,0 +1,88 @@
+"""A run in MLflow: at MLFLOW_TRACKING_URI, or else in a database in the workdir."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cnn_jax.common.files import library_path
+from cnn_jax.train.trackers.base import Ending, Tracker
+from cnn_jax.train.workdir import write_text
+
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+# Of MLflow's parameters.
+MOST_IN_A_CALL, LONGEST_VALUE = 100, 6000
+
+
+class MlflowRun(Tracker):
+    """A run of the MLflow experiment that is called as the experiment of the workdir."""
+
+    def __init__(self, workdir: Path, saved: dict):
+        """`workdir`/mlflow need not exist; `saved` is what config.json has."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would ask the network
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of its database's tables
+        folder = library_path(workdir) / "mlflow"
+        folder.mkdir(exist_ok=True)
+        asked = os.environ.get("MLFLOW_TRACKING_URI")
+        self._client = MlflowClient(asked or f"sqlite:///{folder}/mlflow.db")
+        self._metric = Metric
+        identity = folder / "run_id.txt"
+        if identity.exists():
+            self._id = identity.read_text()
+            self._client.update_run(self._id, "RUNNING")
+        else:
+            place = None if asked else (folder / "artifacts").as_uri()
+            experiment = self._experiment(saved["experiment"] or workdir.name, place)
+            name = "/".join(workdir.parts[-2:])
+            self._id = self._client.create_run(experiment, run_name=name).info.run_id
+            write_text(identity, self._id)
+        known = self._client.get_run(self._id).data.params  # which MLflow lets nobody change
+        params = [
+            Param(name, str(value)[:LONGEST_VALUE])
+            for name, value in _flat(saved["config"])
+            if name not in known
+        ]
+        for first in range(0, len(params), MOST_IN_A_CALL):
+            self._client.log_batch(self._id, params=params[first : first + MOST_IN_A_CALL])
+        self._client.log_dict(self._id, saved, "config.json")
+
+    def _experiment(self, name: str, artifacts: str | None) -> str:
+        """The identifier of MLflow's experiment `name`, which is made if it is missing."""
+        found = self._client.get_experiment_by_name(name)
+        return found.experiment_id if found else self._client.create_experiment(name, artifacts)
+
+    def recorded(self) -> dict[str, int]:
+        return {
+            name: max(entry.step for entry in self._client.get_metric_history(self._id, name))
+            for name in self._client.get_run(self._id).data.metrics
+        }
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        now = round(1000 * time.time())
+        entries = [self._metric(name, value, now, step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=entries)
+
+    def images(self, images: dict[str, np.ndarray], step: int) -> None:
+        for name, image in images.items():  # the same step again replaces the file
+            self._client.log_image(self._id, image, f"{name}/{step:08}.png")
+
+    def checkpoint(self, step: int, sha256: str) -> None:
+        self._client.set_tag(self._id, f"checkpoint_{step}", sha256)
+
+    def close(self, ending: Ending) -> None:
+        self._client.set_terminated(self._id, STATUS[ending])
+
+
+def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(name, value) of every field, those inside of others as data.name."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
