@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,13 +39,19 @@ log = logging.getLogger(__name__)
 class CheckpointWriter(Checkpoints):
     """Reads and writes the checkpoints of a run's workdir."""
 
-    def __init__(self, workdir: Path, keep: int = 1):
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int = 1,
+        proven: Callable[[list[int]], None] = lambda steps: None,
+    ):
         """Args:
         workdir: the run's folder; checkpoints/ need not exist.
         keep: how many of the latest checkpoints to keep, besides the best.
+        proven: called in the background when a save is complete, with the steps that there are.
         """
         super().__init__(workdir)
-        self._keep = keep
+        self._keep, self._proven = keep, proven
         self._writer: ocp.AsyncCheckpointer | None = None
         self._proving: Future[None] | None = None  # of the current save
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -120,6 +127,7 @@ class CheckpointWriter(Checkpoints):
             if parallel.is_main_process():
                 self._read_back(manifest)
                 self._prune(manifest["step"])
+                self._proven(self.steps())
         except Exception as error:
             self._fail(manifest, error)
         else:
@@ -138,7 +146,8 @@ class CheckpointWriter(Checkpoints):
             self.read(manifest["step"])
         except Exception as error:
             _remove(folder)
-            raise DamagedCheckpoint(reason_of(error).removeprefix(f"{folder}: ")) from error
+            place = f"{self.place}/{folder.name}"
+            raise DamagedCheckpoint(reason_of(error).removeprefix(f"{place}: ")) from error
 
     def _fail(self, manifest: dict, error: Exception) -> None:
         path = self.folder / str(manifest["step"])

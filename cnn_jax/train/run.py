@@ -164,6 +164,7 @@ class Run:
         line["images_per_second"] = images / self.epoch_seconds
         saver.check_lock()
         self.reporter.epoch(line)
+        saver.changed()
         self.line_is_missing = False
         if last or early_stopping.stale_epochs(config, saver.folder):
             saver.save_and_wait(self.state, self.epoch_seconds)

@@ -11,6 +11,7 @@ from cnn_jax.cli.registry import command
 from cnn_jax.common import environment
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import local_path
+from cnn_jax.common.remote import is_remote
 
 
 @command()
@@ -62,7 +63,9 @@ def train(values: flags.FlagValues) -> None:
         dry_run.dry_run(config, values.data_dir, values.download, values.init_from)
         return
     name = experiment.short_name(values.experiment)
-    workdir = local_path(values.workdir or f"runs/{name}")
+    workdir = values.workdir or f"runs/{name}"
+    if values.seeds or not is_remote(workdir):
+        workdir = local_path(workdir)
     if values.seeds:
         _train_seeds(config, workdir, name, values)
         return
