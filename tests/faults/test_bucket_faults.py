@@ -1,0 +1,211 @@
+"""A workdir in a bucket that an emulator on loopback plays, and what can befall it."""
+
+import contextlib
+import json
+import shutil
+import signal
+
+import fsspec
+import numpy as np
+import pytest
+
+from cnn_jax.train import bucket_run
+from cnn_jax.train.bucket_run import BucketRun
+from cnn_jax.train.checkpoint import Checkpoints
+from tests import emulators
+from tests.faults import runs
+from tests.faults.runs import differences, finish, signal_when, start, wait_until
+
+pytestmark = pytest.mark.buckets
+
+DENIED = (
+    b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+    b"Content-Length: 65\r\n\r\n<Error><Code>AccessDenied</Code><Message>no access</Message></Error>"
+)
+EXPIRED = {
+    "gs": (
+        b"HTTP/1.1 401 Unauthorized\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b'Content-Length: 57\r\n\r\n{"error": {"code": 401, "message": "Invalid Credentials"}}'
+    ),
+    "s3": (
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+        b"Content-Length: 76\r\n\r\n"
+        b"<Error><Code>ExpiredToken</Code><Message>the token has expired</Message></Error>"
+    ),
+}
+# A command in a hurry: the times that the README states would make the tests long.
+HURRIED = "import sys; from cnn_jax.common import remote; from cnn_jax.train import mirror; "
+HURRIED += "remote.SILENCE = 0.5; mirror.PAUSES = (0.0, 0.0); from cnn_jax import main; main.run()"
+
+
+@pytest.fixture(params=emulators.KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def bucket(kind, monkeypatch, tmp_path):
+    """The network before an emulator; this process and those it starts find the emulator there."""
+    with emulators.KINDS[kind]() as (network, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        fsspec.config.set_conf_env(fsspec.config.conf)
+        fsspec.filesystem(kind).clear_instance_cache()
+        monkeypatch.setenv("CNN_JAX_CACHE_DIR", str(tmp_path / "cache"))
+        yield network
+        network.answer, network.pause = None, 0.0
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment") / "small.py"
+    path.write_text(runs.EXPERIMENT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(experiment, tfds_dir):
+    return "train", f"--experiment={experiment}", f"--data_dir={tfds_dir}", "--set", "epochs=3"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(flags, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    code, _, errors = finish(start(*flags, f"--workdir={workdir}"), 900)
+    assert code == 0, errors
+    return workdir
+
+
+def one_line(process, code, *parts):
+    """Standard error of a command that ends with `code`: its last line is the only error."""
+    found, output, errors = finish(process, 900)
+    assert found == code, output + errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: "), errors
+    assert "Traceback" not in errors
+    assert all(part in last for part in parts), last
+    print(last)
+    return errors
+
+
+def newest(address) -> int:
+    """The newest complete checkpoint, restored on a machine that has nothing; 0 if there is none."""
+    folder = bucket_run.place(address, "inspected")
+    shutil.rmtree(folder, ignore_errors=True)
+    copy = bucket_run.Copy(BucketRun(address), folder)
+    copy.refresh()
+    checkpoints = Checkpoints(folder)
+    assert {checkpoints.read(step).step for step in checkpoints.steps()} == {*checkpoints.steps()}
+    for line in (folder / "metrics.jsonl").read_text().splitlines() if checkpoints.steps() else []:
+        json.loads(line)
+    return max(checkpoints.steps(), default=0)
+
+
+def end_lease(address) -> None:
+    """As if the lease's time were over."""
+    bucket = BucketRun(address)
+    for name in bucket.names("lock"):
+        bucket.write(name, json.dumps(json.loads(bucket.read(name)) | {"until": 0.0}).encode())
+
+
+@pytest.mark.faults
+def test_kill_9_during_uploads(bucket, kind, flags, undisturbed, tmp_path, tally):
+    """Ten kills; the run goes on in turn on the same machine and on one that has nothing."""
+    address, random = f"{kind}://bucket/run", np.random.default_rng(0)
+    bucket.pause = 0.02
+    hits = reached = begun = 0
+    while hits < 10:
+        if begun % 2:
+            shutil.rmtree(tmp_path / "cache" / "workdirs")
+            end_lease(address)
+        begun += 1
+        enough = bucket.uploads + random.integers(1, 50)
+        process = start(*flags, f"--workdir={address}")
+        signal_when(lambda n=enough: bucket.uploads >= n, process, signal.SIGKILL)
+        code, _, errors = finish(process, 900)
+        assert code in (0, -signal.SIGKILL), errors
+        now = newest(address)
+        assert now >= reached
+        reached = now
+        hits += code != 0
+        if code == 0:
+            assert differences(bucket_run.local_copy(address, fresh=True), undisturbed) == []
+            address, reached = f"{kind}://bucket/run{begun}", 0
+            begun += begun % 2
+    bucket.pause = 0.0
+    code, _, errors = finish(start(*flags, f"--workdir={address}"), 900)
+    assert code == 0, errors
+    survived = 10 * (differences(bucket_run.local_copy(address, fresh=True), undisturbed) == [])
+    tally.add(f"kill -9 during an upload to {kind}://", 10, survived)
+    assert survived == 10
+
+
+def test_a_machine_is_lost_and_another_goes_on(bucket, kind, flags, undisturbed, tmp_path):
+    address = f"{kind}://bucket/run"
+    process = start(*flags, f"--workdir={address}")
+    signal_when(lambda: BucketRun(address).markers(), process, signal.SIGSTOP)
+    second = start(*flags, f"--workdir={address}", CNN_JAX_CACHE_DIR=str(tmp_path / "other"))
+    refused = f"workdir={address}: in use by process {process.pid} on ", " UTC unless it is renewed"
+    one_line(second, 4, *refused)
+    process.kill()
+    finish(process)
+    second = start(*flags, f"--workdir={address}", CNN_JAX_CACHE_DIR=str(tmp_path / "other"))
+    one_line(second, 4, *refused)
+    end_lease(address)
+    second = start(*flags, f"--workdir={address}", CNN_JAX_CACHE_DIR=str(tmp_path / "other"))
+    code, output, errors = finish(second)
+    assert code == 0, errors
+    assert f"of {address}" in output + errors
+    assert differences(bucket_run.local_copy(address, fresh=True), undisturbed) == []
+    code, output, errors = finish(start("verify", address))
+    assert code == 0, errors
+    assert "3 of 3 checkpoints are valid" in output or "2 of 2 checkpoints are valid" in output
+    experiment = next(flag for flag in flags if "--experiment" in flag)
+    data = next(flag for flag in flags if "--data_dir" in flag)
+    code, output, errors = finish(start("evaluate", address, experiment, data))
+    assert code == 0, errors
+    assert f"copied to {address}: evaluation.json" in errors
+    assert json.loads(BucketRun(address).read("evaluation.json"))["split"] == "test"
+
+
+def test_a_bucket_that_is_not_there_or_refuses(bucket, kind, flags):
+    workdir = f"workdir={kind}://none/run"
+    one_line(
+        start(*flags, f"--{workdir}"), 4, f"{kind}://none/run", "there is no such bucket or file"
+    )
+    bucket.answer = DENIED
+    process = start(*flags, f"--workdir={kind}://bucket/run")
+    one_line(process, 4, f"{kind}://bucket/run", "cannot be read (")
+
+
+def test_a_token_that_expires_while_the_run_trains(bucket, kind, flags, undisturbed):
+    """One warning, then a line that names the local folder; with another token it goes on there."""
+    address = f"{kind}://bucket/run"
+    process = start(*flags, f"--workdir={address}", program=("-c", HURRIED))
+    wait_until(lambda: BucketRun(address).markers(), process)
+    bucket.answer = EXPIRED[kind]
+    errors = one_line(process, 4, "cannot be ", "gave up after 3 tries; the run is in ")
+    assert errors.count("it is tried again") == 1
+    bucket.answer = None
+    code, _, errors = finish(start(*flags, f"--workdir={address}"))
+    assert code == 0, errors
+    assert differences(bucket_run.local_copy(address, fresh=True), undisturbed) == []
+
+
+def test_a_network_that_stalls(bucket, kind, flags):
+    bucket.answer = b""
+    process = start(*flags, f"--workdir={kind}://bucket/run", program=("-c", HURRIED))
+    one_line(process, 4, f"workdir={kind}://bucket/run: cannot be read (")
+
+
+def test_a_dataset_in_a_bucket(bucket, kind, tfds_dir, flags, tmp_path):
+    fsspec.filesystem(kind).put(f"{tfds_dir}/", "bucket/tfds/", recursive=True)
+    train = flags[0], flags[1], f"--data_dir={kind}://bucket/tfds", f"--workdir={tmp_path / 'run'}"
+    code, _, errors = finish(start(*train, "--set", "epochs=1"))
+    assert code == 0, errors
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(tmp_path / "run")
+    bucket.answer = DENIED
+    one_line(
+        start(*train, CNN_JAX_CACHE_DIR=str(tmp_path / "new")), 3, f"data_dir={kind}://bucket/tfds"
+    )
