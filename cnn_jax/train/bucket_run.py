@@ -4,7 +4,7 @@ In a bucket a rename is a copy of each file. So a checkpoint counts when its mar
 written last: checkpoints/STEP/committed.json with the names and sizes of its files. All else is as in
 a workdir on a disk; lock/ holds the lease of the run that trains (see lease.py).
 
-Commands that read a run get a copy in the cache: its small files and the markers. The files of a
+Commands that read a run get a copy in the cache: its JSON files and the markers. The files of a
 checkpoint are copied when `checkpoint.Checkpoints` reads it.
 """
 
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 MARKER = "committed.json"
 _MARKERS = re.compile(rf"checkpoints/(0|[1-9][0-9]*)/{MARKER}", re.ASCII)
-_NO_SMALL_FILES = ("checkpoints/", "lock/")
 _AT_ONCE = 8
 _copies: dict[Path, "Copy"] = {}  # by local folder
+_addresses: dict[Path, str] = {}  # the same
 
 
 class BucketRun:
@@ -113,8 +113,9 @@ class BucketRun:
         read = {int(match[1]): self.read(match[0]) for match in found}
         return {step: marker for step, marker in read.items() if marker}  # not deleted meanwhile
 
-    def small_files(self) -> list[str]:
-        return [name for name in self.names() if not name.startswith(_NO_SMALL_FILES)]
+    def records(self) -> list[str]:
+        """The files that a run goes on with and that commands read: config.json and its like."""
+        return [n for n in self.names() if "/" not in n and n.endswith((".json", ".jsonl"))]
 
 
 def _each(do: Callable, *arguments: Iterable) -> None:
@@ -160,7 +161,7 @@ class Copy:
             if folder.name.isdecimal() and int(folder.name) not in markers:
                 shutil.rmtree(folder)
         self.offer(markers)
-        self.bucket.fetch(self.bucket.small_files(), self.folder)
+        self.bucket.fetch(self.bucket.records(), self.folder)
 
 
 def small_files(folder: Path) -> dict[str, Path]:
@@ -180,7 +181,9 @@ def place(address: str, kind: str) -> Path:
     """The folder in the cache for the workdir `address`; `kind` is of what."""
     address = address.rstrip("/")
     name = hashlib.sha256(address.encode()).hexdigest()[:16]
-    return cache.cache_dir() / kind / name / address.rpartition("/")[2]
+    folder = cache.cache_dir() / kind / name / address.rpartition("/")[2]
+    _addresses[folder.resolve()] = address
+    return folder
 
 
 def copy_of(folder: Path) -> Copy | None:
@@ -189,9 +192,8 @@ def copy_of(folder: Path) -> Copy | None:
 
 
 def shown(folder: Path) -> str:
-    """The address of the workdir of which `folder` is a copy, or `folder`."""
-    copy = copy_of(folder)
-    return copy.bucket.address if copy else str(folder)
+    """The address of the workdir that has `folder` in the cache, or `folder`."""
+    return _addresses.get(folder.resolve(), str(folder))
 
 
 def local_copy(workdir: str, fresh: bool = False) -> Path:

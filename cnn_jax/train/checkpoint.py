@@ -34,7 +34,7 @@ import tensorstore
 
 from cnn_jax.common.errors import CheckpointError
 from cnn_jax.common.files import library_path
-from cnn_jax.train.bucket_run import copy_of
+from cnn_jax.train.bucket_run import copy_of, shown
 from cnn_jax.train.workdir import metrics
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Checkpoints:
         self.workdir = Path(workdir).resolve()
         self.folder = self.workdir / "checkpoints"
         self.copy = copy_of(self.workdir)
-        self.place = f"{self.copy.bucket.address}/checkpoints" if self.copy else self.folder
+        self.place = f"{shown(self.workdir)}/checkpoints"
 
     def steps(self) -> list[int]:
         """The steps that have a file or folder, ascending; it may be damaged."""

@@ -80,7 +80,11 @@ class Lease:
             raise self.lost
 
     def _lose(self) -> None:
-        self.lost = self._refusal(last(self._bucket)[1])
+        owner = last(self._bucket)[1].get("owner", "nobody")
+        self.lost = CheckpointError(
+            f"workdir={self._bucket.address}: {owner} has taken the run over, as this process did not "
+            "renew its lease in time"
+        )
         raise self.lost
 
     def _refusal(self, now: dict) -> CheckpointError:

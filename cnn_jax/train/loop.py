@@ -74,7 +74,9 @@ def train(
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(receiving)
         check_lock = stack.enter_context(locked(workdir))
-        check_lock, changed = stack.enter_context(mirror.attached(address, workdir, check_lock))
+        check_lock, changed = stack.enter_context(
+            mirror.attached(address, workdir, check_lock, signals)
+        )
         check_same_run(workdir, config, metadata={})  # before the data is loaded, which takes time
         source = pretrained.find(init_from, workdir, verify)
         splits = splits or load_splits(config, data_dir, download)

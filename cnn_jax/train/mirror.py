@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.train import bucket_run, lease, parallel
 from cnn_jax.train.bucket_run import MARKER, BucketRun, Copy
 from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.signals import StopSignals
 from cnn_jax.train.workdir import write_json
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ def folder_of(address: str) -> Path:
 
 @contextlib.contextmanager
 def attached(
-    address: str | None, folder: Path, check_lock: Callable[[], None]
+    address: str | None, folder: Path, check_lock: Callable[[], None], signals: StopSignals
 ) -> Iterator[tuple[Callable[[], None], Changed]]:
     """Copies a run up to `address` while it trains in `folder`, and down before; None: does nothing.
 
@@ -64,8 +66,8 @@ def attached(
         return
     bucket = BucketRun(address)
     known = lease.holder_of(folder)
-    taken = lease.Lease(bucket, known["folder"])
-    if taken.run is None and (found := bucket.small_files()):
+    taken = lease.Lease(bucket, f"{known['folder']} on {socket.gethostname()}")
+    if taken.run is None and (found := bucket.records()):
         raise CheckpointError(
             f"workdir={address}: holds {found[0]}, but no run that began there; choose another one"
         )
@@ -74,6 +76,7 @@ def attached(
             _set_aside(folder)
             write_json(folder / lease.KNOWN, known | {"run": taken.run})
         mirror = Mirror(bucket, folder, taken)
+        late = f"copying to {address} took longer than grace_seconds: the run is in {folder}"
         mirror.pull()
 
         def check() -> None:
@@ -83,11 +86,13 @@ def attached(
         try:
             yield check, mirror.changed
         except BaseException:
+            signals.late_message = late
             try:
                 mirror.close()
             except CheckpointError as failure:  # it does not hide the first error
                 log.warning("warning: %s", failure)
             raise
+        signals.late_message = late
         mirror.close()
 
 
@@ -123,7 +128,7 @@ class Mirror:
             max(markers, default=-1) > max(here, default=-1)
             or not (self._folder / "config.json").exists()
         ):
-            self._bucket.fetch(self._bucket.small_files(), self._folder)
+            self._bucket.fetch(self._bucket.records(), self._folder)
         Copy(self._bucket, self._folder).offer(markers)
         self._thread.start()
 

@@ -190,9 +190,9 @@ def test_a_lease_refuses_others_until_it_runs_out_or_is_given_back(memory, monke
         Lease(bucket, "two")
     assert lease.is_held(bucket)
     Lease(bucket, "one").write(120.0)  # a new process in the same folder: the first is dead
-    with pytest.raises(CheckpointError, match="in use by process"):
+    with pytest.raises(CheckpointError, match="has taken the run over, as this process did not"):
         first.write(120.0)
-    with pytest.raises(CheckpointError, match="in use by process"):
+    with pytest.raises(CheckpointError, match="has taken the run over"):
         first.check()
     late = time.time() + 121
     with monkeypatch.context() as patch:
@@ -238,7 +238,7 @@ def test_a_process_that_stood_still_does_not_get_its_lease_back(memory, monkeypa
     other.write(120.0)
     other.write(120.0)
     assert bucket.names("lock") == ["lock/00000003"]
-    with pytest.raises(CheckpointError, match="in use by process"):
+    with pytest.raises(CheckpointError, match="has taken the run over"):
         slept.write(120.0)
     other.write(120.0)
 
@@ -396,6 +396,6 @@ def test_a_run_that_loses_its_lease_ends(memory, splits, monkeypatch):
         intact(one, steps)
 
     monkeypatch.setattr(Mirror, "changed", changed)
-    with pytest.raises(CheckpointError, match="in use by process 7 on other"):
+    with pytest.raises(CheckpointError, match="process 7 on other has taken the run over"):
         loop.train(make_config(), address, splits=splits)
     assert not BucketRun(address).markers()
