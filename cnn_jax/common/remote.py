@@ -12,7 +12,7 @@ from cnn_jax.common.errors import CnnJaxError
 # The package that reads addresses of this kind, and the extra of this project that has it.
 _EXTRAS = {"gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 # Seconds without a byte from the servers after which a request is tried again: gcsfs tries six times
-# in all, s3fs five times.
+# in all, s3fs five times, and botocore twice in each.
 SILENCE = 20
 
 
@@ -37,9 +37,10 @@ def opened(address: str) -> Any:
         patience = aiohttp.ClientTimeout(sock_connect=SILENCE, sock_read=SILENCE)
         options["requests_timeout"] = patience
     if kind == "s3":
-        # s3fs tries again by itself: botocore's own tries would multiply the time.
+        # s3fs tries again by itself, but not after an answer 500: so botocore does once. With its
+        # default of five tries, silence would take ten minutes.
         config = {"connect_timeout": SILENCE, "read_timeout": SILENCE}
-        options["config_kwargs"] = config | {"retries": {"total_max_attempts": 1}}
+        options["config_kwargs"] = config | {"retries": {"total_max_attempts": 2}}
     return fsspec.filesystem(kind, **options)
 
 

@@ -1,20 +1,22 @@
 """A run's workdir in a bucket, such as gs://bucket/run, and local copies of it.
 
 In a bucket a rename is a copy of each file. So a checkpoint counts when its marker is there, which is
-written last: checkpoints/STEP/committed.json with the names and sizes of its files. All else is as in
-a workdir on a disk; lock/ holds the lease of the run that trains (see lease.py).
+written last: checkpoints/STEP/committed.json with the names of its files. All else is as in a workdir
+on a disk; lock/ holds the lease of the run that trains (see lease.py).
 
 Commands that read a run get a copy in the cache: its JSON files and the markers. The files of a
 checkpoint are copied when `checkpoint.Checkpoints` reads it.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,11 +109,16 @@ class BucketRun:
 
         _each(delete, names)
 
-    def markers(self) -> dict[int, bytes]:
-        """The markers of the complete checkpoints, by step."""
-        found = filter(None, map(_MARKERS.fullmatch, self.names("checkpoints")))
-        read = {int(match[1]): self.read(match[0]) for match in found}
-        return {step: marker for step, marker in read.items() if marker}  # not deleted meanwhile
+    def markers(self) -> dict[int, "Marker"]:
+        """The markers of the complete checkpoints, by step; warns of damaged ones."""
+        found = {}
+        for match in filter(None, map(_MARKERS.fullmatch, self.names("checkpoints"))):
+            try:
+                if text := self.read(match[0]):  # not deleted meanwhile
+                    found[int(match[1])] = Marker.of(text)
+            except (ValueError, TypeError):
+                log.warning("warning: skipped %s/%s: damaged", self.address, match[0])
+        return found
 
     def records(self) -> list[str]:
         """The files that a run goes on with and that commands read: config.json and its like."""
@@ -123,6 +130,30 @@ def _each(do: Callable, *arguments: Iterable) -> None:
         list(threads.map(do, *arguments))
 
 
+@dataclasses.dataclass(frozen=True)
+class Marker:
+    """What makes a checkpoint in a bucket complete.
+
+    Attributes:
+      manifest: SHA-256 of the file manifest/metadata, which tells checkpoints of a step apart.
+      files: their names in the checkpoint's folder.
+    """
+
+    manifest: str
+    files: list[str]
+
+    @classmethod
+    def of(cls, text: bytes) -> "Marker":
+        """Reads a marker; refuses names that lead out of the folder: others may write the bucket."""
+        marker = cls(**json.loads(text))
+        if any(os.path.normpath(f"/{name}") != f"/{name}" for name in marker.files):
+            raise ValueError("a name leads elsewhere")
+        return marker
+
+    def text(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=2).encode()
+
+
 class Copy:
     """A local folder whose checkpoints come from a bucket when they are read."""
 
@@ -130,37 +161,49 @@ class Copy:
         self.bucket, self.folder = bucket, folder
         _copies[folder.resolve()] = self
 
-    def offer(self, markers: dict[int, bytes]) -> None:
-        """Makes a folder for each checkpoint that has a marker; `fetch` brings its files."""
-        for step, marker in markers.items():
-            folder = self.folder / "checkpoints" / str(step)
-            path = folder / MARKER
-            if path.exists() and path.read_bytes() != marker:
-                shutil.rmtree(folder)  # another checkpoint of this step
-            if not folder.exists():
-                with written(path, CheckpointError):
-                    folder.mkdir(parents=True)
-                    path.write_bytes(marker)
+    def offer(self, markers: dict[int, Marker]) -> None:
+        """Makes a folder for each checkpoint that has a marker; `fetch` brings its files.
+
+        Removes copies of checkpoints that the bucket no longer has.
+        """
+        checkpoints = self.folder / "checkpoints"
+        with written(checkpoints, CheckpointError):
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            for path in checkpoints.glob(f"[0-9]*/{MARKER}"):
+                marker = markers.get(int(path.parent.name))
+                if not marker or marker.text() != path.read_bytes():
+                    doomed = checkpoints / f".deleting-{path.parent.name}"
+                    os.rename(path.parent, doomed)  # half-deleted, it would look like a checkpoint
+                    shutil.rmtree(doomed)
+            for step, marker in markers.items():
+                if not (checkpoints / str(step)).exists():
+                    scratch = Path(tempfile.mkdtemp(prefix=".deleting-", dir=checkpoints))
+                    (scratch / MARKER).write_bytes(marker.text())
+                    os.rename(scratch, checkpoints / str(step))
 
     def fetch(self, step: int, items: str = "") -> None:
-        """Brings the files of a checkpoint that are in the folder `items` and are not here yet."""
+        """Brings the files of a checkpoint that are in the folder `items` and are not here yet.
+
+        Raises:
+          CheckpointError: it was deleted since.
+        """
         place = f"checkpoints/{step}"
         try:
-            marker = json.loads((self.folder / place / MARKER).read_bytes())
+            marker = Marker.of((self.folder / place / MARKER).read_bytes())
         except FileNotFoundError:
             return  # written on this machine
-        names = [f"{place}/{name}" for name in marker["files"] if name.startswith(items)]
-        self.bucket.fetch(
-            [name for name in names if not (self.folder / name).exists()], self.folder
-        )
+        names = [f"{place}/{name}" for name in marker.files if name.startswith(items)]
+        missing = [name for name in names if not (self.folder / name).exists()]
+        self.bucket.fetch(missing, self.folder)
+        there = all((self.folder / name).exists() for name in missing)
+        if not there and not self.bucket.read(f"{place}/{MARKER}"):
+            raise CheckpointError(
+                f"{self.bucket.address}/{place}: was deleted while it was read; run the command again"
+            )
 
     def refresh(self) -> None:
         """Takes over what was committed, deleted and written in the bucket since."""
-        markers = self.bucket.markers()
-        for folder in (self.folder / "checkpoints").glob("*"):
-            if folder.name.isdecimal() and int(folder.name) not in markers:
-                shutil.rmtree(folder)
-        self.offer(markers)
+        self.offer(self.bucket.markers())
         self.bucket.fetch(self.bucket.records(), self.folder)
 
 
@@ -228,12 +271,12 @@ def copied(workdirs: Iterable[str], fresh: bool = False) -> Iterator[list[Path]]
     yield folders
     for copy, known in zip(copies, before, strict=True):
         found = small_files(copy.folder)
-        written = {name: path for name, path in found.items() if known.get(name) != state(path)}
-        if not written:
+        new = {name: path for name, path in found.items() if known.get(name) != state(path)}
+        if not new:
             continue
-        tops = sorted({re.sub("/.*", "/", name) for name in written})
+        tops = sorted({re.sub("/.*", "/", name) for name in new})
         try:
-            copy.bucket.send(written)
+            copy.bucket.send(new)
             log.info("copied to %s: %s", copy.bucket.address, ", ".join(tops))
         except CheckpointError as error:
             log.warning("warning: %s; it is in %s", error, copy.folder)

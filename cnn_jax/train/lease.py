@@ -14,6 +14,7 @@ import datetime
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -68,7 +69,7 @@ class Lease:
         if not self._bucket.write(name, data, new=True) and self._bucket.read(name) != data:
             self._lose()
         # Not the last: this process stood still while others took the lease and gave it back.
-        earlier = self._bucket.names("lock")
+        earlier = _names(self._bucket)
         if earlier.pop() != name:
             self._lose()
         self._number += 1
@@ -96,9 +97,13 @@ class Lease:
         )
 
 
+def _names(bucket: BucketRun) -> list[str]:
+    return [name for name in bucket.names("lock") if re.fullmatch(r"lock/\d{8}", name)]
+
+
 def last(bucket: BucketRun) -> tuple[int, dict]:
     """The number and the content of the last object; 0 and {} if there is none."""
-    while names := bucket.names("lock"):
+    while names := _names(bucket):
         if data := bucket.read(names[-1]):  # else its owner wrote the next one meanwhile
             return int(names[-1].rpartition("/")[2]), json.loads(data)
     return 0, {}

@@ -9,7 +9,6 @@ and the lines of all epochs before it.
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -20,9 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cnn_jax.common.errors import CheckpointError, ConfigError
+from cnn_jax.common.files import written
 from cnn_jax.train import bucket_run, lease, parallel
-from cnn_jax.train.bucket_run import MARKER, BucketRun, Copy
-from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.bucket_run import MARKER, BucketRun, Copy, Marker
+from cnn_jax.train.checkpoint import STEP, Checkpoints
 from cnn_jax.train.signals import StopSignals
 from cnn_jax.train.workdir import write_json
 
@@ -76,7 +76,8 @@ def attached(
             _set_aside(folder)
             write_json(folder / lease.KNOWN, known | {"run": taken.run})
         mirror = Mirror(bucket, folder, taken)
-        late = f"copying to {address} took longer than grace_seconds: the run is in {folder}"
+        late = f"copying to {address} took longer than grace_seconds: the run is in {folder}, "
+        late += "and the same command copies it up"
         mirror.pull()
 
         def check() -> None:
@@ -85,12 +86,13 @@ def attached(
 
         try:
             yield check, mirror.changed
-        except BaseException:
+        except BaseException as error:
             signals.late_message = late
             try:
                 mirror.close()
             except CheckpointError as failure:  # it does not hide the first error
-                log.warning("warning: %s", failure)
+                if failure is not error:
+                    log.warning("warning: %s", failure)
             raise
         signals.late_message = late
         mirror.close()
@@ -110,8 +112,8 @@ def _set_aside(folder: Path) -> None:
 class Mirror:
     """Makes a run in a bucket like the run in a local folder."""
 
-    def __init__(self, bucket: BucketRun, folder: Path, lease: lease.Lease):
-        self._bucket, self._folder, self._lease = bucket, folder, lease
+    def __init__(self, bucket: BucketRun, folder: Path, taken: lease.Lease):
+        self._bucket, self._folder, self._lease = bucket, folder, taken
         self._committed: dict[int, str] = {}  # SHA-256 of the manifest, by step
         self._steps: list[int] = []  # proven
         self._sent: dict[str, tuple[int, int]] = {}  # time and size of small files
@@ -122,7 +124,7 @@ class Mirror:
     def pull(self) -> None:
         """Takes over what the bucket has, if its newest checkpoint is newer than the folder's."""
         markers = self._bucket.markers()
-        self._committed = {step: json.loads(text)["manifest"] for step, text in markers.items()}
+        self._committed = {step: marker.manifest for step, marker in markers.items()}
         here = Checkpoints(self._folder).steps()
         if (
             max(markers, default=-1) > max(here, default=-1)
@@ -130,6 +132,8 @@ class Mirror:
         ):
             self._bucket.fetch(self._bucket.records(), self._folder)
         Copy(self._bucket, self._folder).offer(markers)
+        for left in self._folder.glob(".sending-*"):  # by a process that was killed
+            shutil.rmtree(left)
         self._thread.start()
 
     def changed(self, steps: list[int] | None = None) -> None:
@@ -177,55 +181,59 @@ class Mirror:
     def copy(self) -> None:
         """Makes the bucket like the folder, in the order that the head of this file tells."""
         wanted = list(self._steps)
-        for step in reversed(wanted):
-            self._commit(step)
-        self._send_small_files()
+        with written(self._folder, CheckpointError):
+            for step in reversed(wanted):
+                self._commit(step)
+            self._send_small_files()
         if wanted and wanted[-1] in self._committed:
-            names = self._bucket.names("checkpoints")
-            doomed = [name for name in names if int(name.split("/")[1]) not in wanted]
-            self._lease.check()
-            self._bucket.remove(name for name in doomed if name.endswith(f"/{MARKER}"))
-            self._bucket.remove(doomed)
+            found = [(name, name.split("/")[1]) for name in self._bucket.names("checkpoints")]
+            doomed = [n for n, step in found if STEP.fullmatch(step) and int(step) not in wanted]
+            self._remove(doomed)
             self._committed = {s: m for s, m in self._committed.items() if s in wanted}
 
     def _commit(self, step: int) -> None:
         place = f"checkpoints/{step}"
-        links = self._folder / f".sending-{step}"
+        folder, links = self._folder / place, self._folder / f".sending-{step}"
+        try:
+            manifest = hashlib.sha256((folder / "manifest" / "metadata").read_bytes()).hexdigest()
+        except FileNotFoundError:
+            return  # deleted, as newer ones are there; or its files are in the bucket only
+        if self._committed.get(step) == manifest:
+            return
         try:
             # Links, because the run may delete the checkpoint meanwhile.
             shutil.rmtree(links, ignore_errors=True)
-            shutil.copytree(self._folder / place, links, copy_function=_link)
-            manifest = hashlib.sha256((links / "manifest" / "metadata").read_bytes()).hexdigest()
-            if self._committed.get(step) == manifest:
-                return
+            shutil.copytree(folder, links, copy_function=_link)
+        except (FileNotFoundError, shutil.Error) as error:
+            if folder.exists():
+                raise CheckpointError(f"{folder}: cannot be copied: {error}") from error
+            return
+        try:
             files = {str(p.relative_to(links)): p for p in links.rglob("*") if p.is_file()}
             files.pop(MARKER, None)
-            marker = {
-                "manifest": manifest,
-                "files": {n: p.stat().st_size for n, p in files.items()},
-            }
-            self._lease.check()
-            earlier = self._bucket.names(place)
-            self._bucket.remove(name for name in earlier if name.endswith(f"/{MARKER}"))
-            self._bucket.remove(earlier)
+            self._remove(self._bucket.names(place))
             self._bucket.send({f"{place}/{name}": path for name, path in files.items()})
             self._send_small_files()
             self._lease.check()
-            self._bucket.write(f"{place}/{MARKER}", json.dumps(marker, indent=2).encode())
+            self._bucket.write(f"{place}/{MARKER}", Marker(manifest, sorted(files)).text())
             self._committed[step] = manifest
-        except (FileNotFoundError, shutil.Error):
-            return  # deleted, as newer ones are there; or its files are in the bucket only
         finally:
             shutil.rmtree(links, ignore_errors=True)
+
+    def _remove(self, names: list[str]) -> None:
+        """Deletes files of checkpoints, their markers first."""
+        self._lease.check()
+        self._bucket.remove(name for name in names if name.endswith(f"/{MARKER}"))
+        self._bucket.remove(names)
 
     def _send_small_files(self) -> None:
         """Copies the files that have changed; a reader sees each as it was at one moment."""
         for name, path in bucket_run.small_files(self._folder).items():
-            try:
-                state, data = bucket_run.state(path), path.read_bytes()
-            except FileNotFoundError:  # deleted meanwhile
-                continue
-            if self._sent.get(name) != state:
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                state = bucket_run.state(path)
+                if self._sent.get(name) == state:
+                    continue
+                data = path.read_bytes()
                 if name == "metrics.jsonl":
                     data = data[: data.rfind(b"\n") + 1]  # a line may be being written
                 self._lease.check()
@@ -236,5 +244,7 @@ class Mirror:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except PermissionError:  # a file system without links
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links
         shutil.copy2(source, target)

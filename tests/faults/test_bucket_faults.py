@@ -2,8 +2,12 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -13,10 +17,12 @@ from cnn_jax.train import bucket_run
 from cnn_jax.train.bucket_run import BucketRun
 from cnn_jax.train.checkpoint import Checkpoints
 from tests import emulators
-from tests.faults import runs
+from tests.faults import bucket_writer, runs
 from tests.faults.runs import differences, finish, signal_when, start, wait_until
+from tests.tiny import REPOSITORY
 
 pytestmark = pytest.mark.buckets
+KILLS = 20
 
 DENIED = (
     b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nConnection: close\r\n"
@@ -88,17 +94,37 @@ def one_line(process, code, *parts):
     return errors
 
 
-def newest(address) -> int:
-    """The newest complete checkpoint, restored on a machine that has nothing; 0 if there is none."""
+def newest(address) -> list[int]:
+    """The complete checkpoints, each restored on a machine that has nothing, and checked."""
     folder = bucket_run.place(address, "inspected")
     shutil.rmtree(folder, ignore_errors=True)
-    copy = bucket_run.Copy(BucketRun(address), folder)
-    copy.refresh()
+    bucket_run.Copy(BucketRun(address), folder).refresh()
     checkpoints = Checkpoints(folder)
-    assert {checkpoints.read(step).step for step in checkpoints.steps()} == {*checkpoints.steps()}
-    for line in (folder / "metrics.jsonl").read_text().splitlines() if checkpoints.steps() else []:
-        json.loads(line)
-    return max(checkpoints.steps(), default=0)
+    for step in checkpoints.steps():
+        bucket_writer.check(checkpoints.read(step))
+    if steps := checkpoints.steps():
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines][: steps[-1] - 1] == [
+            *range(1, steps[-1])
+        ]
+    return steps
+
+
+class Child:
+    """What `signal_when` needs of a process that another one started."""
+
+    def __init__(self, pid: int):
+        self._pid = pid
+
+    def poll(self) -> int | None:
+        try:
+            state = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return 0
+        return 0 if state == "Z" else None
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._pid, number)
 
 
 def end_lease(address) -> None:
@@ -109,35 +135,44 @@ def end_lease(address) -> None:
 
 
 @pytest.mark.faults
-def test_kill_9_during_uploads(bucket, kind, flags, undisturbed, tmp_path, tally):
-    """Ten kills; the run goes on in turn on the same machine and on one that has nothing."""
-    address, random = f"{kind}://bucket/run", np.random.default_rng(0)
-    bucket.pause = 0.02
-    hits = reached = begun = 0
-    while hits < 10:
-        if begun % 2:
-            shutil.rmtree(tmp_path / "cache" / "workdirs")
-            end_lease(address)
-        begun += 1
-        enough = bucket.uploads + random.integers(1, 50)
-        process = start(*flags, f"--workdir={address}")
-        signal_when(lambda n=enough: bucket.uploads >= n, process, signal.SIGKILL)
-        code, _, errors = finish(process, 900)
-        assert code in (0, -signal.SIGKILL), errors
-        now = newest(address)
-        assert now >= reached
-        reached = now
-        hits += code != 0
-        if code == 0:
-            assert differences(bucket_run.local_copy(address, fresh=True), undisturbed) == []
-            address, reached = f"{kind}://bucket/run{begun}", 0
-            begun += begun % 2
-    bucket.pause = 0.0
-    code, _, errors = finish(start(*flags, f"--workdir={address}"), 900)
-    assert code == 0, errors
-    survived = 10 * (differences(bucket_run.local_copy(address, fresh=True), undisturbed) == [])
-    tally.add(f"kill -9 during an upload to {kind}://", 10, survived)
-    assert survived == 10
+def test_kill_9_during_an_upload(bucket, kind, tmp_path, tally):
+    """After each kill a checkpoint is complete in the bucket, and it is no older than the one before.
+
+    The next process goes on in turn in the same folder and on a machine that has nothing.
+    """
+    address, random, tried, reached = f"{kind}://bucket/run", np.random.default_rng(0), 0, 0
+    writer = ["-m", "tests.faults.bucket_writer"]
+    forking = subprocess.Popen(
+        [sys.executable, *writer],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+        text=True,
+    )
+    bucket.pause = 0.01
+    with forking:
+        while tried < KILLS:
+            cache = tmp_path / f"cache{tried // 2}"
+            if tried % 2 == 0 and reached:
+                end_lease(address)
+            enough = bucket.uploads + random.integers(1, 60)
+            print(address, cache, file=forking.stdin, flush=True)
+            child = int(forking.stdout.readline())
+            signal_when(lambda n=enough: bucket.uploads >= n, Child(child), signal.SIGKILL)
+            code = int(forking.stdout.readline())
+            found = newest(address)
+            assert max(found, default=0) >= reached
+            reached = max(found, default=0)
+            if code == 0:  # it ended before
+                assert reached == bucket_writer.STEPS
+                lines = BucketRun(address).read("metrics.jsonl").splitlines()
+                assert [json.loads(line)["step"] for line in lines] == [*range(1, reached + 1)]
+                address, reached = f"{address}x", 0
+                continue
+            assert code == -signal.SIGKILL
+            tried += 1
+        forking.stdin.close()
+    tally.add(f"kill -9 during an upload to {kind}://", tried, tried)
 
 
 def test_a_machine_is_lost_and_another_goes_on(bucket, kind, flags, undisturbed, tmp_path):
