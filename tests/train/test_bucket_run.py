@@ -1,5 +1,6 @@
 """A workdir in a bucket: fsspec's own bucket in memory, where each request is one operation."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -11,16 +12,18 @@ import fsspec
 import pytest
 
 from cnn_jax.analysis.restore import load_run
-from cnn_jax.common.errors import CheckpointError, ConfigError
+from cnn_jax.common.errors import CheckpointError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.train import bucket_run, lease, loop, mirror
+from cnn_jax.train import bucket_run, lease, loop, mirror, pretrained
 from cnn_jax.train.bucket_run import MARKER, BucketRun
 from cnn_jax.train.checkpoint import Checkpoints, DamagedCheckpoint, verify
 from cnn_jax.train.lease import Lease
 from cnn_jax.train.mirror import Mirror
+from cnn_jax.train.signals import StopSignals
 from cnn_jax.train.workdir import metrics
 from tests.networks import Linear
 
+ADDRESS = "memory://bucket/run"
 FILES = ("manifest/metadata", "variables/d/1", "variables/manifest.ocdbt")
 
 
@@ -107,7 +110,7 @@ def test_wherever_an_upload_dies_a_complete_checkpoint_and_its_lines_are_there(m
     for death in range(100):
         memory.store.clear()
         folder = tmp_path / f"run{death}"
-        bucket = Dying("memory://bucket/run")
+        bucket = Dying(ADDRESS)
         bucket.log = []
         one = Mirror(bucket, folder, NoLease())
         save(folder, 1, lines=1)
@@ -155,7 +158,7 @@ def test_a_checkpoint_that_is_deleted_during_its_upload_still_arrives(memory, tm
             shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
             super().send(files)
 
-    bucket = Slow("memory://bucket/run")
+    bucket = Slow(ADDRESS)
     save(tmp_path, 1, lines=1)
     one = Mirror(bucket, tmp_path, NoLease())
     one.changed([1])
@@ -168,7 +171,7 @@ def test_a_checkpoint_that_is_deleted_during_its_upload_still_arrives(memory, tm
 
 
 def test_a_checkpoint_that_is_saved_anew_replaces_that_of_its_step(memory, tmp_path):
-    bucket = BucketRun("memory://bucket/run")
+    bucket = BucketRun(ADDRESS)
     one = Mirror(bucket, tmp_path, NoLease())
     one.changed([1])
     for _ in range(2):
@@ -182,7 +185,7 @@ def test_a_checkpoint_that_is_saved_anew_replaces_that_of_its_step(memory, tmp_p
 
 
 def test_a_lease_refuses_others_until_it_runs_out_or_is_given_back(memory, monkeypatch):
-    bucket = BucketRun("memory://bucket/run")
+    bucket = BucketRun(ADDRESS)
     first = Lease(bucket, "one")
     first.write(120.0)
     line = r"workdir=memory://bucket/run: in use by process \d+ on .*, whose lease ends at 20.* UTC"
@@ -208,7 +211,7 @@ def test_a_lease_refuses_others_until_it_runs_out_or_is_given_back(memory, monke
 
 
 def test_of_many_that_find_a_lease_run_out_one_gets_it(memory):
-    bucket = BucketRun("memory://bucket/run")
+    bucket = BucketRun(ADDRESS)
     Lease(bucket, "dead").write(0.0)
     many = [Lease(bucket, str(i)) for i in range(8)]
     got, start = [], threading.Barrier(8)
@@ -231,7 +234,7 @@ def test_of_many_that_find_a_lease_run_out_one_gets_it(memory):
 
 def test_a_process_that_stood_still_does_not_get_its_lease_back(memory, monkeypatch):
     """Its number was used by others and deleted since."""
-    bucket = BucketRun("memory://bucket/run")
+    bucket = BucketRun(ADDRESS)
     slept = Lease(bucket, "slept")
     slept.write(0.0)
     other = Lease(bucket, "other")
@@ -251,7 +254,7 @@ def test_an_answer_that_was_lost_does_not_lose_the_lease(memory, monkeypatch):
             super().write(name, data, new)
             return super().write(name, data, new)
 
-    one = Lease(Twice("memory://bucket/run"), "one")
+    one = Lease(Twice(ADDRESS), "one")
     one.write(120.0)
     one.write(120.0)
     one.check()
@@ -267,11 +270,15 @@ def make_config(**fields):
 
 
 @pytest.fixture(scope="module")
-def whole(splits, tmp_path_factory):
-    """The workdir of a run on a disk, two epochs of five steps."""
-    workdir = tmp_path_factory.mktemp("whole")
-    loop.train(make_config(), workdir, splits=splits)
-    return workdir
+def finished(splits, tmp_path_factory):
+    """The objects of a run of two epochs of five steps, at memory://bucket/run."""
+    system = fsspec.filesystem("memory")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CNN_JAX_CACHE_DIR", str(tmp_path_factory.mktemp("finished")))
+        loop.train(make_config(), ADDRESS, splits=splits)
+    objects = {path: system.cat_file(path) for path in system.store}
+    system.store.clear()
+    return objects
 
 
 def assert_same(folder, other):
@@ -293,48 +300,51 @@ def another_machine(monkeypatch, tmp_path, name="elsewhere"):
     bucket_run._copies.clear()
 
 
-def test_a_run_goes_on_on_another_machine(memory, splits, whole, tmp_path, monkeypatch, caplog):
-    address = "memory://bucket/run"
-    loop.train(make_config(schedule="constant", epochs=1), address, splits=splits)
-    bucket = BucketRun(address)
+def test_a_run_goes_on_on_another_machine(memory, splits, finished, tmp_path, monkeypatch, caplog):
+    loop.train(make_config(schedule="constant", epochs=1), ADDRESS, splits=splits)
+    bucket = BucketRun(ADDRESS)
     assert sorted(bucket.markers()) == [3, 5]
     another_machine(monkeypatch, tmp_path)
     # Its newest checkpoint is damaged: the run goes on from the one before.
     name = bucket.names("checkpoints/5/variables/d")[0]
-    data = bytearray(bucket.read(name))
-    bucket.write(name, bytes(b ^ 255 for b in data))
-    lines = loop.train(make_config(schedule="constant"), address, splits=splits)
-    assert f"skipped {address}/checkpoints/5: damaged (" in caplog.text
+    bucket.write(name, bytes(b ^ 255 for b in bucket.read(name)))
+    lines = loop.train(make_config(schedule="constant"), ADDRESS, splits=splits)
+    assert f"skipped {ADDRESS}/checkpoints/5: damaged (" in caplog.text
     assert [line["epoch"] for line in lines] == [1, 2]
     assert sorted(bucket.markers()) == [6, 9, 10]
-    another_machine(monkeypatch, tmp_path, "third")
-    assert_same(bucket_run.local_copy(address), whole)
-    caplog.clear()
-    assert verify(bucket_run.local_copy(address, fresh=True)) == 0
+    assert verify(bucket_run.local_copy(ADDRESS, fresh=True)) == 0
+    memory.pipe({path.replace("/run/", "/whole/"): data for path, data in finished.items()})
+    assert_same(*map(bucket_run.local_copy, (ADDRESS, "memory://bucket/whole")))
 
 
-def test_a_reader_copies_what_it_needs(memory, splits, tmp_path, monkeypatch, capsys):
-    address = "memory://bucket/run"
-    loop.train(make_config(), address, splits=splits)
-    another_machine(monkeypatch, tmp_path)
-    with bucket_run.copied([address]) as (folder,):
+def test_a_reader_copies_what_it_needs(memory, finished, capsys, caplog):
+    memory.pipe(finished)
+    with bucket_run.copied([ADDRESS]) as (folder,):
         run = load_run(folder, "6", model=Linear())
         assert run.step == 6
-        here = {p.parts[-2] for p in folder.glob("checkpoints/*/variables")}
-        assert here == {"6"}
+        assert {p.parts[-2] for p in folder.glob("checkpoints/*/variables")} == {"6"}
         assert not [*folder.glob("checkpoints/*/training")]
         (folder / "evaluation.json").write_text("{}")
-    bucket = BucketRun(address)
+    bucket = BucketRun(ADDRESS)
     assert bucket.read("evaluation.json") == b"{}"
+    found = pretrained.find(f"{ADDRESS}:6")
+    assert (found.path, found.step, pretrained.find(ADDRESS).step) == (ADDRESS, 6, 10)
+    assert {"params/Dense_0/bias", "params/Dense_0/kernel"} == {*found.arrays()}
     # What is deleted and damaged in the bucket.
     bucket.remove(bucket.names("checkpoints/6"))
-    (name, *_) = bucket.names("checkpoints/10/training/d")
-    bucket.remove([name])
-    assert verify(bucket_run.local_copy(address, fresh=True)) == 4
+    bucket.remove(bucket.names("checkpoints/10/training/d")[:1])
+    evil = bucket_run.Marker("", ["../../../evil"]).text()
+    bucket.write("checkpoints/11/committed.json", evil)
+    assert verify(bucket_run.local_copy(ADDRESS, fresh=True)) == 4
     printed = capsys.readouterr().out
     assert "step        9  valid" in printed
     assert "step       10  damaged (" in printed
-    with pytest.raises(DamagedCheckpoint, match=f"{address}/checkpoints/10: damaged"):
+    assert f"skipped {ADDRESS}/checkpoints/11/committed.json: damaged" in caplog.text
+    with pytest.raises(DamagedCheckpoint, match=f"{ADDRESS}/checkpoints/10: damaged"):
+        Checkpoints(folder).read(10)
+    bucket.remove(bucket.names("checkpoints/10"))
+    shutil.rmtree(folder / "checkpoints" / "10" / "variables")
+    with pytest.raises(CheckpointError, match="was deleted while it was read; run the command"):
         Checkpoints(folder).read(10)
     with pytest.raises(
         CheckpointError, match=r"workdir=memory://bucket/none: holds no config\.json"
@@ -342,60 +352,88 @@ def test_a_reader_copies_what_it_needs(memory, splits, tmp_path, monkeypatch, ca
         bucket_run.local_copy("memory://bucket/none")
 
 
-def test_another_run_at_the_address_is_not_mixed_with_an_old_copy(
-    memory, splits, tmp_path, cache, caplog
-):
-    address = "memory://bucket/run"
-    loop.train(make_config(epochs=1), address, splits=splits)
+@contextlib.contextmanager
+def attached():
+    """A run without training: its local folder, the check of its lock, and what it tells the mirror."""
+    folder = mirror.folder_of(ADDRESS)
+    folder.mkdir(parents=True, exist_ok=True)
+    with mirror.attached(ADDRESS, folder, lambda: None, StopSignals()) as (check, changed):
+        yield folder, check, changed
+
+
+def test_another_run_at_the_address_is_not_mixed_with_an_old_copy(memory, caplog):
+    with attached() as (folder, _, changed):
+        save(folder, 1, lines=1)
+        (folder / "config.json").write_text("{}")
+        changed([1])
+    with attached() as (folder, _, _):
+        assert Checkpoints(folder).steps() == [1]
     memory.rm("/bucket/run", recursive=True)
-    lines = loop.train(make_config(epochs=1, seed=1), address, splits=splits)
-    assert len(lines) == 1
-    assert "the local copy of an earlier run at this address is now " in caplog.text
-    with pytest.raises(ConfigError, match="holds another run; seed"):
-        loop.train(make_config(epochs=1), address, splits=splits)
+    with attached() as (folder, _, _):
+        assert {path.name for path in folder.iterdir()} == {".lease.json", "checkpoints"}
+        assert Checkpoints(folder).steps() == []
+    line = "the local copy of an earlier run at this address is now (.*)"
+    (aside,) = re.findall(line, caplog.text)
+    assert (Path(aside) / "checkpoints" / "1").is_dir()
+    BucketRun(ADDRESS).write("config.json", b"{}")
     memory.rm("/bucket/run/lock", recursive=True)
-    with pytest.raises(CheckpointError, match="but no run that began there; choose another one"):
-        loop.train(make_config(epochs=1), address, splits=splits)
+    line = r"holds config\.json, but no run that began there; choose another one"
+    with pytest.raises(CheckpointError, match=line), attached():
+        pass
 
 
-def test_a_bucket_that_fails_in_the_end_leaves_the_run_in_its_folder(
-    memory, splits, monkeypatch, cache
-):
-    address, intact = "memory://bucket/run", BucketRun.write
+def test_a_bucket_that_fails_leaves_the_run_in_its_folder(memory, monkeypatch, caplog):
+    intact = BucketRun.write
 
     def write(bucket, name, data, new=False):
         if name.startswith("checkpoints/"):
             raise CheckpointError(f"{bucket.address}/{name}: cannot be written (no)")
         return intact(bucket, name, data, new)
 
-    monkeypatch.setattr(BucketRun, "write", write)
     monkeypatch.setattr(mirror, "PAUSES", (0.0, 0.0))
-    with pytest.raises(CheckpointError) as caught:
-        loop.train(make_config(epochs=1), address, splits=splits)
+    monkeypatch.setattr(BucketRun, "write", write)
     line = (
         r"cannot be written \(no\); gave up after 3 tries; the run is in (.*), and the same command"
     )
-    assert (found := re.search(line, str(caught.value)))
-    assert Checkpoints(Path(found[1])).steps() == [3, 5]
+
+    def run(fails: bool) -> None:
+        with attached() as (folder, _, changed):
+            save(folder, 1, lines=1)
+            changed([1])
+            if fails:
+                raise ZeroDivisionError
+
+    with pytest.raises(CheckpointError, match=line) as caught:
+        run(fails=False)
+    assert re.search(line, str(caught.value))[1] == str(mirror.folder_of(ADDRESS))
+    with pytest.raises(ZeroDivisionError):  # not hidden by the other error
+        run(fails=True)
+    assert "gave up after 3 tries" in caplog.text
+    assert not BucketRun(ADDRESS).markers()
     monkeypatch.setattr(BucketRun, "write", intact)
-    loop.train(make_config(epochs=1), address, splits=splits)
-    assert sorted(BucketRun(address).markers()) == [3, 5]
+    with attached() as (_, _, changed):
+        changed([1])
+    assert complete(BucketRun(ADDRESS)) == [1]
 
 
-def test_a_run_that_loses_its_lease_ends(memory, splits, monkeypatch):
-    address = "memory://bucket/run"
-    intact = Mirror.changed
+def test_a_run_that_loses_its_lease_ends_and_copies_nothing_more(memory, monkeypatch):
+    held, taken = lease.held, []
+    monkeypatch.setattr(lease, "held", lambda one: taken.append(one) or held(one))
+    bucket = BucketRun(ADDRESS)
+    line = "process 7 on other has taken the run over"
 
-    def changed(one, steps=None):
-        if steps == [3]:
-            number, now = lease.last(one._bucket)
-            stolen = json.dumps(now | {"holder": "x", "owner": "process 7 on other"}).encode()
-            one._bucket.write(f"lock/{number + 1:08d}", stolen)
-            with pytest.raises(CheckpointError):
-                one._lease.write(120.0)
-        intact(one, steps)
+    def run() -> None:
+        with attached() as (folder, check, changed):
+            check()
+            number, now = lease.last(bucket)
+            stolen = now | {"holder": "x", "owner": "process 7 on other"}
+            bucket.write(f"lock/{number + 1:08d}", json.dumps(stolen).encode())
+            with pytest.raises(CheckpointError, match=line):
+                taken[0].write(120.0)  # as it renews it
+            save(folder, 1, lines=1)
+            changed([1])
+            check()
 
-    monkeypatch.setattr(Mirror, "changed", changed)
-    with pytest.raises(CheckpointError, match="process 7 on other has taken the run over"):
-        loop.train(make_config(), address, splits=splits)
-    assert not BucketRun(address).markers()
+    with pytest.raises(CheckpointError, match=line):
+        run()
+    assert not bucket.markers()
