@@ -1,6 +1,7 @@
 """Emulators of buckets on loopback, and a network before them that can be slow, refuse or stall."""
 
 import contextlib
+import http
 import re
 import select
 import socket
@@ -13,6 +14,12 @@ import pytest
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
+
+
+def refusal(status: str, kind: str, body: str) -> bytes:
+    """An HTTP response."""
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/{kind}\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
 class Network:
@@ -84,7 +91,7 @@ def google() -> Iterator[tuple[Network, dict[str, str]]]:
             request.query.get("ifGenerationMatch") == ["0"]
             and request.data["meta"]["name"] in there
         ):
-            response.status = 412
+            response.status = http.HTTPStatus.PRECONDITION_FAILED
         else:
             intact(request, response, storage)
 

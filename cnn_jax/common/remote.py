@@ -76,5 +76,7 @@ def answered(
         raise kind(f"{place}: there is no such bucket or file") from None
     except Exception as error:  # the packages raise errors of many types
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, TimeoutError):  # gcsfs gives no reason
+            reason = "no answer in time"
         reason = textwrap.shorten(reason, 200, placeholder=" ...")
         raise kind(f"{place}: cannot be {verb} ({reason})") from error

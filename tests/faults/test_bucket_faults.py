@@ -24,20 +24,13 @@ from tests.tiny import REPOSITORY
 pytestmark = pytest.mark.buckets
 KILLS = 20
 
-DENIED = (
-    b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nConnection: close\r\n"
-    b"Content-Length: 65\r\n\r\n<Error><Code>AccessDenied</Code><Message>no access</Message></Error>"
-)
+ERROR = "<Error><Code>{}</Code><Message>{}</Message></Error>"
+DENIED = emulators.refusal("403 Forbidden", "xml", ERROR.format("AccessDenied", "no access"))
 EXPIRED = {
-    "gs": (
-        b"HTTP/1.1 401 Unauthorized\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        b'Content-Length: 57\r\n\r\n{"error": {"code": 401, "message": "Invalid Credentials"}}'
+    "gs": emulators.refusal(
+        "401 Unauthorized", "json", '{"error": {"code": 401, "message": "Invalid Credentials"}}'
     ),
-    "s3": (
-        b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/xml\r\nConnection: close\r\n"
-        b"Content-Length: 76\r\n\r\n"
-        b"<Error><Code>ExpiredToken</Code><Message>the token has expired</Message></Error>"
-    ),
+    "s3": emulators.refusal("400 Bad Request", "xml", ERROR.format("ExpiredToken", "expired")),
 }
 # A command in a hurry: the times that the README states would make the tests long.
 HURRIED = "import sys; from cnn_jax.common import remote; from cnn_jax.train import mirror; "
