@@ -86,7 +86,11 @@ def make_scorer(
     It gives their metrics and the logits of each, and compiles once for images of one size.
     """
     mesh = parallel.make_mesh(devices)
-    options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
+    options: dict[str, Any] = {
+        "model": run.model,
+        "data": run.data,
+        "compute_dtype": run.compute_dtype,
+    }
 
     def both(variables: Any, batch: dict) -> tuple[dict, dict]:
         # The compiler merges the forward passes of these two.

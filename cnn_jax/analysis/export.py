@@ -11,6 +11,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,11 @@ def to_stablehlo(run: RestoredRun) -> bytes:
     Raises:
       ConfigError: the network needs a fixed number of images.
     """
-    options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
+    options: dict[str, Any] = {
+        "model": run.model,
+        "data": run.data,
+        "compute_dtype": run.compute_dtype,
+    }
     variables = jax.tree.map(jnp.asarray, run.variables)
     pure = functools.partial(step.predict_step, variables, **options)
     (count,) = jax.export.symbolic_shape("n")

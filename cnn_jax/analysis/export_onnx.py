@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def export(run: RestoredRun, folder: Path, test: Examples) -> tuple[Path, Path, 
     files.check_folder(folder)
     _check_installed()
     image = test[np.arange(min(IMAGES, len(test)))]["image"]
-    options = {"model": run.model, "data": run.data, "compute_dtype": "float32"}
+    options: dict[str, Any] = {"model": run.model, "data": run.data, "compute_dtype": "float32"}
     pure = functools.partial(step.predict_step, jax.tree.map(jnp.asarray, run.variables), **options)
     model, opset, multiple, error = _first_that_serves(run, pure, image)
     metadata = {
@@ -200,11 +200,12 @@ def to_onnx(
 
     (count,) = jax.export.symbolic_shape("N")
     height, width, channels = image_shape
+    sizes: Sequence = (count, height, width)
     if multiple:
         least = [f"H >= {-(-height // multiple)}", f"W >= {-(-width // multiple)}"]
         text = f"N, {multiple}*H, {multiple}*W"
-        count, height, width = jax.export.symbolic_shape(text, constraints=least)
-    spec = jax.ShapeDtypeStruct((count, height, width, channels), jnp.uint8)
+        sizes = jax.export.symbolic_shape(text, constraints=least)
+    spec = jax.ShapeDtypeStruct((*sizes, channels), jnp.uint8)
     with nn.intercept_methods(_plain), jax.disable_jit():
         closed = jax.make_jaxpr(pure)(spec)
     flat = jax.extend.core.jaxpr_as_fun(closed)

@@ -89,7 +89,7 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Figure, Theme], An
             figure = Figure(figsize=(WIDTH, height), layout="constrained")
             paint(figure, theme)
             files.append(png(pixels(figure), 256))
-    return Chart(name, *files, alt)
+    return Chart(name, files[0], files[1], alt)
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -107,13 +107,13 @@ def picture(name: str, image: np.ndarray, alt: str) -> Chart:
 def png(image: np.ndarray, colours: int | None = None) -> bytes:
     """uint8 [h, w, 1, 3 or 4] as a PNG file; at most 256 `colours` make it a third as large."""
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[image.shape[2]]
-    image = Image.fromarray(image[..., 0] if mode == "L" else image)
+    drawn = Image.fromarray(image[..., 0] if mode == "L" else image)
     if colours:
         # MEDIANCUT does not support transparency. FASTOCTREE does, but gives fewer shades.
         method = Image.Quantize.FASTOCTREE if mode == "RGBA" else Image.Quantize.MEDIANCUT
-        image = image.quantize(colours, method, dither=Image.Dither.NONE)
+        drawn = drawn.quantize(colours, method, dither=Image.Dither.NONE)
     file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
+    drawn.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

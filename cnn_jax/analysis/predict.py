@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,7 +74,8 @@ def predict(
     outputs.check_folder(output)
     scores = parallel.jit(functools.partial(_scores, run=run), run.compute_dtype)
     own_size = gives_class_map(run.model, run.image_shape)
-    predictions, broken = [], []
+    predictions: list[Prediction] = []
+    broken = []
     for file in files:
         try:
             image = read_image(file, run.image_shape, own_size)
@@ -208,7 +210,11 @@ def _scores(
     variables: dict, image: jax.Array, *, run: RestoredRun
 ) -> tuple[jax.Array, jax.Array | None]:
     """uint8 [1, H, W, C] -> probabilities [classes], and those of the class map [h, w, classes]."""
-    options = {"model": run.model, "data": run.data, "compute_dtype": run.compute_dtype}
+    options: dict[str, Any] = {
+        "model": run.model,
+        "data": run.data,
+        "compute_dtype": run.compute_dtype,
+    }
     logits = step.predict_step(variables, image, **options)
     class_map = step.class_map_step(variables, image, **options)
     maps = class_map.ndim == 4

@@ -9,28 +9,45 @@ from cnn_jax.analysis.explain.topics import OF_A_NETWORK, TOPICS
 from cnn_jax.cli.flags import FLAGS, Command
 from cnn_jax.common.errors import ConfigError
 
-SHELLS = ("bash", "zsh")
-
-# zsh loads completions of bash with its bashcompinit.
 _SCRIPT = """# Shell completion of cnn_jax. Put this line into ~/.{shell}rc:
 #   source <({program} completion {shell})
-{head}_cnn_jax() {{
-  local word=${{COMP_WORDS[COMP_CWORD]}} flags='' words=''
-  COMPREPLY=()
-  if [ "$COMP_CWORD" -eq 1 ]; then
-    words={commands}
+{load}_cnn_jax() {{
+  local {word} {command} {position} flags='' names=''
+  if [ "$position" -eq 1 ]; then
+    names={commands}
   else
-    case ${{COMP_WORDS[1]}} in
+    case $command in
 {cases}
     esac
   fi
-  case $word in
-    -*) COMPREPLY=($(compgen -W "$flags" -- "$word")) ;;
-    *) COMPREPLY=($(compgen -W "$words" -- "$word") $(compgen -f -- "$word")) ;;
-  esac
+{reply}
 }}
-complete -o nosort -o filenames -F _cnn_jax cnn_jax launch.sh ./launch.sh
+{register}
 """
+_PARTS = {
+    "bash": {
+        "load": "",
+        "word": "word=${COMP_WORDS[COMP_CWORD]}",
+        "command": "command=${COMP_WORDS[1]}",
+        "position": "position=$COMP_CWORD",
+        "reply": """  case $word in
+    -*) COMPREPLY=($(compgen -W "$flags" -- "$word")) ;;
+    *) COMPREPLY=($(compgen -W "$names" -- "$word") $(compgen -f -- "$word")) ;;
+  esac""",
+        "register": "complete -o nosort -o filenames -F _cnn_jax cnn_jax launch.sh ./launch.sh",
+    },
+    "zsh": {
+        "load": "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }\n",
+        "word": "word=$PREFIX",
+        "command": "command=${words[2]}",
+        "position": "position=$((CURRENT - 1))",
+        "reply": """  case $word in
+    -*) compadd -S '' -- ${=flags} ;;
+    *) compadd -- ${=names}; _files ;;
+  esac""",
+        "register": "compdef _cnn_jax cnn_jax launch.sh",
+    },
+}
 
 
 def script(
@@ -47,20 +64,20 @@ def script(
     Raises:
       ConfigError: `shell` is neither.
     """
-    if shell not in SHELLS:
+    if shell not in _PARTS:
         raise ConfigError(f"{shell}: must be bash or zsh")
-    known = {"experiment": experiments, "topic": (*TOPICS, OF_A_NETWORK), "shell": SHELLS}
+    known = {"experiment": experiments, "topic": (*TOPICS, OF_A_NETWORK), "shell": _PARTS}
     cases = []
     for name, command in commands.items():
         own = " ".join(f"--{flag}{'' if _is_switch(flag) else '='}" for flag in command.flags)
-        words = " ".join(known.get(command.positional[0], ()) if command.positional else ())
-        cases.append(f"      {name}) flags={shlex.quote(own)} words={shlex.quote(words)} ;;")
+        names = " ".join(known.get(command.positional[0], ()) if command.positional else ())
+        cases.append(f"      {name}) flags={shlex.quote(own)} names={shlex.quote(names)} ;;")
     return _SCRIPT.format(
         shell=shell,
         program=program,
-        head="autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else "",
         commands=shlex.quote(" ".join(commands)),
         cases="\n".join(cases),
+        **_PARTS[shell],
     )
 
 

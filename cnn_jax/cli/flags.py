@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -10,6 +11,7 @@ from cnn_jax import PROGRAM
 from cnn_jax.common.errors import ConfigError
 
 REQUIRED, SEVERAL = object(), object()
+FlagValues = flags.FlagValues  # inside Command, `flags` is a field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Command:
     """
 
     name: str
-    run: Callable[[flags.FlagValues], int | None]
+    run: Callable[[FlagValues], int | None]
     flags: dict[str, object]
     positional: tuple[str, ...] = ()
 
@@ -205,7 +207,7 @@ class Command:
     def title(self) -> str:
         return (self.run.__doc__ or "").partition("\n")[0]
 
-    def parse(self, arguments: Sequence[str]) -> flags.FlagValues:
+    def parse(self, arguments: Sequence[str]) -> FlagValues:
         """The values of this command's flags.
 
         Raises:
@@ -228,14 +230,14 @@ class Command:
             raise ConfigError(str(error)) from None
         self._assign(values, alone)
         for flag, default in self.flags.items():
-            value = values[flag].value
+            value: Any = values[flag].value
             if default in (REQUIRED, SEVERAL) and value in (None, []):
                 raise ConfigError(f"--{flag}: {self.name} needs it ({FLAGS[flag].help})")
             if "" in (value if self._takes_several(flag) else [value]):
                 raise ConfigError(f"--{flag}=: is empty; leave it out, or give it a value")
         return values
 
-    def _assign(self, values: flags.FlagValues, alone: Sequence[str]) -> None:
+    def _assign(self, values: FlagValues, alone: Sequence[str]) -> None:
         """Assigns the values without --name= to the positional flags."""
         left = list(alone)
         for flag in self.positional:
@@ -290,13 +292,13 @@ class Command:
             lines.append(f"  --{flag:14}{FLAGS[flag].help}{shown}")
         return "\n".join(lines)
 
-    def _definitions(self) -> flags.FlagValues:
+    def _definitions(self) -> FlagValues:
         values = flags.FlagValues()
         values.set_gnu_getopt()  # words and flags in any order
         for name, default in self.flags.items():
             flag = FLAGS[name]
-            define = flags.DEFINE_multi_string if self._takes_several(name) else flag.define
-            options = {} if flag.least is None else {"lower_bound": flag.least}
+            define: Any = flags.DEFINE_multi_string if self._takes_several(name) else flag.define
+            options: dict[str, Any] = {} if flag.least is None else {"lower_bound": flag.least}
             if define is not flags.DEFINE_multi_string:
                 options["allow_overwrite"] = False  # refuses a repeated flag
             default = None if default in (REQUIRED, SEVERAL) else default

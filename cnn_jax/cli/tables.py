@@ -245,7 +245,7 @@ def print_explanation(explanation: Explanation) -> None:
     console.print(rich.text.Text(explanation.title, "bold"), soft_wrap=True)
     for row in explanation.rows:
         beside = rich.table.Table.grid(padding=(0, 2))
-        cells = []
+        cells: list[str | rich.text.Text] = []
         for grid in row:
             if grid.sign:
                 cells.append(f"\n{grid.sign}")
@@ -256,8 +256,8 @@ def print_explanation(explanation: Explanation) -> None:
     if explanation.table:
         header, *rows = explanation.table
         table = _table(*header, left=2)
-        for cells in rows:
-            table.add_row(*cells)
+        for texts in rows:
+            table.add_row(*texts)
         console.print(table)
     _print_lines(explanation.lines)
 

@@ -47,7 +47,7 @@ def description() -> str:
 
 def name() -> str:
     """Its name, family and instruction sets."""
-    facts = {}
+    facts: dict[str, str] = {}
     for line in _cpuinfo():
         key, _, value = line.partition(":")
         facts.setdefault(key.strip(), value.strip())

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,8 +87,8 @@ def decode(file: BinaryIO, channels: int) -> Image.Image:
         if picture.mode == MODES[channels] and picture.info.keys().isdisjoint(OBEYED):
             return picture  # most images of datasets
         turn = _turn(picture)
-        picture = _to_channels(_to_eight_bits(picture, _raw_mode(tiles)), channels)
-        return picture if turn is None else picture.transpose(turn)
+        decoded = _to_channels(_to_eight_bits(picture, _raw_mode(tiles)), channels)
+        return decoded if turn is None else decoded.transpose(turn)
     except Unsuitable:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -173,7 +174,7 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
     return Image.open(file, formats=formats())
 
 
-def _raw_mode(tiles: list[tuple]) -> str | None:
+def _raw_mode(tiles: Sequence[tuple]) -> str | None:
     """The format of the pixels in the file, in Pillow's terms; None if unknown."""
     arguments = tiles[0][3] if tiles else None
     first = arguments[0] if arguments and isinstance(arguments, tuple) else arguments
@@ -183,7 +184,7 @@ def _raw_mode(tiles: list[tuple]) -> str | None:
 def _turn(picture: Image.Image) -> Image.Transpose | None:
     """EXIF's orientation, as an operation. exif_transpose rewrites EXIF, and fails if it is damaged."""
     try:
-        return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+        return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow raises many types for a damaged block
         return None
 

@@ -74,6 +74,8 @@ def load(experiment: str, assignments: Sequence[str] = ()) -> Config:
     """
     path = find(experiment)
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    assert spec is not None, "a name that ends in .py has a spec"
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look up annotations as text here
     try:

@@ -7,7 +7,7 @@ factories as Python objects. The command `fields` prints the descriptions below.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import flax.linen as nn
 import optax
@@ -26,7 +26,7 @@ class Range:
     holds: Callable[[Any], bool]
 
 
-AUTO = "auto"
+AUTO: Final = "auto"
 SEED = Range("from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31)
 COUNT = Range("from 1 to 2**31 - 1", lambda value: 1 <= value < 2**31)
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)

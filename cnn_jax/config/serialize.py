@@ -81,7 +81,7 @@ def _with_fields(own: nn.Module, saved: dict) -> nn.Module:
                 f"model.{key}={current[key]} in the file of --experiment: must be {value}, as in "
                 "the run"
             )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()}
     own = own.clone(**values)
     check_types(own, "model.")
     return own

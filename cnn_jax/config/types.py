@@ -98,10 +98,10 @@ def parse(text: str, hint: Any, old: Any) -> Any:
         inside = text.strip("()[]").rstrip(", ")
         empty = not inside and arguments[:1] == (str,)
         items = [] if empty else [item.strip() for item in inside.split(",")]
-        kinds = _kinds(hint, len(items))
-        if len(items) != len(kinds):
-            raise ValueError(f"{text!r} is not a list of {len(kinds)} values")
-        return tuple(parse(item, kind, None) for item, kind in zip(items, kinds, strict=True))
+        each = _kinds(hint, len(items))
+        if len(items) != len(each):
+            raise ValueError(f"{text!r} is not a list of {len(each)} values")
+        return tuple(parse(item, kind, None) for item, kind in zip(items, each, strict=True))
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{text!r} is not true or false")

@@ -24,7 +24,7 @@ def with_class_weights(config: Config, examples: Examples) -> Config:
     if config.class_weights != "balanced":
         return config
     counts = np.bincount(labels(examples), minlength=len(examples.class_names))
-    scale = len(examples) / np.count_nonzero(counts)
+    scale = len(examples) / int(np.count_nonzero(counts))
     weights = tuple(scale / int(count) if count else 0.0 for count in counts)
     return dataclasses.replace(config, class_weights=weights)
 

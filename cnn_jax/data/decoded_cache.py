@@ -13,6 +13,7 @@ import os
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def write(key: dict, image: np.ndarray, label: np.ndarray, class_names: tuple[st
         log.warning("warning: decoded images could not be kept in %s: %s", path.parent, error)
 
 
-def _read_array(file) -> np.ndarray:
+def _read_array(file: BinaryIO) -> np.ndarray:
     return np.lib.format.read_array(file, allow_pickle=False)
 
 

@@ -52,8 +52,11 @@ class RemoteFile:
 
 def silent_hosts(urls: Iterable[str]) -> list[str]:
     """The hosts of `urls` if none of them answers, else []; takes at most about 3 seconds."""
-    hosts = {urllib.parse.urlsplit(url).hostname: url for url in urls}
-    hosts = {host: url for host, url in hosts.items() if host and url.startswith("http")}
+    hosts = {
+        host: url
+        for url in urls
+        if (host := urllib.parse.urlsplit(url).hostname) and url.startswith("http")
+    }
     answered = threading.Event()
 
     def call(url: str) -> None:
@@ -175,6 +178,7 @@ def _receive(
 
 def _short(error: requests.exceptions.RequestException) -> str:
     if isinstance(error, requests.exceptions.HTTPError):
+        assert error.response is not None, "it is about an answer"
         return f"HTTP {error.response.status_code}"
     if isinstance(error, requests.exceptions.ConnectTimeout):
         return f"no connection within {CONNECT_SECONDS:g} s"

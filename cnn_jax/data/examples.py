@@ -17,11 +17,20 @@ class Examples(typing.Protocol):
     """A split: `examples[indices]` is {"image": uint8 [n, H, W, C], "label": int32 [n]}.
 
     `files` has the paths of a user's own images, relative to their folder; it is empty for others.
+    `skipped` others of the split cannot be decoded.
     """
 
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    files: tuple[str, ...]
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def files(self) -> tuple[str, ...]: ...
+
+    @property
+    def skipped(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -82,8 +91,9 @@ class OnDemand:
 
     @property
     def files(self) -> tuple[str, ...]:
-        own = isinstance(self.records, folders.FileRecords)
-        return tuple(self.records.files[i] for i in self.indices) if own else ()
+        if not isinstance(self.records, folders.FileRecords):
+            return ()
+        return tuple(self.records.files[i] for i in self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -113,6 +123,10 @@ class Altered:
     @property
     def files(self) -> tuple[str, ...]:
         return self.examples.files
+
+    @property
+    def skipped(self) -> int:
+        return self.examples.skipped
 
     def __len__(self) -> int:
         return len(self.examples)

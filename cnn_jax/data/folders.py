@@ -115,7 +115,8 @@ class Dataset:
                 f"data.name={self.name}: its images differ in size: {size_range(sizes)}; add "
                 f"--set data.image_size={','.join(map(str, suggested_size(sizes)))}, or another size"
             )
-        return (*map(int, sizes[0]), channels)
+        height, width = map(int, sizes[0])
+        return height, width, channels
 
     def select(self, split: str, field: str) -> list[ImageFile]:
         """The images of a split in TFDS's notation; errors name it as `field`.
@@ -176,7 +177,9 @@ def open_dataset(data: "DataConfig") -> Dataset:
         counts = Counter(image.class_name for image in images)
         if alone := [name for name in names if counts[name] == 1]:
             remarks.append(f"of {_listed(alone)} there is one image, for training alone")
-    ordered = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    ordered: dict[str, list[ImageFile]] = {
+        name: splits[name] for name in ("train", "validation", "test") if name in splits
+    }
     return Dataset(data.name, root, names, ordered, carved, tuple(remarks))
 
 

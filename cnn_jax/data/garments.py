@@ -409,8 +409,8 @@ def photograph(rng: random.Random, fabric: np.ndarray) -> np.ndarray:
     ramp = (np.arange(SIZE) - (SIZE - 1) / 2) / (SIZE / 2)
     light = 1 + across * ramp + down * ramp[:, None]
     # The sum of four random bytes is nearly normal: mean 510, standard deviation 147.8.
-    noise = np.frombuffer(rng.randbytes(4 * SIZE * SIZE), np.uint8).reshape(4, SIZE, SIZE)
-    noise = (noise.sum(0, dtype=np.int64) - 510) / 147.8
+    drawn = np.frombuffer(rng.randbytes(4 * SIZE * SIZE), np.uint8).reshape(4, SIZE, SIZE)
+    noise = (drawn.sum(0, dtype=np.int64) - 510) / 147.8
     image = background + contrast * light * fabric + rng.uniform(4, 18) * noise
     return np.rint(image.clip(0, 255)).astype(np.uint8)
 
@@ -418,7 +418,8 @@ def photograph(rng: random.Random, fabric: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- TFDS
 
 
-class Garments(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+# TFDS has no types that would tell the checker of this argument.
+class Garments(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """The TFDS dataset `garments`: image uint8 [28, 28, 1] and label 0 to 9, as `fashion_mnist`.
 
     `Garments(data_dir=..., file_format="array_record").download_and_prepare()` writes it to a

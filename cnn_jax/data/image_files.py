@@ -205,7 +205,8 @@ def _remarks(images: list[ImageFile], named: set[str]) -> Iterator[str]:
 
 def _from_table(path: str) -> Listing:
     """The images that the rows of a table name, in their order."""
-    root, images, seen, missing = os.path.dirname(path), [], {}, []
+    root, images, missing = os.path.dirname(path), [], []
+    seen: dict[str, int] = {}
     for line, row in _rows(path):
         file = _spelled(root, row["file"])
         place = f"{path}: line {line}"
@@ -246,12 +247,11 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, row in kind(path, text):
         if not columns:
             columns = _columns(path, list(row))
-        values = {name: row.get(column) for name, column in columns.items()}
         yield (
             line,
             {
-                name: None if columns[name] is None else _plain(value)
-                for name, value in values.items()
+                name: None if column is None else _plain(row.get(column))
+                for name, column in columns.items()
             },
         )
 

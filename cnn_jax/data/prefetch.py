@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,8 @@ def look_ahead(items: Iterable[T]) -> Iterator[T]:
     An exception of `items` is raised in the place of its item. The thread ends with the iterator,
     also if the iterator is closed or dropped early.
     """
-    iterator, end = iter(items), object()
+    iterator = iter(items)
+    end: Any = object()  # no item is this one
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, iterator, end)
         while (item := coming.result()) is not end:

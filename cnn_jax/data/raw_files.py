@@ -12,7 +12,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import rich.progress
@@ -102,7 +102,7 @@ def _read_mnist(
     prefix, count = ("train" if split == "train" else "t10k"), -1
     with contextlib.ExitStack() as stack:
 
-        def open_idx(kind: str) -> BinaryIO:
+        def open_idx(kind: str) -> gzip.GzipFile:
             name = f"{prefix}-{kind}-ubyte.gz"
             return stack.enter_context(gzip.open(archive.open(name) if archive else paths[name]))
 
@@ -129,7 +129,9 @@ def _read_cifar(
     with tarfile.open(next(iter(paths.values()))) as archive:
 
         def read(name: str) -> bytes:
-            return archive.extractfile(about.prefix + name).read()
+            stream = archive.extractfile(about.prefix + name)
+            assert stream is not None, "it is a file, not a folder"
+            return stream.read()
 
         for feature, name in zip(about.label_keys, about.label_files, strict=True):
             names = read(name).decode().splitlines()

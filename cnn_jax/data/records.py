@@ -84,14 +84,14 @@ class ImageRecords(abc.ABC):
         return image, label, [errors[i] for i in sorted(errors)]
 
 
-def changed(place: str, now: tuple[int, int] | None, before: tuple[int, int]) -> DataError:
-    """The error for a file whose size in bytes and time of change were others."""
+def changed(place: str, now: tuple[int, int] | None, before: tuple[int, int] | None) -> DataError:
+    """The error for a file whose size in bytes and time of change were others; None: no file."""
     what = (
         "is gone"
         if now is None
-        else f"has changed, from {before[0]:,} to {now[0]:,} bytes"
-        if now[0] != before[0]
         else "was written again"
+        if before is None or now[0] == before[0]
+        else f"has changed, from {before[0]:,} to {now[0]:,} bytes"
     )
     return DataError(
         f"{place}: its file {what} since the run began; put it back, or train in another --workdir"

@@ -123,7 +123,7 @@ def input_shape(
         raise ConfigError(f"--input_size={input_size}: write SIZE, HxW or HxWxC, as in 64x64x3")
     sizes = [int(part) for part in input_size.split("x")]
     if len(sizes) == 3:
-        return tuple(sizes)
+        return sizes[0], sizes[1], sizes[2]
     data = dataclasses.replace(data, image_size=(sizes[0], sizes[-1]))
     return image_shape(data, data_dir)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def in_numbers(config: Config, examples: Examples) -> Config:
         raise ConfigError(
             f"data.std=auto: is {', '.join(map(str, std))} in the training images; give numbers"
         )
-    found = {"mean": mean, "std": std}
+    found: dict[str, Any] = {"mean": mean, "std": std}
     numbers = {name: value for name, value in found.items() if getattr(data, name) == AUTO}
     return dataclasses.replace(config, data=dataclasses.replace(data, **numbers))
 

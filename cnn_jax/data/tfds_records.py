@@ -78,7 +78,7 @@ class Records(ImageRecords):
                     f"{tfds_builder.shown(shard.filename)}: no such file; {self._remedy()}"
                 )
         self.stamps = [_stamp(shard.filename) for shard in self.shards]
-        self.source = self._open_array_records() if self.random_access else None
+        self.source: Any = self._open_array_records() if self.random_access else None
         height, width = self.layout.stored_size
         self.workers = Workers(height * width if height and width else None)
 
@@ -177,10 +177,11 @@ class Records(ImageRecords):
 
     def _decode(self, records: list[bytes | DataError], indices: Sequence[int]) -> Decoded:
         def read(i: int) -> tuple[np.ndarray, int]:
-            if isinstance(records[i], DataError):
-                raise records[i]
+            record = records[i]
+            if isinstance(record, DataError):
+                raise record
             try:
-                encoded, label = self._parse(records[i])
+                encoded, label = self._parse(record)
                 return self._decode_image(encoded), label
             except decode.Unsuitable as error:
                 raise DataError(f"{self._place(indices[i])}: {error}") from None

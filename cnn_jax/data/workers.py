@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cnn_jax.common.errors import DataError
+from cnn_jax.common.pairs import pair
 
 # What a worker decodes at a time, and how many such parts of each worker may wait in memory. A part
 # of 32 small images takes 1.4 times the work of an eighth of a part of 256.
@@ -54,7 +55,9 @@ def in_order(records: Any, batches: Iterable[np.ndarray], count: int) -> Iterato
     parts = iter(lambda: rows.take(most), None)
     found = _Rows(_ahead(lambda part: pool.submit(records, *part), parts, PARTS_AHEAD * count))
     for indices in batches:
-        yield found.take(len(indices))
+        taken = found.take(len(indices))
+        assert taken is not None, "there are as many rows as indices"
+        yield pair(taken)
 
 
 def _ahead(submit: Callable[[T], Future], items: Iterable[T], count: int) -> Iterator[Any]:
@@ -74,7 +77,8 @@ class _Rows:
     """The rows of arrays that come in parts, to be taken in other parts."""
 
     def __init__(self, parts: Iterable[tuple[np.ndarray, ...]]):
-        self._parts, self._rest = iter(parts), None
+        self._parts = iter(parts)
+        self._rest: tuple[np.ndarray, ...] | None = None
 
     def take(self, count: int) -> tuple[np.ndarray, ...] | None:
         """The next `count` rows of each array, or those that are left; None if none are left."""
@@ -152,7 +156,7 @@ def _pool(count: int) -> _Pool:
 
 def _close(process: subprocess.Popen) -> int:
     """Ends a process, by closing its pipes; returns its exit code."""
-    for pipe in (process.stdin, process.stdout):
+    for pipe in filter(None, (process.stdin, process.stdout)):
         with contextlib.suppress(OSError):  # a part of a request that nobody reads
             pipe.close()
     return process.wait()

@@ -46,8 +46,9 @@ class Convolutional(nn.Module):
                 if isinstance(layer, nn.Dense):
                     size, kernel = kernel, (1, 1)
                     # In the dense layer's scope, so that the parameters keep its name.
-                    options = {"use_bias": layer.use_bias, "dtype": layer.dtype}
-                    return Conv(layer.features, size, parent=layer.scope, **options)(args[0])
+                    options: dict[str, Any] = {"parent": layer.scope}
+                    options |= {"use_bias": layer.use_bias, "dtype": layer.dtype}
+                    return Conv(layer.features, size, **options)(args[0])
             return call(*args, **kwargs)
 
         with nn.intercept_methods(convolve):
@@ -66,7 +67,7 @@ def replaces(layer: nn.Module, output: Any) -> bool:
     """Whether `Convolutional` replaced the call of this layer that gave `output`."""
     if jnp.ndim(output) != 4:
         return False
-    kernel = layer.variables.get("params", {}).get("kernel")
+    kernel: Any = layer.variables.get("params", {}).get("kernel")
     return isinstance(layer, Flatten) or (isinstance(layer, nn.Dense) and jnp.ndim(kernel) == 4)
 
 

@@ -7,7 +7,7 @@ by its window), Linen draws kernels from lecun_normal (Keras: glorot_uniform). I
 
 import bisect
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.errors
 import flax.linen as nn
@@ -113,7 +113,8 @@ def one_image_size(call: Callable) -> Callable:
             raise nothing
         return logits
 
-    checked.one_image_size = True
+    # A function may carry attributes, but no type says which.
+    checked.one_image_size = True  # type: ignore[attr-defined]
     return checked
 
 
@@ -122,7 +123,7 @@ def takes_one_image_size(model: nn.Module) -> bool:
     return getattr(type(model).__call__, "one_image_size", False)
 
 
-def images_that_fit(model: nn.Module, params: dict) -> str:
+def images_that_fit(model: nn.Module, params: Mapping) -> str:
     """The square images, as text, for which `model` has parameters of these shapes.
 
     Strides and pooling round, so several sizes may need the same parameters.
@@ -150,5 +151,5 @@ def _abstract_params(model: nn.Module, channels: int, size: int) -> dict:
         return {}
 
 
-def _number(params: dict) -> int:
+def _number(params: Mapping) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -11,12 +11,15 @@ traces. After a step that it does not know, or whose windows form no such grid, 
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 from jax.extend import core
 
+from cnn_jax.common.pairs import pair
 from cnn_jax.models.layers import Dropout, Flatten, MaxPool
 
 Pair = tuple[int, int]
@@ -68,9 +71,9 @@ class Field:
         axes = range(2)
         return Field(
             places,
-            tuple(self.size[i] + (kernel[i] - 1) * self.stride[i] for i in axes),
-            tuple(self.stride[i] * strides[i] for i in axes),
-            tuple(self.start[i] - before[i] * self.stride[i] for i in axes),
+            pair(self.size[i] + (kernel[i] - 1) * self.stride[i] for i in axes),
+            pair(self.stride[i] * strides[i] for i in axes),
+            pair(self.start[i] - before[i] * self.stride[i] for i in axes),
         )
 
     def origin(self, row: int, column: int) -> Pair:
@@ -85,11 +88,11 @@ class Field:
         """The field of outputs that see both windows; None if these form no regular grid."""
         if self.places != other.places or (self.stride != other.stride and self.places != (1, 1)):
             return None
-        start = tuple(map(min, self.start, other.start))
+        start = pair(map(min, self.start, other.start))
         ends = [
             max(one.start[i] + one.size[i] for one in (self, other)) - start[i] for i in range(2)
         ]
-        return Field(self.places, tuple(ends), self.stride, start)
+        return Field(self.places, pair(ends), self.stride, start)
 
     def shown(self) -> tuple[str, str, str]:
         """Size, stride and start as text; the last two as one number if height and width agree."""
@@ -102,7 +105,7 @@ class Field:
 
     def inside(self, image: Pair) -> tuple[range, range]:
         """Rows and columns of the outputs whose windows lie completely in an image of this size."""
-        return tuple(
+        return pair(
             range(
                 max(0, math.ceil(-start / stride)),
                 min(places, max(0, (length - size - start) // stride + 1)),
@@ -146,18 +149,18 @@ def _geometry(module: nn.Module, given: Pair) -> tuple[Pair, Pair, Pair] | None:
     if isinstance(size, int) or len(size) != 2:
         return None
     dilation = _pair(module.kernel_dilation)
-    kernel = tuple((k - 1) * d + 1 for k, d in zip(size, dilation, strict=True))
+    kernel = pair((k - 1) * d + 1 for k, d in zip(size, dilation, strict=True))
     strides = _pair(module.strides)
     padding = canonicalize_padding(module.padding, 2)
     if isinstance(padding, str):
         if padding not in ("SAME", "SAME_LOWER", "VALID"):
             return None
         padding = lax.padtype_to_pads(given, kernel, strides, padding)
-    return kernel, strides, tuple(int(before) for before, _ in padding)
+    return kernel, strides, pair(int(before) for before, _ in padding)
 
 
-def _pair(value: int | Pair | None) -> Pair:
-    return (value or 1,) * 2 if isinstance(value, int | None) else tuple(value)
+def _pair(value: int | Sequence[int] | None) -> Pair:
+    return (value or 1,) * 2 if isinstance(value, int | None) else pair(value)
 
 
 @dataclasses.dataclass
@@ -209,7 +212,7 @@ def follow(
     return [field_of(atom) for atom in program.outvars]
 
 
-def _program(value: object) -> core.Jaxpr | None:
+def _program(value: Any) -> core.Jaxpr | None:
     value = getattr(value, "jaxpr", value)  # a ClosedJaxpr or a Jaxpr
     return value if hasattr(value, "eqns") else None
 
@@ -236,11 +239,16 @@ def _behind_step(step: core.JaxprEqn, given: list, calls: dict) -> Field | str |
     field, *others = fields.values()
     for other in others:
         field = field and field.joined(other)
-    shapes = {atom.aval.shape for atom in fields}
+    shapes = {_shape(atom) for atom in fields}
     alike = len({(len(shape), shape[: _places(shape)]) for shape in shapes}) == 1
     if field is None or not alike:
         return None
-    return _through(step, field, max(shapes), step.outvars[0].aval.shape, len(fields))
+    return _through(step, field, max(shapes), _shape(step.outvars[0]), len(fields))
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    """Of an array in a program. The type of its `aval` is wider than what arrays have."""
+    return atom.aval.shape
 
 
 def _places(shape: tuple) -> int:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from cnn_jax.models.layers import Conv, Dense, Flatten, MaxPool, one_image_size
 
@@ -17,7 +18,7 @@ def uniform(bound: float) -> nn.initializers.Initializer:
     )
 
 
-def dirac(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def dirac(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Kernels [h, w, in, out] whose first `in` filters copy one channel each; the others are random.
 
     The random ones are PyTorch's default, uniform within 1 / sqrt(h * w * in).
@@ -32,7 +33,7 @@ def dirac(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
 
 
 def whitening(
-    image: jax.Array, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+    image: jax.Array, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
     """Kernels [h, w, in, 2 * h * w * in] whose outputs on `image` are uncorrelated.
 

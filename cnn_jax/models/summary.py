@@ -1,6 +1,7 @@
 """The summary of an architecture: layers, output shapes, parameters, FLOPs."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -79,7 +80,8 @@ def summarise(model: nn.Module, image_shape: tuple[int, int, int]) -> Summary:
     ends: dict[str, tuple[Call, bool]] = {}
 
     def record(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        module, given = context.module, args[0] if args else None
+        module = context.module
+        given: Any = args[0] if args else None
         if context.method_name != "__call__" or not module.path or not hasattr(given, "shape"):
             return call(*args, **kwargs)
         enter, leave = (f"cnn_jax {len(ends)} {end}" for end in ("in", "out"))
@@ -100,7 +102,7 @@ def summarise(model: nn.Module, image_shape: tuple[int, int, int]) -> Summary:
         calls.append(this)
         return checkpoint_name(output, leave)
 
-    def run(image: jax.Array) -> jax.Array:
+    def run(image: jax.Array) -> tuple[jax.Array, Mapping[str, Any]]:
         with nn.intercept_methods(record):
             return model.init_with_output(jax.random.key(0), image)
 

@@ -12,6 +12,7 @@ that are rounded already, in float32.
 import contextvars
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def with_onednn(function: Callable) -> Callable:
     """
 
     @functools.wraps(function)
-    def traced(*args, **kwargs):
+    def traced(*args: Any, **kwargs: Any) -> Any:
         token = _used.set(True)
         try:
             return function(*args, **kwargs)
@@ -89,8 +90,8 @@ def kernel_gradient(g: Geometry, cotangent: Array, image: Array) -> Array:
         return product.reshape(kw, kh, g.in_channels, -1).swapaxes(0, 1)
     image = _write(formulations.im2col(image, 2, kw, g.out[1], g.strides[1]))
     last = (g.out[0] - 1) * g.strides[0] + 1
-    rows = [_write(image[:, i : i + last : g.strides[0]]) for i in range(kh)]
-    products = [row.reshape(len(cotangent), -1).T @ cotangent for row in rows]
+    taken = [_write(image[:, i : i + last : g.strides[0]]) for i in range(kh)]
+    products = [row.reshape(len(cotangent), -1).T @ cotangent for row in taken]
     return jnp.stack(products).reshape(kh, kw, g.in_channels, -1)
 
 
@@ -143,10 +144,11 @@ def _columns_to_image(g: Geometry, cotangent: Array, kernel: Array) -> Array:
         config[axis] = (start, end, stride - 1)
         return lax.pad(part, jnp.zeros((), part.dtype), config)
 
-    rows = [
-        sum(spread(patches[:, :, :, i, j], 2, j, width, sw) for j in range(kw)) for i in range(kh)
+    spread_rows = [
+        formulations.total(spread(patches[:, :, :, i, j], 2, j, width, sw) for j in range(kw))
+        for i in range(kh)
     ]
-    image = sum(spread(row, 1, i, height, sh) for i, row in enumerate(rows))
+    image = formulations.total(spread(row, 1, i, height, sh) for i, row in enumerate(spread_rows))
     return _cut(g, image).astype(cotangent.dtype)
 
 

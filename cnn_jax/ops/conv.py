@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from cnn_jax.common.pairs import pair
 from cnn_jax.ops import bfloat16
 from cnn_jax.ops.formulations import DIMENSIONS, FORMULATIONS, Geometry, xla
 from cnn_jax.ops.rule import formulations_for
@@ -108,15 +109,15 @@ def _geometry(
     padding: str | Sequence[tuple[int, int]],
     precision: lax.PrecisionLike,
 ) -> Geometry:
-    image, kernel = lhs.shape[1:3], rhs.shape[:2]
+    image, kernel = pair(lhs.shape[1:3]), pair(rhs.shape[:2])
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(image, kernel, window_strides, padding)
-    pads = tuple((int(lo), int(hi)) for lo, hi in padding)
-    out = tuple(
+    pads = pair((int(lo), int(hi)) for lo, hi in padding)
+    out = pair(
         (size + sum(pad) - k) // s + 1
         for size, k, s, pad in zip(image, kernel, window_strides, pads, strict=True)
     )
-    strides = tuple(map(int, window_strides))
+    strides = pair(map(int, window_strides))
     return Geometry(image, kernel, out, strides, pads, rhs.shape[2], rhs.shape[3], precision)
 
 

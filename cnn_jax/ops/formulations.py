@@ -5,13 +5,15 @@ Each takes the static geometry, the image [N, H, W, C] and the kernel [KH, KW, C
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from cnn_jax.common.pairs import pair
 from cnn_jax.ops import dense
 
 DIMENSIONS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # NHWC, HWIO
@@ -85,7 +87,7 @@ def _dense_columns(g: Geometry, image: Array, kernel: Array) -> Array:
 def _offsets(g: Geometry, image: Array, kernel: Array) -> Array:
     """One matmul for each position in the kernel, on the pixels it meets, and their sum."""
     image = pad(g, image)
-    return sum(
+    return total(
         _matmul(g, _window(g, image, i, j), kernel[i, j])
         for i in range(g.kernel[0])
         for j in range(g.kernel[1])
@@ -98,7 +100,7 @@ def _rows(g: Geometry, image: Array, kernel: Array) -> Array:
     image = im2col(pad(g, image, axes=(True, False)), 1, kh, g.out[0], g.strides[0])
     kernel = kernel.swapaxes(0, 1).reshape(1, kw, kh * g.in_channels, g.out_channels)
     flat = g._replace(
-        image=image.shape[1:3],
+        image=pair(image.shape[1:3]),
         kernel=(1, kw),
         strides=(1, g.strides[1]),
         pads=((0, 0), g.pads[1]),
@@ -177,8 +179,8 @@ def _winograd(g: Geometry, image: Array, kernel: Array) -> Array:
     return y.reshape(n, oh, 4 * tiles, -1)[:, :, :ow]  # [N, OH, OW, O]
 
 
-def _weighted_sum(weights: Sequence[float], terms: Sequence[Array]) -> Array:
-    return sum(weight * term for weight, term in zip(weights, terms, strict=True) if weight)
+def _weighted_sum(weights: Sequence[float], terms: Array | Sequence[Array]) -> Array:
+    return total(weight * term for weight, term in zip(weights, terms, strict=True) if weight)
 
 
 def _winograd_tiles(g: Geometry, image: Array, kernel: Array) -> Array:
@@ -286,7 +288,12 @@ FORMULATIONS: dict[str, Callable[[Geometry, Array, Array], Array]] = {
 }
 
 
-def _matmul(g: Geometry, a: Array, b: Array) -> Array:
+def total(terms: Iterable[Array]) -> Array:
+    """The sum of at least one array; sum() may also give the number 0."""
+    return functools.reduce(operator.add, terms)
+
+
+def _matmul(g: Geometry, a: Array | np.ndarray, b: Array) -> Array:
     return jnp.matmul(a, b, precision=g.precision)
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from cnn_jax.common.pairs import pair
+
 
 def max_pool(
     x: Array,
@@ -31,8 +33,8 @@ def max_pool(
     Returns:
       [N, OH, OW, C].
     """
-    window = tuple(window)
-    strides = window if strides is None else tuple(strides)
+    window = pair(window)
+    strides = window if strides is None else pair(strides)
     plain = functools.partial(nn.max_pool, window_shape=window, strides=strides, padding=padding)
     if not (
         x.ndim == 4

@@ -132,9 +132,9 @@ def read(rates: np.ndarray, losses: np.ndarray) -> Found:
     for _ in range(2):  # a box twice: a triangle, with less ripple
         padded = np.pad(smooth, half, mode="edge")
         smooth = np.convolve(padded, np.full(2 * half + 1, 1 / (2 * half + 1)), mode="valid")
-    lowest = max(int(smooth.argmin()), 1)
+    lowest = max(int(np.argmin(smooth)), 1)
     slope = np.gradient(smooth, np.log(rates))
-    steepest = int(slope[: lowest + 1].argmin())
+    steepest = int(np.argmin(slope[: lowest + 1]))
     return Found(rates, losses, smooth, float(rates[steepest]), float(rates[lowest]))
 
 

@@ -86,6 +86,7 @@ class Processes:
         if self._stopped_by:  # a signal came after the check
             process.send_signal(self._stopped_by)
         reason = ""
+        assert process.stderr is not None, "it is a pipe"
         with process.stderr:
             for line in process.stderr:
                 if line.startswith("error: "):

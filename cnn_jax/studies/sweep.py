@@ -112,7 +112,7 @@ def settings(experiment: str, assignments: Sequence[str]) -> list[Setting]:
                 f"--set {assignment}: {path} is given twice; write {path}=value,value"
             )
         axes[path] = _values(config, path, text)
-    found = []
+    found: list[Setting] = []
     for texts in itertools.product(*axes.values()):
         pairs = [f"{path}={text}" for path, text in zip(axes, texts, strict=True)]
         changed = validate(override(config, pairs))
@@ -182,7 +182,8 @@ def sweep(
             "warning: data.validation_examples=0: no best setting is chosen, as test accuracy must "
             "not choose it; add --set data.validation_examples=5000"
         )
-    done, codes = [], []
+    done: list[Setting] = []
+    codes: list[int] = []
     total = len(planned) * seeds
     with Processes() as processes:
         for setting in planned:

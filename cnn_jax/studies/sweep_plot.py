@@ -30,7 +30,7 @@ def curves(settings: Sequence[tuple[str, list[list[dict]]]], split: str) -> plot
         ends = {
             name: (means(runs, f"{split}_accuracy") or [(0, 0.0)])[-1][1] for name, runs in drawn
         }
-        kept = sorted(ends, key=ends.get, reverse=True)[:MOST]
+        kept = sorted(ends, key=ends.__getitem__, reverse=True)[:MOST]
         drawn = [(name, runs) for name, runs in drawn if name in kept]
     last = max(lines[-1]["epoch"] for _, runs in drawn for lines in runs)
 

@@ -1,7 +1,7 @@
 """How a module is called: its compute type, its collections and its random streams."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.errors
@@ -57,12 +57,13 @@ def make_rngs(
 
     Under pmap each device gets its own keys; only WHOLE_BATCH_DROPOUT has one key for all devices.
     """
-    asked, names = {"dropout", WHOLE_BATCH_DROPOUT}, set()
+    asked = {"dropout", WHOLE_BATCH_DROPOUT}
+    names: set[str] = set()
 
     class Recorded(dict):
         """A scope's random streams by name, which notes every name that is looked up."""
 
-        def __contains__(self, name: object) -> bool:
+        def __contains__(self, name: Any) -> bool:
             asked.add(name)
             return super().__contains__(name)
 
@@ -87,7 +88,7 @@ def make_rngs(
     return keys
 
 
-def flat_collections(variables: dict[str, Any]) -> dict[tuple, Any]:
+def flat_collections(variables: Mapping[str, Any]) -> dict[tuple, Any]:
     """All variables but the parameters, by path; omits the tuples that `Module.sow` stores."""
     others = {name: tree for name, tree in variables.items() if name != "params"}
     by_path = flax.traverse_util.flatten_dict(others)

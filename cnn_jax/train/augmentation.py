@@ -19,6 +19,8 @@ channels too and needs chex; augmax adds to the brightness instead of scaling it
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def augmented(
     if data.alternating_flip:
         image = alternate_flip(run_key, image, batch["index"], batch["epoch"])
     key = jax.random.fold_in(key, _STREAM)
-    changes = [
+    changes: list[tuple[Any, Callable]] = [
         (data.rotation, functools.partial(_rotate, degrees=data.rotation)),
         (data.trivial_augment, _trivial_augment),
         (data.colour_jitter, functools.partial(_jitter, strength=data.colour_jitter)),

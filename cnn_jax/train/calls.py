@@ -118,7 +118,10 @@ class Resident(Calls):
         loop = mesh.devices.flat[0].platform != "cpu"
         several = functools.partial(train_steps, step=step, mesh=mesh, loop=loop)
         shardings = (parallel.replicated(mesh), parallel.split(mesh, axis=1))
-        options = {"compute_dtype": config.compute_dtype, "deterministic": config.deterministic}
+        options: dict[str, Any] = {
+            "compute_dtype": config.compute_dtype,
+            "deterministic": config.deterministic,
+        }
         jitted = parallel.jit_step(several, mesh, shardings=shardings, **options)
         order = np.arange(len(examples))
         self._programs = {
@@ -205,8 +208,10 @@ def make_calls(
       ConfigError: `resident_data` or `steps_per_call` does not fit the examples or the devices; or as
         `parallel.lower`.
     """
-    kind = Resident if is_resident(config, examples, mesh) else Streamed
-    return kind(config, optimizer, examples, mesh, state)
+    if not is_resident(config, examples, mesh):
+        return Streamed(config, optimizer, examples, mesh, state)
+    assert isinstance(examples, InMemory), "only these can be resident"
+    return Resident(config, optimizer, examples, mesh, state)
 
 
 def is_resident(config: Config, examples: Examples, mesh: Any) -> bool:
@@ -217,7 +222,9 @@ def is_resident(config: Config, examples: Examples, mesh: Any) -> bool:
     """
     wanted, device = config.resident_data, mesh.local_devices[0]
     in_memory = isinstance(examples, InMemory)
-    size = examples.image.nbytes + examples.label.nbytes if in_memory else 0
+    size = 0
+    if isinstance(examples, InMemory):
+        size = examples.image.nbytes + examples.label.nbytes
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     if wanted is True:
         if not in_memory:

@@ -158,10 +158,11 @@ class Checkpoints:
           CheckpointError: there is no such checkpoint, or it is damaged.
         """
         steps = self.steps()
-        if not steps:
+        newest = self.newest(training, verify) if which == "latest" else None
+        if not steps or (which == "latest" and newest is None):
             raise CheckpointError(f"{self.place}: holds no checkpoint")
-        if which == "latest":
-            return self.newest(training, verify)
+        if newest:
+            return newest
         if which == "best":
             best = self.best()
             if best is None:
@@ -185,7 +186,7 @@ class Checkpoints:
             for line in metrics(self.workdir)
             if line["step"] in steps and isinstance(line.get("validation_accuracy"), float)
         }
-        return max(scores, key=scores.get) if scores else None
+        return max(scores, key=scores.__getitem__) if scores else None
 
 
 def verify(workdir: Path) -> int:

@@ -10,9 +10,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import flax.traverse_util
 import numpy as np
@@ -77,13 +78,13 @@ class CheckpointWriter(Checkpoints):
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be written: {error.strerror}") from error
 
-    def save(self, state: TrainState, notes: dict) -> None:
+    def save(self, state: TrainState | Mapping[str, Any], notes: dict) -> None:
         """Starts to save `state`; returns before its arrays are written.
 
         A failure is logged at once; `wait` raises it, `failing` and `retry_is_due` report it.
 
         Args:
-          state: of NumPy arrays, equal on all processes.
+          state: of NumPy arrays, equal on all processes; or what `evaluate` needs of one, by name.
           notes: plain JSON, returned by `read`.
         """
         self._join()
@@ -123,6 +124,7 @@ class CheckpointWriter(Checkpoints):
     def _prove(self, manifest: dict) -> None:
         """Waits until the save is written, reads it back, then deletes old checkpoints."""
         try:
+            assert self._writer is not None, "it has begun this save"
             self._writer.wait_until_finished()
             if parallel.is_main_process():
                 self._read_back(manifest)

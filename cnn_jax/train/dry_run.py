@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def dry_run(
         raise ConfigError("--dry_run: takes one process; leave out --coordinator")
     config = resolve(config)
     splits = load_splits(config, data_dir, download)
-    few = {
+    few: dict[str, Any] = {
         name: examples.take(np.arange(min(len(examples), 2 * config.batch_size)))
         for name, examples in splits.by_name().items()
     }
@@ -43,5 +44,6 @@ def dry_run(
     with tempfile.TemporaryDirectory() as scratch:
         lines = train(config, Path(scratch), splits=splits, init_from=init_from)
         run = Checkpoints(Path(scratch)).newest()
+        assert run is not None, "train has saved it"
         log.info("dry run: two batches trained, evaluated, saved and restored (step %d)", run.step)
     return lines

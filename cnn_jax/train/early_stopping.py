@@ -25,7 +25,7 @@ def stale_epochs(config: Config, folder: Path) -> int:
             for line in metrics(folder)
             if "validation_accuracy" in line
         }
-        stale = max(accuracy) - max(accuracy, key=accuracy.get) if accuracy else 0
+        stale = max(accuracy) - max(accuracy, key=accuracy.__getitem__) if accuracy else 0
     return parallel.largest(stale if stale >= patience else 0)
 
 

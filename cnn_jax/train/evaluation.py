@@ -45,7 +45,7 @@ def make_eval_step(
 ) -> Callable:
     """The compiled `step.eval_step` over a mesh: eval_step(variables, batch)."""
     pure = functools.partial(eval_step, model=model, data=data, compute_dtype=compute_dtype)
-    options = {"compute_dtype": compute_dtype, "deterministic": deterministic}
+    options: dict[str, Any] = {"compute_dtype": compute_dtype, "deterministic": deterministic}
     return parallel.jit_step(pure, mesh, donate=False, **options)
 
 

@@ -16,6 +16,9 @@ import optax.contrib
 
 from cnn_jax.common.errors import ConfigError
 
+# What it returns can be compared, which its type does not say.
+_structure: Callable[[Any], Any] = jax.tree.structure
+
 
 @flax.struct.dataclass
 class KeyData:
@@ -101,7 +104,7 @@ def eval_params(state: optax.OptState, params: optax.Params) -> Any:
     if not found:
         return {}
     made = [_EVALUATED[type(node)](node, params) for node in found]
-    if len(made) > 1 or jax.tree.structure(made[0]) != jax.tree.structure(params):
+    if len(made) > 1 or _structure(made[0]) != _structure(params):
         names = ", ".join(type(node).__name__.removesuffix("State") for node in found)
         raise ConfigError(
             f"optimizer: {names} evaluates the network with parameters of its own; there must be one "
@@ -122,7 +125,7 @@ def coupled(state: optax.OptState) -> list[str]:
 
 
 def _of_schedule_free(state: Any, params: optax.Params) -> optax.Params:
-    if jax.tree.structure(state.z) != jax.tree.structure(params):
+    if _structure(state.z) != _structure(params):
         return state.z
     return optax.contrib.schedule_free_eval_params(state, params)
 

@@ -121,10 +121,13 @@ def shard(
     sharding = split(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
+    assert batch_size is not None, "of several processes, each has a part of the batch"
     rows = own_rows(mesh, batch_size)
+    assert rows is not None
 
     def spread(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(batch_size)
             return array[slice(*np.searchsorted(rows, [start, stop]))]
 
@@ -210,7 +213,7 @@ def jit(
     platform: str | None = None,
     deterministic: bool = False,
     **options: Any,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """`jax.jit` for programs that compute a network, with the platform's compiler options.
 
     Args:
@@ -242,7 +245,7 @@ def jit_step(
     compute_dtype: str = "float32",
     deterministic: bool = False,
     shardings: Any = None,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """`step(state, batch)` compiled over the mesh; the state's buffers are reused for the result.
 
     Args:
@@ -264,7 +267,7 @@ def jit_step(
     )
 
 
-def compile_step(jitted: Callable, state: Any, batch: Any) -> Callable:
+def compile_step(jitted: jax.stages.Wrapped, state: Any, batch: Any) -> Callable:
     """A `jit_step` compiled ahead of time for a state and a batch like these, on the devices.
 
     With JAX_DISABLE_JIT nothing is compiled, so that each operation can be inspected.
@@ -277,7 +280,7 @@ def compile_step(jitted: Callable, state: Any, batch: Any) -> Callable:
     return lower(jitted, state, batch).compile()
 
 
-def lower(jitted: Callable, state: Any, batch: Any) -> jax.stages.Lowered:
+def lower(jitted: jax.stages.Wrapped, state: Any, batch: Any) -> jax.stages.Lowered:
     """The program of a `jit_step`, before it is compiled.
 
     Args:

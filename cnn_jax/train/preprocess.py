@@ -4,6 +4,8 @@ The augmentation of an example is a pure function of (seed, step, its index): it
 number of devices nor on where a run was resumed.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,11 @@ from cnn_jax.config.validate import check_init_examples
 from cnn_jax.data.examples import Examples
 
 
-def normalise(image: jax.Array, data: DataConfig) -> jax.Array:
-    """uint8 [N, H, W, C] in [0, 255] -> float32, in [0, 1] before mean and std are applied."""
+def normalise(image: Any, data: DataConfig) -> Any:
+    """uint8 [N, H, W, C] in [0, 255] -> float32, in [0, 1] before mean and std are applied.
+
+    Both may be arrays of JAX or of NumPy.
+    """
     image = image.astype(jnp.float32) / 255
     if data.mean == (0.0,) and data.std == (1.0,):
         return image
@@ -74,7 +79,8 @@ def test_views(image: jax.Array, augmentation: str) -> tuple[jax.Array, tuple[fl
     Returns:
       [V, N, H, W, C], where the first view is the unchanged images, and V weights whose sum is 1.
     """
-    views, weights = [image], (1.0,)
+    views = [image]
+    weights: tuple[float, ...] = (1.0,)
     if augmentation == "mirror_shift":
         border = ((0, 0), (1, 1), (1, 1), (0, 0))
         padded = jnp.pad(image, border, mode="reflect")

@@ -94,6 +94,7 @@ def _share_gpus(patience_seconds: int) -> int:
     if jax.config.jax_platforms == "cpu":
         return 0
     run = distributed.global_state  # jax.process_index would start the backend
+    assert run.client is not None, "jax.distributed is initialised"
     found = {
         "host": socket.gethostname(),
         "gpus": gpu.visible(),
@@ -134,6 +135,8 @@ def all_stop_at(point: int, signalled: bool) -> bool:
     if signalled:
         now = datetime.datetime.now(datetime.UTC).isoformat()
         with contextlib.suppress(Exception):  # it has been told already
+            client = distributed.global_state.client
+            assert client is not None
             # The key that JAX's own handler of SIGTERM sets. Ours takes its place.
-            distributed.global_state.client.key_value_set("RECEIVED_PREEMPTION_NOTICE", now)
+            client.key_value_set("RECEIVED_PREEMPTION_NOTICE", now)
     return multihost_utils.reached_preemption_sync_point(point)

@@ -60,7 +60,7 @@ class Progress:
         """Shows that `step` steps of the epoch are done, and loss and accuracy so far if given."""
         if not self._live:
             return
-        fields = {}
+        fields: dict[str, Any] = {}
         if loss is not None:
             seconds = max(time.perf_counter() - self._began, 1e-9)
             rate = (step - self._first_step) * self._batch_size / seconds

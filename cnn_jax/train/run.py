@@ -8,6 +8,7 @@ A line depends only on the state after the epoch's last step. If a run is restor
 its line is missing, the run first evaluates and writes the line. So no line is lost or repeated.
 """
 
+import dataclasses
 import functools
 import time
 from typing import Any
@@ -114,7 +115,9 @@ class Run:
         first = epoch * self.steps_per_epoch
         skipped = int(self.state.step) - first
         if skipped == 0:
-            self.state = self.state.replace(sums=parallel.replicate(empty_sums(), self.mesh))
+            self.state = dataclasses.replace(
+                self.state, sums=parallel.replicate(empty_sums(), self.mesh)
+            )
             self.epoch_seconds = 0.0
         self.reporter.progress.start_epoch(epoch, skipped)
         began, before = time.perf_counter(), self.epoch_seconds

@@ -73,7 +73,9 @@ def train_seeds(
 
     with StopSignals() as signals, ThreadPoolExecutor(seeds) as pool:
         ended = list(pool.map(lambda seed: one(seed, signals), range(seeds)))
+    lines = []
     for result in ended:
         if isinstance(result, CnnJaxError):
             raise result
-    return ended
+        lines.append(result)
+    return lines

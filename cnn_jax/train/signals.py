@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 
 log = logging.getLogger(__name__)
-EXIT_CODES = {
+EXIT_CODES: dict[int, int] = {
     signal.SIGTERM: 143,
     signal.SIGUSR1: 143,
     signal.SIGINT: 130,

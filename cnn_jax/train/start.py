@@ -34,7 +34,7 @@ def first_state(
       verify: compares the source with its checksums.
     """
     make = state_maker(config, optimizer, examples.image_shape)
-    given = preprocess.first_images(config, examples)
+    given: list[Any] = preprocess.first_images(config, examples)
     if source:
         wanted = checkpoint.names(jax.eval_shape(make))
         given = [*(given or [None]), pretrained.fitting(source, source.arrays(verify), wanted)]
@@ -55,7 +55,7 @@ def restored_state(
 
 def state_maker(config: Config, optimizer: optax.GradientTransformation, shape: tuple) -> Callable:
     """`init_state` of a run on images of this shape (H, W, C); it still takes `image` and `given`."""
-    more = {"freeze": config.freeze, "ema_decay": config.ema_decay}
+    more: dict[str, Any] = {"freeze": config.freeze, "ema_decay": config.ema_decay}
     return functools.partial(init_state, config.model, optimizer, shape, config.seed, **more)
 
 
@@ -72,7 +72,10 @@ def compiled_step(
       ConfigError: as `parallel.compile_step`.
     """
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-    options = {"compute_dtype": config.compute_dtype, "deterministic": config.deterministic}
+    options: dict[str, Any] = {
+        "compute_dtype": config.compute_dtype,
+        "deterministic": config.deterministic,
+    }
     jitted = parallel.jit_step(step, mesh, **options)
     size = config.batch_size
     rows = parallel.own_rows(mesh, size)

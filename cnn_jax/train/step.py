@@ -4,7 +4,7 @@ With `axis_name`, the train step also runs under jax.pmap, each device on its pa
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -143,7 +143,7 @@ def _all_evaluated(evaluated: Any, frozen: Any) -> Any:
     return groups.merge(evaluated, frozen) if evaluated else {}
 
 
-def model_state_of(variables: dict[str, Any]) -> dict[str, Any]:
+def model_state_of(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The collections other than "params" that a model needs in its next call.
 
     Raises:
@@ -186,8 +186,8 @@ def train_step(
     augment_key, dropout_key = step_keys(run_key, state.step)
     batch = augmented(run_key, augment_key, batch, config.data, axis_name)
     trained, frozen = groups.split(state.params, config.freeze)
-    options = {"model": model, "config": config, "axis_name": axis_name}
-    loss_of = functools.partial(_loss_and_after, frozen, **options)
+    options: dict[str, Any] = {"model": model, "config": config, "axis_name": axis_name}
+    loss_of: Callable = functools.partial(_loss_and_after, frozen, **options)
     (loss, (model_state, correct)), grads = _gradient(
         loss_of, trained, state.model_state, batch, dropout_key, config.accumulate_steps
     )
@@ -234,7 +234,7 @@ def _loss_and_after(
 
     def call(rngs: dict) -> tuple[jax.Array, Any]:
         variables = {"params": groups.merge(trained, frozen), **model_state}
-        options = {"train": True, "rngs": rngs, "mutable": [*model_state]}
+        options: dict[str, Any] = {"train": True, "rngs": rngs, "mutable": [*model_state]}
         with groups.frozen_norms(config.freeze):
             return apply(model, variables, batch["image"], config.compute_dtype, **options)
 

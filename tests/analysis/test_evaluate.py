@@ -347,13 +347,14 @@ def test_classes_are_matched_by_name(tmp_path, monkeypatch, order, memory):
     examples = make_examples(60)
     kept = examples.take(np.flatnonzero(np.isin(examples.label, order)))
     label = np.argsort(order)[np.searchsorted(np.sort(order), kept.label)].astype(np.int32)
-    other = InMemory(kept.image, label, tuple(CLASS_NAMES[i] for i in order))
+    other = InMemory(kept.image, label, tuple(CLASS_NAMES[i] for i in order), skipped=2)
     expected = evaluate.fitting(run, kept, "other")
     found = evaluate.fitting(run, other, "other")
     if memory == "on demand":
         found = Relabelled(other, CLASS_NAMES, np.array(order, np.int32)).take(np.arange(len(kept)))
     np.testing.assert_array_equal(found[np.arange(len(kept))]["label"], kept.label)
     assert found.class_names == expected.class_names == CLASS_NAMES
+    assert found.skipped == 2
     others(monkeypatch, other)
     report = evaluate.evaluate(run, dataset="other", devices=1)
     others(monkeypatch, kept)

@@ -18,6 +18,7 @@ from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import loader, workers
 from cnn_jax.data.examples import InMemory, OnDemand, chunks, in_order, with_classes
+from cnn_jax.data.records import changed
 from cnn_jax.data.sources import load_examples
 from tests.tiny import REPOSITORY, make_examples
 
@@ -154,6 +155,11 @@ def test_a_file_that_changes_during_a_run_is_named(what, count, tfds_dir, folder
         assert str(caught.value).startswith(place)
         assert what in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_was_missing_for_a_moment_was_written_again():
+    error = changed("a.png", now=(5, 1), before=None)
+    assert str(error).startswith("a.png: its file was written again since the run began")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -246,6 +246,13 @@ def test_without_checkpoints_there_is_nothing_to_go_on_from(tmp_path):
         Checkpoints(tmp_path).select("latest")
 
 
+def test_checkpoints_that_vanish_while_they_are_looked_for_are_none(tmp_path, monkeypatch):
+    listed = iter([[1], []])
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: next(listed))
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        Checkpoints(tmp_path).select("latest")
+
+
 @pytest.mark.parametrize("payload", ["pickle", "object array"])
 def test_a_workdir_full_of_pickles_runs_no_code(workdir, payload, tmp_path):
     """Every file is replaced, in one step each by each kind; none is unpickled."""

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Canvas:
 
 
 def compose(
-    examples: Examples, side: int, background: tuple[int, ...] = (0,), seed: int = 0
+    examples: Examples, side: int, background: Sequence[int] | np.ndarray = (0,), seed: int = 0
 ) -> Canvas:
     """Puts the first examples on a square canvas, each at random in a cell of twice its size.
 
@@ -54,7 +54,8 @@ def compose(
       seed: of the random places.
     """
     size = np.array(examples.image_shape[:2])
-    cells = np.stack(np.mgrid[: side // (2 * size[0]), : side // (2 * size[1])], -1).reshape(-1, 2)
+    cells = np.mgrid[: side // (2 * size[0]), : side // (2 * size[1])]
+    cells = np.moveaxis(cells, 0, -1).reshape(-1, 2)
     cells = cells[: len(examples)]
     batch = examples[np.arange(len(cells))]
     places = cells * 2 * size + np.random.default_rng(seed).integers(0, size + 1, cells.shape)
@@ -92,6 +93,8 @@ def demonstrate(
     canvas = _canvas(run, side, data_dir)
     whole = summary.summarise(mapped.model, canvas.image.shape)
     field = whole.field
+    assert field is not None, "that of an image of its own size is known"
+    assert single.field is not None
 
     score_map = sliding_windows.on_whole_images(mapped)
     logits = score_map(canvas.image[None])[0]

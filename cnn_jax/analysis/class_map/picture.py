@@ -12,6 +12,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from cnn_jax.analysis import plotting
+from cnn_jax.common.pairs import pair
 from cnn_jax.models.receptive_field import Field
 
 PANEL = 3.6  # inches, the longer side of a panel
@@ -72,7 +73,9 @@ def draw(
         across, down = PANEL * width / max(width, height), PANEL * height / max(width, height)
         size = (across + 1.6, 3 * down + 2.6) if wide else (3 * across + 1.4, down + 1.5)
         figure = Figure(
-            figsize=np.maximum(size, (5 if wide else 8, 3)), dpi=150, layout="constrained"
+            figsize=(max(size[0], 5 if wide else 8), max(size[1], 3)),
+            dpi=150,
+            layout="constrained",
         )
         panels = figure.subplots(3, 1) if wide else figure.subplots(1, 3)
         _image(panels[0], image, field, chosen, boxes)
@@ -91,7 +94,7 @@ def draw(
         if boxes is not None:
             for place in boxes.places:
                 _rectangle(panels[1], place, boxes.size, "#00000070", linewidth=0.8)
-        if chosen is not None:
+        if chosen is not None and field is not None:
             _rectangle(panels[0], field.origin(*chosen), field.size, SEEN, linewidth=2)
             _rectangle(panels[1], _cell(field, *chosen), field.stride, SEEN, linewidth=1.5)
         return Image.fromarray(plotting.pixels(figure))
@@ -110,7 +113,8 @@ def _choose(
         allowed[np.ix_(*inside)] = True
     else:
         allowed[:] = True
-    row, column = np.unravel_index(np.where(allowed, probability, -1).argmax(), allowed.shape)
+    best = np.argmax(np.where(allowed, probability, -1))
+    row, column = np.unravel_index(best, allowed.shape)
     return int(row), int(column)
 
 
@@ -132,7 +136,7 @@ def _image(
         captions.append(
             f"green: {boxes.found.sum()} of {len(boxes.found)} images found; dotted: not"
         )
-    if chosen is not None:
+    if chosen is not None and field is not None:
         size, step = (" x ".join(map(str, pair)) for pair in (field.size, field.stride))
         captions.append(
             f"red: the {size} pixels that one score sees,\none score for each {step} pixels"
@@ -148,7 +152,8 @@ def _winners(
     extent: tuple[float, ...],
     names: Sequence[str],
 ) -> None:
-    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
+    listed: Any = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    palette = listed.colors
     colours = np.array([palette[i % len(palette)] for i in range(len(names))])
     weak = 1 / len(names)  # the probability if all classes have the same
     strength = np.clip((probability - weak) / max(1 - weak, 1e-6), 0, 1)[..., None]
@@ -156,7 +161,7 @@ def _winners(
     axes.imshow(shown, interpolation="nearest", extent=extent)
     axes.set_title(f"most probable class, {winner.shape[0]} x {winner.shape[1]} scores")
     axes.set_xlabel("the paler, the less probable")
-    named = range(len(names))
+    named: Sequence[int] = range(len(names))
     if len(names) > MOST_NAMES:
         counts = np.bincount(winner.ravel(), minlength=len(names))
         named = [i for i in np.argsort(-counts, kind="stable")[:MOST_NAMES] if counts[i]]
@@ -169,16 +174,18 @@ def _extent(
     scores: tuple[int, int], field: Field | None, image: tuple[int, int]
 ) -> tuple[float, ...]:
     """Left, right, bottom and top of a map whose scores lie at the centres of their windows."""
-    (top, left), (bottom, right) = (0, 0), image
+    first: tuple[float, float] = (0, 0)
+    end: tuple[float, float] = image
     if field is not None:
-        (top, left), (bottom, right) = _cell(field, 0, 0), _cell(field, *scores)
+        first, end = _cell(field, 0, 0), _cell(field, *scores)
+    (top, left), (bottom, right) = first, end
     return left - 0.5, right - 0.5, bottom - 0.5, top - 0.5
 
 
 def _cell(field: Field, row: int, column: int) -> tuple[float, float]:
     """First row and column of the cell in which a score is drawn."""
-    pairs = zip(field.origin(row, column), field.size, field.stride, strict=True)
-    return tuple(origin + (size - stride) / 2 for origin, size, stride in pairs)
+    axes = zip(field.origin(row, column), field.size, field.stride, strict=True)
+    return pair(origin + (size - stride) / 2 for origin, size, stride in axes)
 
 
 def _rectangle(

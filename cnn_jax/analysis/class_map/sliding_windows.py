@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
+from cnn_jax.common.pairs import pair
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.train import parallel
 from cnn_jax.train.apply import forward
@@ -88,7 +89,7 @@ def frames(field: Field, alone: Field, size: tuple[int, int]) -> Field:
       alone: of the one score of a training image.
       size: that of the training images.
     """
-    start = tuple(whole - own for whole, own in zip(field.start, alone.start, strict=True))
+    start = pair(whole - own for whole, own in zip(field.start, alone.start, strict=True))
     return dataclasses.replace(field, size=size, start=start)
 
 

@@ -91,7 +91,8 @@ def padding(size: int, kernel: int, stride: int) -> Explanation:
         (grid,) = _data(np.pad(data, (pads, pads, (0, 0))), pads, kernel, name)
         rows.append((grid, Grid(f"output {pair(output.shape)}", output, "->", (1, 1))))
         formula = _size(size, pads, kernel, stride, len(output))
-        table.append((name, *map(str, pads), pair(output.shape), formula))
+        before, after = map(str, pads)
+        table.append((name, before, after, pair(output.shape), formula))
     lines = [
         "'valid' adds nothing; 'same' adds zeros until there are size / stride outputs, rounded up."
     ]

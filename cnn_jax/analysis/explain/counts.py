@@ -1,5 +1,7 @@
 """Dense layers compared with convolutions, numbers of parameters, receptive fields."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,11 +23,12 @@ def dense(size: int, channels: int, filters: int) -> Explanation:
             f"--filters={filters}: must be at most {MOST_WEIGHTS // inputs} for {inputs:,} inputs"
         )
     data, kernel, bias = whole_numbers(size, size, channels, filters)
-    image, bias = jnp.asarray(data)[None], jnp.asarray(bias)
-    flat = {"kernel": jnp.asarray(kernel.reshape(-1, filters)), "bias": bias}
+    image, added = jnp.asarray(data)[None], jnp.asarray(bias)
+    flat = {"kernel": jnp.asarray(kernel.reshape(-1, filters)), "bias": added}
     by_dense = Dense(filters).apply({"params": flat}, Flatten().apply({}, image))[0]
-    params = {"kernel": jnp.asarray(kernel), "bias": bias}
-    by_conv = Conv(filters, (size, size)).apply({"params": params}, image)[0, 0, 0]
+    params = {"kernel": jnp.asarray(kernel), "bias": added}
+    convolved: Any = Conv(filters, (size, size)).apply({"params": params}, image)
+    by_conv = convolved[0, 0, 0]
     difference = float(jnp.abs(by_dense - by_conv).max())
     counts = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (flat, params)]
     table = (
@@ -41,14 +44,15 @@ def dense(size: int, channels: int, filters: int) -> Explanation:
             f"{counts[1]:,}",
         ),
     )
-    rows, lines = (), []
+    rows: tuple[tuple[Grid, ...], ...] = ()
+    lines = []
     if inputs <= 12 and filters <= 6:
         output = np.asarray(by_conv)[None]
         rows = (
             (
                 Grid("data", data.reshape(1, -1), "", (1, inputs)),
                 Grid("kernel", kernel.reshape(-1, filters), "*", (inputs, 1)),
-                Grid("bias", np.asarray(bias)[None], "+", (1, 1)),
+                Grid("bias", bias[None], "+", (1, 1)),
                 Grid("output", output, "=", (1, 1)),
             ),
         )
@@ -79,7 +83,7 @@ def parameters(size: int, kernel: int, channels: int, filters: int) -> Explanati
         ),
         (f"dense {inputs:,} -> {outputs:,}", f"({inputs:,} + 1) x {outputs:,}", f"{by_dense:,}"),
     )
-    rows = ()
+    rows: tuple[tuple[Grid, ...], ...] = ()
     if inputs <= 16 and outputs <= 16:  # few enough to draw
         _, weights, bias = whole_numbers(1, kernel, channels, filters)
         flat, biases = whole_numbers(1, 1, inputs, outputs)[1:]

@@ -103,7 +103,7 @@ def _grid(axes: Any, grid: Grid, left: float, top: float) -> None:
         axes.text(left + j + 0.5, top + i + 0.5, text, ha="center", va="center", **options)
     if all(grid.marked):
         height, width = grid.marked
-        outline = {"fill": False, "edgecolor": LINES[0], "linewidth": 1.8}
+        outline: dict[str, Any] = {"fill": False, "edgecolor": LINES[0], "linewidth": 1.8}
         axes.add_patch(Rectangle((left, top), width, height, **outline))
 
 

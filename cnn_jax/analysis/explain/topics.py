@@ -1,6 +1,6 @@
 """The topics of explain, and the numbers that each takes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from cnn_jax.analysis.explain import arithmetic, counts
 from cnn_jax.analysis.explain.explanation import Explanation
@@ -42,7 +42,7 @@ TOPICS: dict[str, tuple[Callable[..., Explanation], dict[str, tuple]]] = {
 OF_A_NETWORK = "receptive_field"
 
 
-def check(topic: str, given: Mapping[str, int | str | None], allowed: Mapping) -> None:
+def check(topic: str, given: Mapping[str, int | str | None], allowed: Collection[str]) -> None:
     """Refuses a number that the topic does not take.
 
     Raises:

@@ -19,7 +19,7 @@ from cnn_jax.models.summary import Summary
 
 # Of float32 weights in base64: a page of 43 MB, which a browser opens in a second or two.
 MOST_PARAMETERS = 8_000_000
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 class Weights:
@@ -173,7 +173,7 @@ def _geometry(module: nn.Dense | nn.Conv) -> dict:
     if isinstance(module, nn.Dense):
         return {"strides": [1, 1], "padding": "VALID"}
     strides = module.strides or 1
-    padding = canonicalize_padding(module.padding, 2)
+    padding: Any = canonicalize_padding(module.padding, 2)
     if not isinstance(padding, str):
         padding = [list(map(int, pair)) for pair in padding]
     return {

@@ -62,10 +62,10 @@ def accuracy_against(
       what: the cost's name, as in "parameters".
       value: gives the cost of a run; a run with None or 0 is left out.
     """
-    places = [i for i, run in enumerate(runs) if value(run)]
-    if not places:
+    found = [(i, cost) for i, run in enumerate(runs) if (cost := value(run))]
+    if not found:
         return None
-    costs = [value(runs[i]) for i in places]
+    places, costs = [i for i, _ in found], [cost for _, cost in found]
     scores = [runs[i].result.accuracy for i in places]
 
     def paint(figure: Figure, theme: plotting.Theme) -> None:
@@ -105,21 +105,19 @@ def classes(runs: list[Facts], names: list[str]) -> plotting.Chart | None:
     tested = np.flatnonzero(~np.isnan(scores).any(1))
     if len(tested) > MOST_CLASSES or len(runs) > MOST_RUNS:
         return None
-    labels, scores = [labels[i] for i in tested], scores[tested]
+    shown, scores = [labels[i] for i in tested], scores[tested]
 
     def paint(figure: Figure, theme: plotting.Theme) -> None:
         axes = figure.add_subplot()
         columns = [plotting.clip(name, 14) for name in names]
-        plotting.heat_map(
-            axes, theme, scores, [plotting.clip(name, 14) for name in labels], columns
-        )
+        plotting.heat_map(axes, theme, scores, [plotting.clip(name, 14) for name in shown], columns)
         axes.set_aspect("auto")
         for (row, column), score in np.ndenumerate(scores):
             plotting.number(axes, theme, row, column, f"{100 * score:.0f}", score, size=7)
 
-    worst = labels[int(scores.mean(1).argmin())]
+    worst = shown[int(np.argmin(scores.mean(1)))]
     alt = f"Accuracy of each class by network: {worst} is the hardest on average."
-    return plotting.draw("classes", alt, 1 + 0.23 * len(labels), paint)
+    return plotting.draw("classes", alt, 1 + 0.23 * len(shown), paint)
 
 
 def _label(axes: Any, theme: plotting.Theme, costs: list, scores: list, names: list[str]) -> None:

@@ -86,7 +86,7 @@ def follow(run: RestoredRun, layers: Summary, image: np.ndarray) -> list[Stage]:
     found, _ = calls(run, layers, image)
     stages = []
     for call, following in itertools.zip_longest(found, found[1:]):
-        activation, output = _activated(call.output, following and following.given)
+        activation, output = _activated(call.output, following.given if following else None)
         layer = call.layer
         stages.append(Stage(layer.name, layer.kind, layer.shape, activation, output))
     return stages
@@ -128,7 +128,7 @@ def calls(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[Ca
     return found, output
 
 
-def _activated(after: np.ndarray, following: np.ndarray | None) -> tuple[str, np.ndarray]:
+def _activated(after: np.ndarray, following: Any) -> tuple[str, np.ndarray]:
     """The activation between a layer and the next one, if it is known, and the output after it."""
     if not hasattr(following, "size") or following.size != after.size:
         return "", after

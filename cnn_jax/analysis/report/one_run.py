@@ -46,14 +46,12 @@ def content(run: Facts) -> tuple[dict[str, Any], list[Chart]]:
     names, matrix = run.run.class_names, run.result.confusion
     used = np.flatnonzero(matrix.sum(0) + matrix.sum(1))  # a head may have unused classes
     accuracy = run.result.class_accuracy()
-    tested = [i for i in used if accuracy[i] is not None]
+    tested = {i: share for i in used if (share := accuracy[i]) is not None}
     shown = {
         "loss": run.lines and charts.curves(run.lines, "loss", run.run.step),
         "accuracy": run.lines and charts.curves(run.lines, "accuracy", run.run.step),
         "learning_rate": run.lines and _schedule(run),
-        "class_accuracy": charts.class_accuracy(
-            [names[i] for i in tested], [accuracy[i] for i in tested]
-        ),
+        "class_accuracy": charts.class_accuracy([names[i] for i in tested], [*tested.values()]),
         "confusion": charts.confusion([names[i] for i in used], matrix[np.ix_(used, used)]),
         "layers": charts.layers(run.summary),
     }
@@ -149,16 +147,17 @@ def _journeys(run: Facts) -> tuple[list[tuple[Example, list[Chart | None]]], lis
     journeys = []
     for k, place in enumerate(places):
         example = _example(run, place, f"image-{k + 1}")
-        strips = [
-            strips
-            and plotting.picture(
+        pictures = [
+            None
+            if strips is None
+            else plotting.picture(
                 f"image-{k + 1}-layer-{i:02d}",
                 strips[k],
                 f"Output of {stage.name}, {formatting.shape(stage.shape)}, for the {example.true}.",
             )
             for i, (stage, strips) in enumerate(zip(stages, drawn, strict=True), 1)
         ]
-        journeys.append((example, strips))
+        journeys.append((example, pictures))
     return journeys, stages
 
 

@@ -133,7 +133,8 @@ class PredictionsFile:
         Raises:
           ConfigError: it cannot be written.
         """
-        self._path, self._class_names = path, None
+        self._path = path
+        self._class_names: tuple[str, ...] | None = None
         with written(f"--predictions={path}", ConfigError):
             path.write_text("")
 

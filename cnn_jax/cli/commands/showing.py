@@ -57,21 +57,23 @@ def summary(values: flags.FlagValues) -> None:
     from cnn_jax.train.bucket_run import copied
 
     environment.check_devices()
-    if values.experiment and not values.workdir and _is_run(values.experiment):
-        values.workdir, values.experiment = values.experiment, None
-    if not (values.experiment or values.workdir):
+    name, workdir = values.experiment, values.workdir
+    if name and not workdir and _is_run(name):
+        name, workdir = None, name
+    if not (name or workdir):
         raise ConfigError("--experiment: summary needs it, or --workdir, the folder of a run")
-    config = experiment.load(values.experiment, values.set) if values.experiment else None
+    config = experiment.load(name, values.set) if name else None
     shape = None
-    if values.workdir:
+    if workdir:
         if values.set:
             raise ConfigError(
                 f"--set {values.set[0]}: must not be given with --workdir, as a trained run "
                 "cannot be changed; leave it out"
             )
-        with copied([values.workdir]) as (folder,):
-            run = load_run(folder, model=config and config.model)
+        with copied([workdir]) as (folder,):
+            run = load_run(folder, model=config.model if config else None)
         config, shape = Config(run.model, run.data), run.image_shape
+    assert config is not None, "of the experiment or of the run"
     if shape is None or values.input_size:
         shape = input_shape(config.data, values.input_size, values.data_dir)
     tables.print_summary(summarise(config.model, shape))

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -11,13 +12,16 @@ from cnn_jax.common import environment, files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import local_path
 
+if TYPE_CHECKING:  # it imports JAX, which not all commands need
+    from cnn_jax.analysis.restore import RestoredRun
 
-def _load_run(values: flags.FlagValues, workdir: str | None = None):
+
+def _load_run(values: flags.FlagValues, workdir: str | None = None) -> "RestoredRun":
     """The run of --workdir, or of `workdir`."""
     return _loader(values)(local_path(workdir or values.workdir), values.checkpoint)
 
 
-def _loader(values: flags.FlagValues) -> Callable:
+def _loader(values: flags.FlagValues) -> "Callable[..., RestoredRun]":
     """A function of a workdir and a checkpoint; --experiment is needed for a user-defined model."""
     from cnn_jax.analysis.restore import load_run
     from cnn_jax.config import experiment
@@ -255,7 +259,7 @@ def export(values: flags.FlagValues) -> None:
         *paths, line = export_onnx.export(run, output, test)
         print(line)
     else:
-        paths = exporting.export(run, output)
+        paths = [*exporting.export(run, output)]
     for path in paths:
         print(f"written to {path}")
 

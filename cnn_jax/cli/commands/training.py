@@ -1,8 +1,8 @@
 """The commands that train."""
 
-import dataclasses
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -12,6 +12,9 @@ from cnn_jax.common import environment
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import local_path
 from cnn_jax.common.remote import is_remote
+
+if TYPE_CHECKING:  # it imports JAX, which not all commands need
+    from cnn_jax.config import Config
 
 
 @command()
@@ -55,7 +58,9 @@ def train(values: flags.FlagValues) -> None:
         if place := cluster.find(
             values.distributed, values.coordinator, values.processes, values.process
         ):
-            processes.start_processes(*dataclasses.astuple(place), config.heartbeat_seconds)
+            processes.start_processes(
+                place.coordinator, place.processes, place.process, config.heartbeat_seconds
+            )
         environment.check_devices()
     if values.dry_run:
         from cnn_jax.train import dry_run
@@ -92,7 +97,7 @@ def train(values: flags.FlagValues) -> None:
         print(f"then the real data: {PROGRAM} train fashion_mnist/lenet --download")
 
 
-def _train_seeds(config, workdir: Path, name: str, values: flags.FlagValues) -> None:
+def _train_seeds(config: "Config", workdir: Path, name: str, values: flags.FlagValues) -> None:
     from cnn_jax.studies import markdown
     from cnn_jax.train import seeds
 

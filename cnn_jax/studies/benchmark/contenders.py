@@ -43,6 +43,7 @@ class Contender:
 
     def measure(self, mode: str, seconds: float, batch_size: int) -> None:
         """Measures one round."""
+        assert self._process.stdin is not None, "it is a pipe"
         self._process.stdin.write(json.dumps({"mode": mode, "seconds": seconds}) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
@@ -63,6 +64,7 @@ class Contender:
         )
 
     def _answer(self) -> dict:
+        assert self._process.stdout is not None, "it is a pipe"
         line = self._process.stdout.readline()
         if not line:
             reason = self._process.communicate()[1].strip().splitlines()[-1:]
@@ -101,7 +103,13 @@ def install_peers() -> None:
     log.info("installing %s into %s", ", ".join(_PEERS_REQUIREMENTS), _PEERS_ENVIRONMENT)
     shutil.rmtree(_PEERS_ENVIRONMENT, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", _PEERS_ENVIRONMENT], check=True)
-    pip = [_PEERS_ENVIRONMENT / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    pip: list[str | Path] = [
+        _PEERS_ENVIRONMENT / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+    ]
     done = subprocess.run([*pip, *_PEERS_REQUIREMENTS], capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]

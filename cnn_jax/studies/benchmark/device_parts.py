@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -153,11 +154,11 @@ class Part:
             script = str(Path(contenders.__file__).with_name("peer_torch.py"))
             commands |= {f"torch {v}": [sys.executable, script, v] for v in ("compile", "bf16")}
         good, rates = True, 0
-        for name, (python, *script) in commands.items():
+        for name, (python, *arguments) in commands.items():
             for batch in sizes:
                 for network in self.networks:
-                    variant = script[1:] if name != "cnn_jax" else []
-                    start = script[:1] if name != "cnn_jax" else script
+                    variant = arguments[1:] if name != "cnn_jax" else []
+                    start = arguments[:1] if name != "cnn_jax" else arguments
                     command = [python, *start, network, str(batch), *variant]
                     try:
                         one = contenders.Contender(name, command, device=True)
@@ -265,7 +266,7 @@ def main(part: str, file: str, budget: str, rest: str) -> int:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     cache.enable_compilation_cache()
     if part == "cpu":
-        arrays = {
+        arrays: dict[str, Any] = {
             f"{network} {name}": value
             for network in work.networks
             for name, value in gradients(network, rest).items()

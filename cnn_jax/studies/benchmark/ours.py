@@ -2,6 +2,8 @@
 
 import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,9 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
     shape = NETWORKS[network].image_shape
     model = getattr(models, NETWORKS[network].model)()
     data = DataConfig("none")
-    config = Config(model, data, batch_size=batch_size, compute_dtype=compute_dtype)
+    # The parent process gives one of the two types that there are.
+    dtype: Any = compute_dtype
+    config = Config(model, data, batch_size=batch_size, compute_dtype=dtype)
     mesh = parallel.make_mesh(1)
     optimizer = optim.make_optimizer(config, steps_per_epoch=1000)
     pure = functools.partial(train_step, model=model, optimizer=optimizer, config=config)
@@ -66,7 +70,7 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
         product.block_until_ready()
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    modes = {"train": train, "eval": evaluation, "peak": peak}
+    modes: dict[str, Callable[[int], None]] = {"train": train, "eval": evaluation, "peak": peak}
     serve(modes, version=f"jax {jax.__version__}", parameters=parameters)
 
 

@@ -55,7 +55,7 @@ def speedrun() -> nn.Module:
     """The network of the CIFAR-10 speedrun (arXiv 2404.00498), as cnn_jax.models.SpeedrunCNN."""
 
     class Scale(nn.Module):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x / 9
 
     def norm(width: int) -> nn.Module:

@@ -83,8 +83,7 @@ def _line(network: str, measured: dict[str, Measured], batch_size: int) -> str:
         f"GFLOP/s, {share:.0%} of the matmul peak, {ours.peak_memory / 2**20:,.0f} MiB, compiled in "
         f"{ours.compile_seconds['train']:.1f} s"
     )
-    if peer := fastest_peer(measured, "train"):
+    if (peer := fastest_peer(measured, "train")) and (other := fastest_peer(measured, "eval")):
         text += f"; {ratio(measured, peer, 'train'):.2f} x {peer}"
-        peer = fastest_peer(measured, "eval")
-        text += f"; evaluation {ratio(measured, peer, 'eval'):.2f} x {peer}"
+        text += f"; evaluation {ratio(measured, other, 'eval'):.2f} x {other}"
     return text

@@ -73,7 +73,7 @@ def _rates(results: dict, names: list[str], mode: str) -> list[str]:
             cells.append(f"{statistics.median(measured[name].rates[mode]):,.0f}" if there else "-")
         if peers:
             peer = figures.fastest_peer(measured, mode)
-            cells.append(f"**{figures.ratio(measured, peer, mode):.2f}** ({peer})")
+            cells.append(f"**{figures.ratio(measured, peer, mode):.2f}** ({peer})" if peer else "-")
         if both_bf16:
             there = {OURS_BF16, TORCH_BF16} <= set(measured)
             cells.append(

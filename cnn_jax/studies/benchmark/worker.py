@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from typing import TextIO
 
 
 def serve(modes: dict[str, Callable[[int], None]], **about: object) -> None:
@@ -41,6 +42,6 @@ def serve(modes: dict[str, Callable[[int], None]], **about: object) -> None:
         _answer(out, {"steps": steps, "seconds": seconds, "peak_memory": peak})
 
 
-def _answer(out, value: dict) -> None:
+def _answer(out: TextIO, value: dict) -> None:
     out.write(json.dumps(value) + "\n")
     out.flush()

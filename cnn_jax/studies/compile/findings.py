@@ -53,7 +53,8 @@ def find(program: hlo.Program) -> Findings:
     kernels = fusions = traffic = 0
     collectives, scatters, host = [], [], []
     copies, transpositions = [], []
-    convolutions, library = collections.Counter(), collections.Counter()
+    convolutions: collections.Counter[tuple[str, str]] = collections.Counter()
+    library: collections.Counter[str] = collections.Counter()
     for instruction, times, name in program.launched():
         is_fusion = instruction.opcode == "fusion"
         is_scalar = not any(array.dims for array in instruction.arrays)
@@ -137,7 +138,9 @@ def _convolution(instruction: hlo.Instruction) -> str:
     # "b01f_o01i->b01f" names the dimensions of image, kernel and result. Without a library, a kernel's
     # gradient is a convolution of the channels, "f01b_i01o->01bf".
     array = instruction.arrays[0]
-    image, _, result = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()
+    match = re.match(r"(\w+)_(\w+)->(\w+)", labels)
+    assert match is not None, labels
+    image, _, result = match.groups()
     letters = [_LETTERS.get(label, label) for label in result]
     if len(letters) != len(array.order) or image == "f01b":
         letters = []
@@ -158,6 +161,8 @@ def _reorders(program: hlo.Program, instruction: hlo.Instruction, computation: s
         return False
     before, after = _extents(operands[0]), _extents(instruction.arrays[0])
     if instruction.opcode == "transpose":
-        order = re.search(r"dimensions=\{([\d,]*)\}", instruction.text)[1].split(",")
+        match = re.search(r"dimensions=\{([\d,]*)\}", instruction.text)
+        assert match is not None, instruction.text
+        order = match[1].split(",")
         after = [int(order[place]) for place in after]
     return before != after

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -100,14 +100,17 @@ def compile_steps(
     state = jax.eval_shape(init, *(seen if config.init_examples else []))
     batch = next(loader.training_batches(examples, np.arange(_EXAMPLES), _EXAMPLES))
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-    options = {"compute_dtype": config.compute_dtype, "deterministic": config.deterministic}
+    options: dict[str, Any] = {
+        "compute_dtype": config.compute_dtype,
+        "deterministic": config.deterministic,
+    }
     train = parallel.jit_step(step, mesh, **options)
     compiled = functools.partial(_compiled, mesh, target, config.compute_dtype)
     yield compiled("training", train, state, _shapes(batch, config.batch_size))
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
-    batch = _shapes(next(loader.evaluation_batches(examples, _EXAMPLES)), size)
+    evaluated = _shapes(next(loader.evaluation_batches(examples, _EXAMPLES)), size)
     evaluate = evaluation.make_eval_step(config.model, config.data, mesh=mesh, **options)
-    yield compiled("evaluation", evaluate, state.variables, batch)
+    yield compiled("evaluation", evaluate, state.variables, evaluated)
 
 
 def _examples(image_shape: tuple[int, int, int]) -> InMemory:
@@ -117,7 +120,7 @@ def _examples(image_shape: tuple[int, int, int]) -> InMemory:
 
 
 def _compiled(
-    mesh: Mesh, target: Target, dtype: str, name: str, jitted: Callable, state: Any, batch: Any
+    mesh: Mesh, target: Target, dtype: str, name: str, jitted: Any, state: Any, batch: Any
 ) -> Compiled:
     size = len(batch["label"])
     lowered = parallel.lower(jitted, state, batch)
@@ -130,6 +133,7 @@ def _compiled(
     traced = jax.jit(jitted.__wrapped__).trace(state, batch)
     flops = traced.lower(lowering_platforms=(platform,)).cost_analysis()["flops"] / mesh.size
     text = compiled.as_text()
+    assert text is not None, "XLA's compilers give it"
     memory = _memory(compiled.memory_analysis(), state)
     if target.rates and memory.peak > target.rates.memory:
         raise _too_large(name, size, f"{memory.peak:,}", f"{target.rates.memory:,.0f}")

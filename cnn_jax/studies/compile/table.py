@@ -57,7 +57,7 @@ def lines(compiled: Compiled, target: Target) -> list[str]:
 def cells(experiment: str, compiled: Compiled, target: Target) -> list[str]:
     """The training step of an experiment as a row below HEAD."""
     found, parts = compiled.findings, bounds(compiled, target)
-    longest = max(parts, key=parts.get)
+    longest = max(parts, key=parts.__getitem__)
     return [
         experiment,
         f"{compiled.batch_size:,}",
@@ -89,6 +89,7 @@ def bounds(compiled: Compiled, target: Target) -> dict[str, float]:
     collective at least (n - 1) / n.
     """
     rates, n, found = target.rates, compiled.devices, compiled.findings
+    assert rates is not None, "of a device that is described"
     sent = sum(count * (1 + (name == "all-reduce")) for name, count in found.collectives)
     return {
         "arithmetic": compiled.flops / getattr(rates, compiled.compute_dtype),
@@ -98,7 +99,7 @@ def bounds(compiled: Compiled, target: Target) -> dict[str, float]:
 
 
 def _roofline(parts: dict[str, float]) -> str:
-    longest = max(parts, key=parts.get)
+    longest = max(parts, key=parts.__getitem__)
     each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     return f"at least {duration(parts[longest])} a step ({each})"
 
