@@ -24,7 +24,8 @@ def opened(address: str) -> Any:
     """The file system of fsspec for `address`; it may raise ImportError and errors of many types."""
     import fsspec
 
-    kind, options = address.partition("://")[0], {}
+    kind = address.partition("://")[0]
+    options: dict[str, Any] = {}
     if kind in _EXTRAS:
         options["use_listings_cache"] = False
     if kind in ("gs", "gcs"):

@@ -60,9 +60,10 @@ class BucketRun:
 
     def read(self, name: str) -> bytes:
         """The content of an object, b"" if it is not there."""
+        data = b""
         with self._answered(name, missing_ok=True):
-            return self._system.cat_file(f"{self.address}/{name}")
-        return b""
+            data = self._system.cat_file(f"{self.address}/{name}")
+        return bytes(data)
 
     def write(self, name: str, data: bytes, new: bool = False) -> bool:
         """Writes a whole object; False if `new` and it is there already: then it is not replaced."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,8 +81,9 @@ def find(text: str | None, workdir: Path | None = None, verify: bool = True) -> 
 def _parse(text: str) -> tuple[Path, str]:
     """The folder and the checkpoint that `text` names."""
     if is_remote(text):
-        address, which = re.fullmatch(r"(.*?://[^:]*):?(.*)", text).groups()
-        return local_copy(address), which or "latest"
+        kind, _, rest = text.partition("://")
+        place, _, which = rest.partition(":")
+        return local_copy(f"{kind}://{place}"), which or "latest"
     path, which = user_path(text).absolute(), "latest"
     if not path.exists() and ":" in text:
         before, _, which = text.rpartition(":")

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -41,7 +41,8 @@ def _reads_runs(run: Callable) -> Callable:
         several = isinstance(values.workdir, list)
         given = values.workdir if several else [values.workdir]
         with bucket_run.copied(given, fresh=run.__name__ == "verify") as folders:
-            values.workdir = list(map(str, folders)) if several else str(folders[0])
+            paths: Any = list(map(str, folders))
+            values.workdir = paths if several else paths[0]
             return run(values)
 
     return with_copies

@@ -68,12 +68,11 @@ def train(values: flags.FlagValues) -> None:
         dry_run.dry_run(config, values.data_dir, values.download, values.init_from)
         return
     name = experiment.short_name(values.experiment)
-    workdir = values.workdir or f"runs/{name}"
-    if values.seeds or not is_remote(workdir):
-        workdir = local_path(workdir)
+    given = values.workdir or f"runs/{name}"
     if values.seeds:
-        _train_seeds(config, workdir, name, values)
+        _train_seeds(config, local_path(given), name, values)
         return
+    workdir = given if is_remote(given) else local_path(given)
     with lost.named():
         lines = loop.train(
             config,
