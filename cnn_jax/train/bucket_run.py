@@ -22,13 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cnn_jax.common import cache, remote
-from cnn_jax.common.errors import CheckpointError
+from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.common.files import user_path, written
 
 log = logging.getLogger(__name__)
 
 MARKER = "committed.json"
 _MARKERS = re.compile(rf"checkpoints/(0|[1-9][0-9]*)/{MARKER}", re.ASCII)
+_ADDRESS = re.compile("(gs|gcs|s3|memory)://[^/]")  # memory: fsspec's own, for tests
 _AT_ONCE = 8
 _copies: dict[Path, "Copy"] = {}  # by local folder
 _addresses: dict[Path, str] = {}  # the same
@@ -37,11 +38,16 @@ _addresses: dict[Path, str] = {}  # the same
 class BucketRun:
     """The objects of a run in a bucket; names are relative to its address.
 
-    Every method raises CheckpointError, of one line, if the bucket does not do what it is asked.
+    Every method raises CheckpointError, of one line, if the bucket does not do what it is asked; a new
+    one ConfigError if `address` is not that of a bucket.
     """
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")
+        if not _ADDRESS.match(self.address):
+            raise ConfigError(
+                f"workdir={address}: must be a folder, gs://BUCKET/RUN or s3://BUCKET/RUN"
+            )
         with remote.answered(f"workdir={self.address}", CheckpointError):
             self._system = remote.opened(self.address)
 
