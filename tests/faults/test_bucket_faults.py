@@ -147,7 +147,7 @@ def test_kill_9_during_an_upload(bucket, kind, chain, tmp_path, tally):
     with forking:
         while tried < KILLS:
             cache = tmp_path / f"cache{tried // 2}"
-            if tried % 2 == 0 and reached:
+            if tried % 2 == 0:
                 end_lease(address)
             enough = bucket.uploads + random.integers(1, 60)
             print(address, cache, file=forking.stdin, flush=True)

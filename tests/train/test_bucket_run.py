@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from cnn_jax.analysis.restore import load_run
-from cnn_jax.common.errors import CheckpointError
+from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.train import bucket_run, lease, loop, mirror, pretrained
 from cnn_jax.train.bucket_run import MARKER, BucketRun
@@ -346,6 +346,9 @@ def test_a_reader_copies_what_it_needs(memory, finished, capsys, caplog):
     shutil.rmtree(folder / "checkpoints" / "10" / "variables")
     with pytest.raises(CheckpointError, match="was deleted while it was read; run the command"):
         Checkpoints(folder).read(10)
+    for address in ("ftp://host/run", "gs://", "s3:///run"):
+        with pytest.raises(ConfigError, match=f"workdir={address}: must be a folder, gs://BUCKET/"):
+            bucket_run.local_copy(address)
     with pytest.raises(
         CheckpointError, match=r"workdir=memory://bucket/none: holds no config\.json"
     ):
