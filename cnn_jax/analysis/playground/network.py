@@ -4,6 +4,7 @@ The steps are the calls of the layers that `summary` finds. The functions betwee
 from the numbers that flow there: the output of one call and the input of the next.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,10 +30,10 @@ class Weights:
         self._parts: list[np.ndarray] = []
         self._size = 0
 
-    def add(self, array: Any, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-        """Appends an array; returns its place and its shape (`shape`, if given)."""
+    def add(self, array: Any) -> dict[str, Any]:
+        """Appends an array; returns its place and its shape."""
         array = np.asarray(array, "<f4")
-        place = {"at": self._size, "shape": list(shape or array.shape)}
+        place = {"at": self._size, "shape": list(array.shape)}
         self._parts.append(array.ravel())
         self._size += array.size
         return place
@@ -56,7 +57,8 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
     found, logits = features.calls(run, layers, image)
     if not found:
         raise _unknown(run, "its layers are not called one by one")
-    steps, weights = [], Weights()
+    weights = Weights()
+    steps = _normalisation(run, weights)
     last, before = "the image", features.normalise(image, run.data)
     for call in found:
         steps += _between(run, np.asarray(before), call.given, last, call.layer.name)
@@ -66,8 +68,9 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
             steps.append(
                 step
                 | {
-                    "name": call.layer.name,
-                    "title": call.layer.kind,
+                    "name": call.layer.name.rpartition("/")[2],
+                    "title": call.layer.kind.partition(" ")[2],
+                    "shape": list(call.layer.shape),
                     "parameters": call.layer.parameters,
                     "field": field and [*field.size, *field.stride, *field.start],
                 }
@@ -75,8 +78,45 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
         last, before = call.layer.name, call.output
     steps += _between(run, before, logits, last, "the logits")
     if logits.ndim == 4 and logits[0].size > logits.shape[-1]:
-        steps.append({"kind": "mean"})  # as `step.predict_step` does with a class map
+        steps.append(
+            {"kind": "mean", "shape": [logits.shape[-1]]}
+        )  # as `step.predict_step` does with a class map
+    _widen(steps)
     return steps, weights
+
+
+def _normalisation(run: RestoredRun, weights: Weights) -> list[dict]:
+    """The step from values in [0, 1] to the network's input; none if they are the same."""
+    shape = run.image_shape[2:]
+    mean = np.broadcast_to(np.float32(run.data.mean), shape)
+    std = np.broadcast_to(np.float32(run.data.std), shape)
+    if not mean.any() and (std == 1).all():
+        return []
+    places = {"mean": weights.add(mean), "var": weights.add(std * std)}
+    return [{"kind": "norm", "epsilon": 0, "shape": list(run.image_shape), **places}]
+
+
+def takes_any_size(steps: list[dict]) -> bool:
+    """Whether the steps give a class for every window of a larger image.
+
+    They do without `flatten`, and without the mean of a class map. They do not if something else needs
+    the whole map.
+    """
+    kinds = [step["kind"] for step in steps]
+    whole = "mean" in kinds[:-1]
+    return not whole and ("flatten", "norm") not in itertools.pairwise(kinds)
+
+
+def _widen(steps: list[dict]) -> None:
+    """Makes convolutions of dense layers: the first one after `flatten` is as large as the map."""
+    window = (1, 1)
+    for step in steps:
+        if step["kind"] == "flatten":
+            window = step["window"]
+        elif step["kind"] == "conv" and len(step["kernel"]["shape"]) == 2:
+            inputs, units = step["kernel"]["shape"]
+            step["kernel"]["shape"] = [*window, inputs // (window[0] * window[1]), units]
+            window = (1, 1)
 
 
 def check(run: RestoredRun, layers: Summary) -> None:
@@ -110,7 +150,7 @@ def _between(run: RestoredRun, before: Any, after: Any, last: str, name: str) ->
     after = np.asarray(after, np.float32)
     candidates: list[tuple[list[dict], Callable]] = [([], lambda x: x)]
     for function, apply in features.ACTIVATIONS.items():
-        candidates.append(([{"kind": "activation", "function": function}], apply))
+        candidates.append(([{"kind": "activation", "name": function}], apply))
     for steps, apply in candidates:
         output = np.asarray(apply(before))
         results = {"": output}
@@ -118,14 +158,23 @@ def _between(run: RestoredRun, before: Any, after: Any, last: str, name: str) ->
             results |= {"flatten": output.reshape(len(output), -1), "mean": output.mean((1, 2))}
         for kind, result in results.items():
             if result.shape == after.shape and np.allclose(result, after, **TOLERANCE):
-                return [*steps, {"kind": kind}] if kind else steps
+                last_step = _flatten(output) if kind == "flatten" else {"kind": kind}
+                return _shaped([*steps, last_step] if kind else steps, output, after)
         if output.shape == after.shape and (norm := float(np.vdot(output, output))):
             factor = float(np.vdot(output, after)) / norm
             if np.allclose(factor * output, after, rtol=1e-4, atol=1e-6 * abs(factor)):
-                return [*steps, {"kind": "scale", "factor": factor}]
+                return _shaped([*steps, {"kind": "scale", "factor": factor}], output, after)
     raise _unknown(
         run, f"between {last} and {name} is a function that the playground does not know"
     )
+
+
+def _shaped(steps: list[dict], first: np.ndarray, last: np.ndarray) -> list[dict]:
+    """Two steps at most, with the shapes of their outputs."""
+    arrays = (first, last)[-len(steps) :] if steps else ()
+    return [
+        step | {"shape": list(array.shape[1:])} for step, array in zip(steps, arrays, strict=True)
+    ]
 
 
 def _step(run: RestoredRun, call: features.Call, weights: Weights) -> dict:
@@ -133,7 +182,7 @@ def _step(run: RestoredRun, call: features.Call, weights: Weights) -> dict:
     module, own = call.module, run.variables
     arrays = _own(own.get("params", {}), module)
     if isinstance(module, Flatten):
-        return {"kind": "flatten"}
+        return _flatten(call.given)
     if isinstance(module, MaxPool):
         return {"kind": "pool", "window": list(module.window)}
     if isinstance(module, nn.BatchNorm) and module.axis == -1:
@@ -145,15 +194,16 @@ def _step(run: RestoredRun, call: features.Call, weights: Weights) -> dict:
         plain = isinstance(module, nn.Dense) or _is_plain(module)
         size = arrays["kernel"].shape
         if plain and len(size) in (2, 4):
-            shape = (
-                size if len(size) == 4 else (1, 1, *size)
-            )  # dense: a 1x1 convolution of one place
             bias = {"bias": weights.add(arrays["bias"])} if "bias" in arrays else {}
-            kernel = {"kernel": weights.add(arrays["kernel"], shape)}
+            kernel = {"kernel": weights.add(arrays["kernel"])}
             return {"kind": "conv", **_geometry(module), **kernel, **bias}
     raise _unknown(
         run, f"{call.layer.name} is a {call.layer.kind} that the playground cannot compute"
     )
+
+
+def _flatten(given: Any) -> dict:
+    return {"kind": "flatten", "window": list(given.shape[1:3]) if given.ndim == 4 else [1, 1]}
 
 
 def _own(tree: Any, module: nn.Module) -> dict:
@@ -171,11 +221,12 @@ def _is_plain(module: nn.Conv) -> bool:
 
 def _geometry(module: nn.Dense | nn.Conv) -> dict:
     if isinstance(module, nn.Dense):
-        return {"strides": [1, 1], "padding": "VALID"}
+        return {"strides": [1, 1], "padding": [[0, 0], [0, 0]]}
     strides = module.strides or 1
     padding: Any = canonicalize_padding(module.padding, 2)
-    if not isinstance(padding, str):
-        padding = [list(map(int, pair)) for pair in padding]
+    if padding != "SAME":
+        pairs = ((0, 0), (0, 0)) if padding == "VALID" else padding
+        padding = [list(map(int, pair)) for pair in pairs]
     return {
         "strides": [strides] * 2 if isinstance(strides, int) else list(strides),
         "padding": padding,

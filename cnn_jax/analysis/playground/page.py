@@ -20,7 +20,7 @@ from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import check_folder, writing
 from cnn_jax.data import sources
 from cnn_jax.models.summary import Summary, summarise
-from cnn_jax.train import parallel, step
+from cnn_jax.train import parallel, preprocess, step
 from cnn_jax.train.workdir import write_text
 
 MOST_RUNS = 2
@@ -30,11 +30,6 @@ IMAGES_A_KIND = 10
 LOOKED_AT, BATCH = 1000, 250
 # The page is replaced where this is its first line; another file never is.
 FIRST_LINE = "<!DOCTYPE html><!-- a playground of cnn_jax -->"
-# Light colours that differ for any colour vision; the page writes the number of the class on them.
-CLASS_COLOURS = (
-    *("#7fc4e8", "#f2b45c", "#6fcfa8", "#f5e663", "#e79ac0"),
-    *("#a9b4f0", "#f08a6b", "#c9ccd1", "#b7dd72", "#d2b48c"),
-)
 PARTS = Path(__file__).parent / "page"
 
 
@@ -77,11 +72,12 @@ def playground(
         "shape": runs[0].image_shape,
         "classes": runs[0].class_names,
         **drawing(test["image"]),
-        "colours": images.DIVERGING,
-        "class_colours": CLASS_COLOURS,
+        "colours": _colours(),
         "images": [[kind, place, int(test["label"][place])] for kind, place in chosen],
         "pixels": _base64(np.ascontiguousarray(test["image"][places]).tobytes()),
-        "runs": [about for about, _ in parts],
+        "runs": [
+            about | {"label": label} for (about, _), label in zip(parts, labels(runs), strict=True)
+        ],
         "texts": texts(),
     }
     page = _render(content, [weights for _, weights in parts])
@@ -152,6 +148,18 @@ def _side(inside: np.ndarray) -> np.ndarray:
     return np.where(inside.any(1), (last - first) / size, 0)
 
 
+def labels(runs: Sequence[RestoredRun]) -> list[str]:
+    """Short names: of the experiments, or of the workdirs of two runs of one experiment."""
+    names = [run.experiment.rpartition("/")[2] for run in runs]
+    return names if len(set(names)) == len(runs) else [run.workdir.name for run in runs]
+
+
+def _colours() -> list[list[int]]:
+    """The colours, [red, green, blue, 255], of values at equal distances from -1 to 1."""
+    colours = images.colour(np.linspace(0, 1, 257), images.DIVERGING)
+    return np.insert(colours, 3, 255, axis=-1).tolist()
+
+
 def texts() -> dict[str, dict[str, str]]:
     """The page's texts by language: each file in page/texts is one."""
     files = sorted((PARTS / "texts").glob("*.json"))
@@ -198,13 +206,21 @@ def _run(
         "parameters": summary.parameters,
         "step": run.step,
         "dtype": run.compute_dtype,
-        "mean": run.data.mean,
-        "std": run.data.std,
-        "views": run.data.test_time_augmentation,
+        "views": _views(run),
         "steps": steps,
+        "deepest": max((step["shape"][2] for step in steps if len(step["shape"]) == 3), default=0),
+        "any_size": network.takes_any_size(steps),
         "logits_of_predict": [[float(f"{value:.9g}") for value in row] for row in logits],
     }
     return about, _base64(weights.tobytes())
+
+
+def _views(run: RestoredRun) -> list[tuple[float, list[int]]]:
+    """The views of an image that predict averages: weight, and for each pixel where it comes from."""
+    height, width, _ = run.image_shape
+    places = np.arange(height * width).reshape(1, height, width, 1)
+    views, weights = preprocess.test_views(places, run.data.test_time_augmentation)
+    return [(w, np.ravel(view).tolist()) for w, view in zip(weights, views, strict=True)]
 
 
 def _base64(data: bytes) -> str:
@@ -229,6 +245,7 @@ def _render(content: dict[str, Any], weights: list[str]) -> str:
     return environment.get_template("playground.html.j2").render(
         first_line=FIRST_LINE,
         content=content,
+        kinds=KINDS,
         weights=weights,
         script=script,
         style=style,

@@ -92,7 +92,9 @@ def train(values: flags.FlagValues) -> None:
         )
     print(f"next: {PROGRAM} evaluate {shlex.quote(str(workdir))}")
     if name == "quickstart":
-        print(f"to look inside, in a browser: {PROGRAM} playground {shlex.quote(str(workdir))}")
+        run = shlex.quote(str(workdir))
+        print(f"its report, {workdir}/report/index.html: {PROGRAM} report {run}")
+        print(f"to play with it, {workdir}/playground.html: {PROGRAM} playground {run}")
         print(f"then the real data: {PROGRAM} train fashion_mnist/lenet --download")
 
 

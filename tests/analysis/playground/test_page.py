@@ -47,9 +47,11 @@ def test_the_steps_of_lenet(source: str, runs: list[RestoredRun]):
         *("conv", "activation", "pool", "conv", "activation", "pool", "flatten"),
         *("conv", "activation", "conv", "activation", "conv"),
     ]
-    assert {step["function"] for step in steps if step["kind"] == "activation"} == {"ReLU"}
+    assert {step["name"] for step in steps if step["kind"] == "activation"} == {"ReLU"}
     assert steps[0]["padding"] == "SAME"
-    assert steps[3]["padding"] == "VALID"
+    assert steps[3]["padding"] == [[0, 0], [0, 0]]
+    assert steps[7]["kernel"]["shape"] == [5, 5, 16, 120]
+    assert steps[9]["kernel"]["shape"] == [1, 1, 120, 84]
     assert steps[3]["field"] == [14, 14, 2, 2, -2, -2]
     text = re.findall(r'class="weights">(.*?)</script>', source)[0]
     weights = np.frombuffer(base64.b64decode(text), "<f4")
@@ -69,11 +71,13 @@ def test_every_text_is_in_every_language():
 
 
 def test_every_text_is_used_and_every_used_one_is_there():
-    calls = r'(?:\bt|sentence|muted)\(\s*"(\w+)"'
+    calls = r'\bt\(\s*"(\w+)"'
     asked = {*re.findall(calls, SCRIPT), *re.findall(r'data-(?:t|label)="(\w+)"', MARKUP)}
     assert asked <= TEXTS["en"].keys()
-    named = {*asked, *re.findall(r'"(\w+)"', SCRIPT), *re.findall(r"\b(\w+)\(", SCRIPT)}
-    assert TEXTS["en"].keys() - named <= {"_name", "flatten", "mean", "scale"}
+    named = {*asked, *page.KINDS, *re.findall(r'"(\w+)"', SCRIPT)}
+    computed = re.findall(r"\b(\w+)(?:\(|: \()", SCRIPT)  # the names of kinds of steps
+    named |= {*computed, *(f"{name}_text" for name in computed)}
+    assert TEXTS["en"].keys() - named <= {"_name"}
 
 
 def test_test_images_of_three_kinds():
