@@ -373,7 +373,7 @@ def test_another_run_at_the_address_is_not_mixed_with_an_old_copy(memory, caplog
         assert Checkpoints(folder).steps() == [1]
     memory.rm("/bucket/run", recursive=True)
     with attached() as (folder, _, _):
-        assert {path.name for path in folder.iterdir()} == {".lease.json", "checkpoints"}
+        assert {path.name for path in folder.iterdir()} == {"lock", ".lease.json", "checkpoints"}
         assert Checkpoints(folder).steps() == []
     line = "the local copy of an earlier run at this address is now (.*)"
     (aside,) = re.findall(line, caplog.text)
