@@ -76,6 +76,7 @@ def make_run(
         "image_shape": shape,
         "batch_size": 20,
         "compute_dtype": "float32",
+        "matmul_precision": "default",
         "step": 7,
         "variables": {"batch_stats": {}, **noisy_variables(model, shape)},
         "saved": {},

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import warnings
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
-from cnn_jax.analysis import plotting
+from cnn_jax.analysis import fonts, plotting
 from cnn_jax.common import files, images
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.paths import is_path
@@ -136,12 +135,7 @@ def save_contact_sheet(config: Config, train: Examples, output: Path) -> Path:
     Raises:
       ConfigError: it cannot be written.
     """
-    with (
-        warnings.catch_warnings(),
-        matplotlib.style.context(["default", STYLE]),
-        files.writing(output),
-    ):
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+    with matplotlib.style.context(["default", STYLE]), files.writing(output):
         path = output / "contact_sheet.png"
         path.write_bytes(plotting.png(_draw(config, train)))
     return path
@@ -163,7 +157,7 @@ def _draw(config: Config, train: Examples) -> np.ndarray:
     ]
     sheet = images.tiles(np.concatenate(rows), COLUMNS, int(np.clip(max(seen.shape[1:3]), *SIDES)))
     names = [plotting.clip(train.class_names[label], 22) for label in found]
-    margin, (height, width) = 20 + 8 * max(map(len, names)), sheet.shape[:2]
+    margin, (height, width) = 20 + 8 * max(map(fonts.columns, names)), sheet.shape[:2]
     figure = Figure(figsize=((width + margin) / 100, height / 100), dpi=150)
     axes = figure.add_axes((margin / (width + margin), 0, width / (width + margin), 1))
     axes.imshow(sheet, interpolation="nearest", aspect="auto")

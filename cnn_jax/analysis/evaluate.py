@@ -86,16 +86,11 @@ def make_scorer(
     It gives their metrics and the logits of each, and compiles once for images of one size.
     """
     mesh = parallel.make_mesh(devices)
-    options: dict[str, Any] = {
-        "model": run.model,
-        "data": run.data,
-        "compute_dtype": run.compute_dtype,
-    }
 
     def both(variables: Any, batch: dict) -> tuple[dict, dict]:
         # The compiler merges the forward passes of these two.
-        sums = step.eval_step(variables, batch, **options)
-        logits = step.predict_step(variables, batch["image"], **options)
+        sums = step.eval_step(variables, batch, **run.step_options)
+        logits = step.predict_step(variables, batch["image"], **run.step_options)
         return sums, {"logits": logits, "label": batch["label"]}
 
     compiled = parallel.jit_step(both, mesh, donate=False, compute_dtype=run.compute_dtype)

@@ -11,7 +11,6 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,13 +102,8 @@ def to_stablehlo(run: RestoredRun) -> bytes:
     Raises:
       ConfigError: the network needs a fixed number of images.
     """
-    options: dict[str, Any] = {
-        "model": run.model,
-        "data": run.data,
-        "compute_dtype": run.compute_dtype,
-    }
     variables = jax.tree.map(jnp.asarray, run.variables)
-    pure = functools.partial(step.predict_step, variables, **options)
+    pure = functools.partial(step.predict_step, variables, **run.step_options)
     (count,) = jax.export.symbolic_shape("n")
     image = jax.ShapeDtypeStruct((count, *run.image_shape), jnp.uint8)
     try:

@@ -6,7 +6,6 @@ drawn for a light page and for a dark one.
 
 import dataclasses
 import io
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
+from cnn_jax.analysis import fonts
 from cnn_jax.common import images
 
 WIDTH = 3.6  # inches of 100 pixels
@@ -93,7 +93,8 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Figure, Theme], An
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """Draws the figure: uint8 [h, w, 3]."""
+    """Draws the figure, with fonts for the names in it: uint8 [h, w, 3]."""
+    fonts.use_for(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
@@ -149,9 +150,7 @@ def _style(theme: Theme) -> Iterator[None]:
         "lines.linewidth": 1.6,
         "lines.markersize": 4,
     }
-    with warnings.catch_warnings(), matplotlib.style.context(["default", settings]):
-        # Class names in a script that the font lacks are drawn as boxes; the page shows the names.
-        warnings.filterwarnings("ignore", message="Glyph")
+    with matplotlib.style.context(["default", settings]):
         yield
 
 
@@ -173,8 +172,8 @@ def bare(axes: Any) -> None:
 
 
 def clip(text: str, length: int) -> str:
-    """At most `length` characters on one line, as a label."""
-    text = " ".join(text.split())
+    """At most `length` characters on one line, as a label that the installed fonts can draw."""
+    text = fonts.drawable(" ".join(text.split()))
     text = f" {text}" if text.startswith("_") else text  # a legend skips labels with _
     return text if len(text) <= length else text[: length - 1] + "…"
 

@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -210,13 +209,8 @@ def _scores(
     variables: dict, image: jax.Array, *, run: RestoredRun
 ) -> tuple[jax.Array, jax.Array | None]:
     """uint8 [1, H, W, C] -> probabilities [classes], and those of the class map [h, w, classes]."""
-    options: dict[str, Any] = {
-        "model": run.model,
-        "data": run.data,
-        "compute_dtype": run.compute_dtype,
-    }
-    logits = step.predict_step(variables, image, **options)
-    class_map = step.class_map_step(variables, image, **options)
+    logits = step.predict_step(variables, image, **run.step_options)
+    class_map = step.class_map_step(variables, image, **run.step_options)
     maps = class_map.ndim == 4
     return jax.nn.softmax(logits[0]), jax.nn.softmax(class_map[0]) if maps else None
 

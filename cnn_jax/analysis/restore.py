@@ -29,6 +29,7 @@ class RestoredRun:
       image_shape: (H, W, C) of the training images.
       batch_size: examples in a batch of the evaluation.
       compute_dtype: of the activations.
+      matmul_precision: as in `Config`.
       step: of the checkpoint.
       variables: "params" and the model's other collections as NumPy arrays.
       saved: the whole of config.json.
@@ -42,9 +43,16 @@ class RestoredRun:
     image_shape: tuple[int, int, int]
     batch_size: int
     compute_dtype: str
+    matmul_precision: str
     step: int
     variables: Any
     saved: dict
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """The keywords of `step.predict_step` and the other steps of a trained network."""
+        names = ("model", "data", "compute_dtype", "matmul_precision")
+        return {name: getattr(self, name) for name in names}
 
 
 def load_run(
@@ -70,12 +78,14 @@ def load_run(
         data = data_from_json(config["data"])
         image_shape, class_names = tuple(saved["image_shape"]), tuple(saved["class_names"])
         experiment, batch_size = saved["experiment"], config["eval_batch_size"]
-        compute_dtype = config["compute_dtype"]
+        types = {
+            "compute_dtype": config["compute_dtype"],
+            "matmul_precision": config.get("matmul_precision", "default"),
+        }
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{workdir / 'config.json'}: damaged ({reason})") from None
-    fields = {"eval_batch_size": batch_size, "compute_dtype": compute_dtype}
-    validate(Config(model, data, **fields), trained=True)
+    validate(Config(model, data, eval_batch_size=batch_size, **types), trained=True)
     restored = checkpoint.Checkpoints(workdir).select(which, verify=verify)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
@@ -92,7 +102,7 @@ def load_run(
         class_names=class_names,
         image_shape=image_shape,
         batch_size=batch_size,
-        compute_dtype=compute_dtype,
+        **types,
         step=restored.step,
         variables=variables,
         saved=saved,

@@ -158,6 +158,11 @@ FLAGS = {
     "speedrun": Flag(
         flags.DEFINE_bool, False, "trains cifar10/speedrun --seeds times with fresh seeds instead"
     ),
+    "peer": Flag(
+        flags.DEFINE_string,
+        None,
+        "with --speedrun, the original's file in PyTorch, airbench94_muon.py, to run beside it",
+    ),
     "device_check": Flag(
         flags.DEFINE_bool,
         False,

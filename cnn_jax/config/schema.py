@@ -296,6 +296,13 @@ class Config:
         Literal["float32", "bfloat16"],
         "of activations and of the kernels' copies that they meet; parameters stay float32",
     ] = "float32"
+    matmul_precision: Annotated[
+        Literal["default", "tensorfloat32", "highest"],
+        "of float32 matmuls and convolutions on a GPU or TPU; default: the fastest, which is TF32 on "
+        "an NVIDIA GPU from the A100 on and one product in bfloat16 on a TPU "
+        "(JAX_DEFAULT_MATMUL_PRECISION changes it); tensorfloat32: on a TPU three products; highest: "
+        "float32, on a TPU by six; a CPU always takes float32",
+    ] = "default"
     deterministic: Annotated[
         bool,
         "on a GPU, XLA takes only algorithms that give the same bits each time; a program that needs "

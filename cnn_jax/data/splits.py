@@ -31,6 +31,11 @@ class Splits:
     test: Examples
     data_files: str = ""
 
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, dict[str, int | str]]:
+        """`statistics.fingerprint` of each split."""
+        return {name: statistics.fingerprint(found) for name, found in self.by_name().items()}
+
     def by_name(self) -> dict[str, Examples]:
         """The splits that there are."""
         found = {"train": self.train, "validation": self.validation, "test": self.test}
@@ -54,28 +59,31 @@ def load_splits(config: Config, data_dir: str | None = None, download: bool = Fa
     validation = load("validation") if sources.has_validation(data, dataset) else None
     splits = Splits(load("train"), validation, load("test"), data_files)
     if dataset:
-        _warn_of_twins(splits, config.data.name)
+        _warn_of_twins(splits, dataset)
     return splits
 
 
-def _warn_of_twins(splits: Splits, name: str) -> None:
-    """Warns of images that are in two splits; not if they are decoded on demand, as it takes long."""
+def _warn_of_twins(splits: Splits, dataset: folders.Dataset) -> None:
+    """Warns of images that are in two splits; of those that are decoded on demand, of equal files."""
     loaded = splits.by_name()
-    if not all(isinstance(examples, InMemory) for examples in loaded.values()):
-        return
-    across = [pair for pair in statistics.twins(loaded) if pair[0][0] != pair[1][0]]
+    if all(isinstance(examples, InMemory) for examples in loaded.values()):
+        equal = "pixels"
+        across = [pair for pair in statistics.twins(loaded) if pair[0][0] != pair[1][0]]
+    else:
+        equal, across = "files", statistics.equal_files(dataset, loaded)
     if across:
         (split, index), (other, twin) = across[0]
         log.warning(
-            "warning: %d images are in two splits (equal pixels; first: %s in %s, %s in %s), which "
+            "warning: %d images are in two splits (equal %s; first: %s in %s, %s in %s), which "
             "makes the accuracy too high; %s data %s lists them",
             len(across),
+            equal,
             loaded[split].files[index],
             split,
             loaded[other].files[twin],
             other,
             PROGRAM,
-            name,
+            dataset.name,
         )
 
 
@@ -109,6 +117,7 @@ def check_splits(config: Config, splits: Splits) -> dict:
         "class_names": [*names, *(f"class {i}" for i in range(len(names), logits))],
         "image_shape": shape,
         "train_examples": len(splits.train),
+        "fingerprints": splits.fingerprints,
     }
     if splits.data_files:
         metadata["data_files"] = splits.data_files

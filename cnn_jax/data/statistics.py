@@ -1,7 +1,9 @@
-"""The mean and deviation of a split's pixels, and images that occur in two splits."""
+"""The mean and deviation of a split's pixels, its fingerprint, and images that are in two splits."""
 
 import dataclasses
 import hashlib
+import os
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +12,14 @@ import numpy as np
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
 from cnn_jax.config.schema import AUTO
-from cnn_jax.data import balance
-from cnn_jax.data.examples import Examples, chunks
+from cnn_jax.data import balance, folders
+from cnn_jax.data.examples import Examples, InMemory, chunks
 
 Place = tuple[str, int]  # a split, and the index of an example in it
 
 DIGITS = 4
+# Examples of a split that its fingerprint looks at. Reading a whole large dataset is slow.
+SAMPLE = 256
 
 
 def in_numbers(config: Config, examples: Examples) -> Config:
@@ -76,3 +80,53 @@ def twins(splits: Mapping[str, Examples]) -> list[tuple[Place, Place]]:
                     found.append((before, (name, place)))
                 place += 1
     return found
+
+
+def equal_files(
+    dataset: folders.Dataset, splits: Mapping[str, Examples]
+) -> list[tuple[Place, Place]]:
+    """Of `dataset`, files with equal bytes in two splits: of each, its first place and another.
+
+    Decodes nothing. Reads only files as long as one of another split.
+    """
+    size = {image.file: image.size for image in dataset.images}
+    holders: defaultdict[int, set[str]] = defaultdict(set)
+    for name, examples in splits.items():
+        for file in examples.files:
+            holders[size[file]].add(name)
+    first: dict[bytes, Place] = {}
+    found = []
+    for name, examples in splits.items():
+        for place, file in enumerate(examples.files):
+            if len(holders[size[file]]) < 2 or size[file] < 0:
+                continue
+            with open(os.path.join(dataset.root, file), "rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").digest()
+            before = first.setdefault(content, (name, place))
+            if before[0] != name:
+                found.append((before, (name, place)))
+    return found
+
+
+def fingerprint(examples: Examples) -> dict[str, int | str]:
+    """The number of examples, and hashes of the pixels and the labels of `SAMPLE` of them.
+
+    Of examples that are in memory also a hash of all.
+    """
+    places = np.linspace(0, len(examples) - 1, SAMPLE).astype(int)
+    batch = examples[places]
+    found: dict[str, int | str] = {
+        "examples": len(examples),
+        "pixels": _sum(batch["image"]),
+        "labels": _sum(batch["label"]),
+    }
+    if isinstance(examples, InMemory):
+        found["all"] = _sum(examples.image, examples.label)
+    return found
+
+
+def _sum(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]

@@ -1,5 +1,6 @@
 """How a module is called: its compute type, its collections and its random streams."""
 
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +31,13 @@ def apply(
         return forward(model, variables, image).astype(jnp.float32), {}
     logits, updated = model.apply(variables, image, train=True, **options)
     return logits.astype(jnp.float32), updated
+
+
+def in_precision(matmul_precision: str) -> contextlib.AbstractContextManager:
+    """Where matmuls and convolutions have this `Config.matmul_precision`, also those of gradients."""
+    if matmul_precision == "default":  # that which the user gave to JAX
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(matmul_precision)
 
 
 def forward(model: nn.Module, variables: Any, image: jax.Array) -> jax.Array:

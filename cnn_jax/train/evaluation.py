@@ -5,11 +5,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from cnn_jax.config import DataConfig
+from cnn_jax.config import Config
 from cnn_jax.data import loader
 from cnn_jax.data.examples import Examples
 from cnn_jax.data.splits import Splits
@@ -40,12 +39,14 @@ class Metrics:
         return [float(right / total) if total else None for right, total in pairs]
 
 
-def make_eval_step(
-    model: nn.Module, data: DataConfig, compute_dtype: str, mesh: Any, deterministic: bool = False
-) -> Callable:
-    """The compiled `step.eval_step` over a mesh: eval_step(variables, batch)."""
-    pure = functools.partial(eval_step, model=model, data=data, compute_dtype=compute_dtype)
-    options: dict[str, Any] = {"compute_dtype": compute_dtype, "deterministic": deterministic}
+def make_eval_step(config: Config, mesh: Any) -> Callable:
+    """The compiled `step.eval_step` of a run over a mesh: eval_step(variables, batch)."""
+    names = ("model", "data", "compute_dtype", "matmul_precision")
+    pure = functools.partial(eval_step, **{name: getattr(config, name) for name in names})
+    options: dict[str, Any] = {
+        "compute_dtype": config.compute_dtype,
+        "deterministic": config.deterministic,
+    }
     return parallel.jit_step(pure, mesh, donate=False, **options)
 
 

@@ -150,6 +150,8 @@ def muon_and_sgd(
     muon_momentum: float = 0.6,
     momentum: float = 0.85,
     whitening_share: float = 3 / 8,
+    batched: bool = False,
+    renormalise_every: int = 1,
 ) -> optax.GradientTransformation:
     """The CIFAR-10 speedrun's optimizer: Muon for filters, Nesterov momentum for the rest.
 
@@ -166,6 +168,8 @@ def muon_and_sgd(
       momentum: of biases and head.
       whitening_share: the share of the run that trains the bias of a layer named "whitening",
         if the rate falls linearly to 0. The kernel of that layer is not trained.
+      batched: orthogonalises all filters of one shape in one call: fewer and larger kernels on a GPU.
+      renormalise_every: steps from one renormalisation of the filters to the next.
 
     Raises:
       ConfigError: the schedule begins at 0; the other rates are divided by its first value.
@@ -188,16 +192,11 @@ def muon_and_sgd(
             optax.scale_by_schedule(lambda step: -course(step)),
         )
 
+    muon = _muon(muon_momentum)
     filters = optax.chain(
-        optax.contrib.scale_by_muon(
-            ns_coeffs=(3.4445, -4.7750, 2.0315),
-            ns_steps=3,
-            beta=muon_momentum,
-            eps=1e-7,
-            weight_dimension_numbers=_filters_as_matrices,
-        ),
+        stacked_by_shape(muon) if batched else muon,
         optax.scale_by_learning_rate(learning_rate),
-        renormalise(),
+        renormalise(renormalise_every),
     )
     return optax.multi_transform(
         {
@@ -211,32 +210,82 @@ def muon_and_sgd(
     )
 
 
-def airbench(batch_size: int) -> functools.partial:
-    """`muon_and_sgd` with airbench94_muon's rates for this batch size, as a Config's optimizer."""
+def _muon(momentum: float) -> optax.GradientTransformation:
+    return optax.contrib.scale_by_muon(
+        ns_coeffs=(3.4445, -4.7750, 2.0315),
+        ns_steps=3,
+        beta=momentum,
+        eps=1e-7,
+        weight_dimension_numbers=_filters_as_matrices,
+    )
+
+
+def airbench(batch_size: int, **options: Any) -> functools.partial:
+    """`muon_and_sgd` with airbench94_muon's rates for this batch size, as a Config's optimizer.
+
+    Args:
+      batch_size: of the Config.
+      **options: further ones of `muon_and_sgd`.
+    """
     return functools.partial(
         muon_and_sgd,
         bias_learning_rate=0.053 * batch_size,
         head_learning_rate=0.67 * batch_size,
         decay=2e-6 * batch_size,
+        **options,
     )
 
 
-def renormalise() -> optax.GradientTransformation:
-    """Scales each kernel [..., features] to the norm sqrt(features) before the update is added."""
+def renormalise(every: int = 1) -> optax.GradientTransformation:
+    """Scales each kernel [..., features] to the norm sqrt(features) before the update is added.
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    Args:
+      every: does so in the first step, and then in one of so many. In the others no norm is computed.
+    """
+
+    def scaled(updates: Any, params: Any) -> Any:
         def one(update: jax.Array, kernel: jax.Array) -> jax.Array:
             target = kernel * (kernel.shape[-1] ** 0.5 / jnp.linalg.norm(kernel))
             return update + target - kernel
 
-        return jax.tree.map(one, updates, params), state
+        return jax.tree.map(one, updates, params)
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    def update(updates: Any, step: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
+        due = step % every == 0
+        return jax.lax.cond(due, scaled, lambda same, _: same, updates, params), step + 1
+
+    if every > 1:
+        return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
+    always = lambda updates, state, params=None: (scaled(updates, params), state)  # noqa: E731
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), always)
+
+
+def stacked_by_shape(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer` on the arrays of each shape stacked along a new first axis.
+
+    It must treat that axis as a batch. Its state has an entry a shape, as "3x3x64x256".
+    """
+
+    def name(array: jax.Array) -> str:
+        return "x".join(map(str, array.shape))
+
+    def stacked(tree: Any) -> dict[str, jax.Array]:
+        groups: dict[str, list[jax.Array]] = {}
+        for array in jax.tree.leaves(tree):
+            groups.setdefault(name(array), []).append(array)
+        return {shape: jnp.stack(arrays) for shape, arrays in groups.items()}
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        found, state = optimizer.update(stacked(updates), state, params and stacked(params))
+        parts = {shape: iter(arrays) for shape, arrays in found.items()}
+        return jax.tree.map(lambda array: next(parts[name(array)]), updates), state
+
+    return optax.GradientTransformation(lambda params: optimizer.init(stacked(params)), update)
 
 
 def _filters_as_matrices(updates: Any) -> Any:
-    """Kernels [h, w, in, out] as matrices of h * w * in by out."""
-    numbers = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+    """Kernels [..., h, w, in, out] as matrices of h * w * in by out."""
+    numbers = optax.contrib.MuonDimensionNumbers((-4, -3, -2), -1)
     return jax.tree.map(lambda _: numbers, updates)
 
 

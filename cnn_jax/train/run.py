@@ -45,9 +45,7 @@ class Run:
         self.steps_per_epoch = len(splits.train) // config.batch_size
         self.reporter = Reporter(config, saver.folder, self.steps_per_epoch)
         self.optimizer = optim.make_optimizer(config, self.steps_per_epoch)
-        self.eval_step = evaluation.make_eval_step(
-            config.model, config.data, config.compute_dtype, mesh, config.deterministic
-        )
+        self.eval_step = evaluation.make_eval_step(config, mesh)
         self.state: TrainState
         self.epoch_seconds = 0.0
         self.line_is_missing = False

@@ -21,6 +21,7 @@ from cnn_jax.train.apply import (
     apply,
     collections_after,
     flat_collections,
+    in_precision,
     make_rngs,
     one_score_each,
 )
@@ -182,6 +183,19 @@ def train_step(
     Returns:
       The state after the step, and the batch's mean loss before it.
     """
+    with in_precision(config.matmul_precision):
+        return _updated(state, batch, model, optimizer, config, axis_name)
+
+
+def _updated(
+    state: TrainState,
+    batch: Batch,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    axis_name: str | None,
+) -> tuple[TrainState, jax.Array]:
+    """`train_step`, in the precision of the caller."""
     run_key = jax.random.wrap_key_data(state.rng)
     augment_key, dropout_key = step_keys(run_key, state.step)
     batch = augmented(run_key, augment_key, batch, config.data, axis_name)
@@ -317,7 +331,13 @@ def _added(
 
 
 def eval_step(
-    variables: Any, batch: Batch, *, model: nn.Module, data: DataConfig, compute_dtype: str
+    variables: Any,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    data: DataConfig,
+    compute_dtype: str,
+    matmul_precision: str = "default",
 ) -> Sums:
     """The loss and the confusion matrix of a batch, without its masked examples.
 
@@ -327,14 +347,14 @@ def eval_step(
       model: the module.
       data: scaling.
       compute_dtype: as in training.
+      matmul_precision: likewise.
 
     Returns:
       loss float32 [], the sum over examples, and confusion int32 [classes, classes], rows by label,
       columns by prediction.
     """
-    logits = predict_step(
-        variables, batch["image"], model=model, data=data, compute_dtype=compute_dtype
-    )
+    options = {"compute_dtype": compute_dtype, "matmul_precision": matmul_precision}
+    logits = predict_step(variables, batch["image"], model=model, data=data, **options)
     loss = (cross_entropy(logits, batch["label"]) * batch["mask"]).sum()
     classes = logits.shape[-1]
     mask = batch["mask"].astype(jnp.int32)
@@ -344,27 +364,42 @@ def eval_step(
 
 
 def predict_step(
-    variables: Any, image: jax.Array, *, model: nn.Module, data: DataConfig, compute_dtype: str
+    variables: Any,
+    image: jax.Array,
+    *,
+    model: nn.Module,
+    data: DataConfig,
+    compute_dtype: str,
+    matmul_precision: str = "default",
 ) -> jax.Array:
     """uint8 [N, H, W, C] -> logits float32 [N, classes]; a class map is averaged."""
     image = normalise(image, data)
-    if data.test_time_augmentation == "none":
-        return one_score_each(apply(model, variables, image, compute_dtype)[0])
-    views, weights = test_views(image, data.test_time_augmentation)
-    logits = apply(model, variables, views.reshape(-1, *image.shape[1:]), compute_dtype)[0]
-    logits = one_score_each(logits)
-    logits = logits.reshape(len(weights), -1, logits.shape[-1])  # N may be unknown, in an export
-    return jnp.tensordot(jnp.array(weights), logits, 1)
+    with in_precision(matmul_precision):
+        if data.test_time_augmentation == "none":
+            return one_score_each(apply(model, variables, image, compute_dtype)[0])
+        views, weights = test_views(image, data.test_time_augmentation)
+        logits = apply(model, variables, views.reshape(-1, *image.shape[1:]), compute_dtype)[0]
+        logits = one_score_each(logits)
+        # N may be unknown, in an export.
+        logits = logits.reshape(len(weights), -1, logits.shape[-1])
+        return jnp.tensordot(jnp.array(weights), logits, 1)
 
 
 def class_map_step(
-    variables: Any, image: jax.Array, *, model: nn.Module, data: DataConfig, compute_dtype: str
+    variables: Any,
+    image: jax.Array,
+    *,
+    model: nn.Module,
+    data: DataConfig,
+    compute_dtype: str,
+    matmul_precision: str = "default",
 ) -> jax.Array:
     """uint8 [N, H, W, C] -> logits float32 [N, h, w, classes] of a model that gives a class map.
 
     Without test-time augmentation, which would move the image and so the places of the scores.
     """
-    return apply(model, variables, normalise(image, data), compute_dtype)[0]
+    with in_precision(matmul_precision):
+        return apply(model, variables, normalise(image, data), compute_dtype)[0]
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array, smoothing: float = 0.0) -> jax.Array:

@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 
-from cnn_jax.common import cpu
+from cnn_jax.common import cpu, files
 from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.common.files import library_path, written
 from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
+from cnn_jax.config.paths import is_path
 from cnn_jax.config.serialize import changes, differences, to_json, with_current_names
 from cnn_jax.train import parallel
 from cnn_jax.train.bucket_run import shown
@@ -196,11 +197,17 @@ def check_same_run(workdir: Path, config: Config, metadata: dict) -> None:
         return
     saved = read_config(workdir)
     free = {*CHANGEABLE_ON_RESUME, *(["epochs"] if config.schedule in ("constant", "step") else [])}
-    lines = changes(saved["config"], config, free)
-    lines += differences(
-        {name: saved.get(name) for name in metadata}, json.loads(json.dumps(metadata))
+    compared = {name: value for name, value in metadata.items() if name != "fingerprints"}
+    lines = differences(
+        {name: saved.get(name) for name in compared}, json.loads(json.dumps(compared))
     )
-    if any(line.startswith("data_files:") for line in lines):
+    others = any(line.startswith("data_files:") for line in lines)
+    before = str(saved["config"]["data"].get("name"))
+    moved = before != config.data.name and is_path(before) and is_path(config.data.name)
+    if moved and not others:
+        free.add("data.name")
+    lines = changes(saved["config"], config, free) + lines
+    if others:
         lines.append("images of the dataset were added, removed or changed since")
     if lines:
         raise ConfigError(
@@ -212,6 +219,38 @@ def check_same_run(workdir: Path, config: Config, metadata: dict) -> None:
         raise ConfigError(
             f"epochs={config.epochs}: must be at least the {done} that workdir={shown(workdir)} has "
             "done (or choose another --workdir)"
+        )
+    if metadata:
+        _tell_of_other_data(workdir, saved, config, metadata, moved)
+
+
+def _tell_of_other_data(
+    workdir: Path, saved: dict, config: Config, metadata: dict, moved: bool
+) -> None:
+    """Says that the dataset has moved, and warns of splits that have other examples than before."""
+    if moved:
+        log.info(
+            "workdir=%s: its images have moved from %s to %s; names, classes, splits and sizes in "
+            "bytes are the same",
+            workdir,
+            *(
+                files.printable(name)
+                for name in (saved["config"]["data"]["name"], config.data.name)
+            ),
+        )
+    before, now = saved.get("fingerprints", {}), metadata.get("fingerprints", {})
+    changed = [
+        split
+        for split in now.keys() & before.keys()
+        if any(before[split].get(part, value) != value for part, value in now[split].items())
+    ]
+    if changed:
+        log.warning(
+            "warning: workdir=%s: the run continues with other images or labels than before in %s of "
+            "%s (fingerprints in config.json)",
+            workdir,
+            " and ".join(sorted(changed)),
+            files.printable(config.data.name),
         )
 
 

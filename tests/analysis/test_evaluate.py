@@ -93,7 +93,7 @@ def test_every_example_is_counted_once(batch_size, count):
     mesh = parallel.make_mesh(2)
     variables = noisy_variables(models.MLP(), SHAPE) | {"batch_stats": {}}
     examples = make_examples(count)
-    eval_step = evaluation.make_eval_step(models.MLP(), DataConfig("x"), "float32", mesh)
+    eval_step = evaluation.make_eval_step(Config(models.MLP(), DataConfig("x")), mesh)
     result = evaluation.evaluate_examples(
         eval_step, parallel.replicate(variables, mesh), examples, batch_size, mesh
     )

@@ -1,6 +1,7 @@
 """A user's own images: found in folders and tables, split, decoded, checked."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -489,6 +490,51 @@ def test_twins_in_two_splits_are_counted(tmp_path, caplog):
     assert "first: train/a/1.png in train, test/b/copy.bmp in test" in line
 
 
+def test_equal_files_are_found_where_images_are_streamed(tmp_path, caplog):
+    """Those that only another format stores are not; a file of a size of its own is not read."""
+    write(tmp_path, *many("train/a", 3), *many("train/b", 3), "test/a/x.png", "test/b/y.png")
+    Image.open(tmp_path / "train/a/1.png").save(tmp_path / "test/b/copy.bmp")
+    shutil.copy(tmp_path / "train/a/2.png", tmp_path / "train/b/copy.png")
+    shutil.copy(tmp_path / "train/a/2.png", tmp_path / "test/b/copy.png")
+    (tmp_path / "train/a/0.png").write_bytes(bytes(10000))  # not an image, nor as long as another
+    data = DataConfig(str(tmp_path), streaming=True, workers=0)
+    dataset = folders.open_dataset(data)
+    splits = {name: sources.load_examples(data, name) for name in ("train", "test")}
+    read = []
+    real = hashlib.file_digest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            hashlib, "file_digest", lambda file, kind: read.append(file.name) or real(file, kind)
+        )
+        ((first, second),) = statistics.equal_files(dataset, splits)
+    shown = {splits[split].files[place] for split, place in (first, second)}
+    assert shown <= {"train/a/2.png", "train/b/copy.png", "test/b/copy.png"}
+    assert (first[0], second[0]) == ("train", "test")
+    assert str(tmp_path / "train/a/0.png") not in read
+    (tmp_path / "train/a/0.png").unlink()
+    load_splits(Config(MLP(), data))
+    (line,) = [text for text in caplog.messages if "two splits" in text]
+    assert "1 images are in two splits (equal files; first: train/" in line
+
+
+def test_a_fingerprint_is_that_of_the_examples_however_they_are_read(tmp_path):
+    data = DataConfig(str(write(tmp_path, *many("a", 9), *many("b", 9))))
+    found = {}
+    for streaming in (True, False):
+        read = dataclasses.replace(data, streaming=streaming, workers=0)
+        found[streaming] = statistics.fingerprint(sources.load_examples(read, "train"))
+    assert found[False].items() > found[True].items()
+    examples = sources.load_examples(data, "train")
+    examples.image[-1, 0, 0] ^= 1
+    assert statistics.fingerprint(examples)["pixels"] != found[True]["pixels"]
+    large = InMemory(np.zeros((4000, 1, 1, 1), np.uint8), np.zeros(4000, np.int32), ("a",))
+    before = statistics.fingerprint(large)
+    large.label[1] = 1  # between the examples of the sample
+    after = statistics.fingerprint(large)
+    assert before["labels"] == after["labels"]
+    assert before["all"] != after["all"]
+
+
 def test_mean_and_deviation():
     random = np.random.default_rng(0)
     image = random.integers(0, 200, (1203, 3, 4, 3), np.uint8)
@@ -526,3 +572,39 @@ def test_a_run_keeps_path_and_numbers_and_notices_other_images(tmp_path, monkeyp
     write(tmp_path, "photos/b/new.png")
     with pytest.raises(ConfigError, match="images of the dataset were added, removed or changed"):
         train(again, tmp_path / "run")
+
+
+def test_a_run_goes_on_with_images_that_were_moved(tmp_path, caplog):
+    write(tmp_path, *many("photos/a", 10), *many("photos/b", 10))
+    data = DataConfig(str(tmp_path / "photos"))
+    config = Config(MLP(num_classes=2), data, epochs=1, batch_size=8, devices=1)
+    train(config, tmp_path / "run")
+    moved = str(shutil.move(tmp_path / "photos", tmp_path / "elsewhere"))
+    again = dataclasses.replace(config, epochs=2, data=dataclasses.replace(data, name=moved))
+    with caplog.at_level("INFO"):
+        assert len(train(again, tmp_path / "run")) == 2
+    assert f"its images have moved from {tmp_path / 'photos'} to {moved}" in caplog.text
+    assert "other images or labels" not in caplog.text
+    assert read_config(tmp_path / "run")["config"]["data"]["name"] == moved
+    shutil.copytree(moved, tmp_path / "third")
+    write(tmp_path, "third/b/new.png")
+    third = dataclasses.replace(data, name=str(tmp_path / "third"))
+    with pytest.raises(ConfigError, match=r"data.name: .*/elsewhere -> .*/third; data_files: "):
+        train(dataclasses.replace(again, epochs=3, data=third), tmp_path / "run")
+
+
+def test_other_pixels_in_files_of_the_same_size_are_noticed(tmp_path, caplog):
+    """As a shard of TFDS's that was written again, they have the names and numbers of before."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / f"photos/{split}/{name}").mkdir(parents=True)
+            for i in range(8):
+                noise(i).save(tmp_path / f"photos/{split}/{name}/{i}.bmp")
+    data = DataConfig(str(tmp_path / "photos"))
+    config = Config(MLP(num_classes=2), data, epochs=1, batch_size=8, devices=1)
+    train(config, tmp_path / "run")
+    noise(99).save(tmp_path / "photos/test/b/3.bmp")
+    caplog.clear()
+    train(dataclasses.replace(config, epochs=2), tmp_path / "run")
+    (line,) = [text for text in caplog.messages if "other images or labels" in text]
+    assert f"than before in test of {tmp_path / 'photos'} (fingerprints in config.json)" in line

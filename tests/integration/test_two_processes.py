@@ -1,12 +1,16 @@
 """One run of two processes with one CPU device each."""
 
 import re
+import shutil
 import signal
 import socket
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from cnn_jax.config import experiment
+from cnn_jax.train import loop
 from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
 from tests.faults import runs
@@ -21,11 +25,10 @@ GONE = (
 DECODING = """
 import atexit, functools, sys
 from cnn_jax import main
-from cnn_jax.data import sources, tfds_records
-from cnn_jax.train import agreement
+from cnn_jax.data import sources, statistics, tfds_records
 fetch, counts = tfds_records.Records.fetch, []
 def counted(records, indices):
-    if len(indices) != agreement.EXAMPLES:
+    if len(indices) != statistics.SAMPLE:
         counts.append(len(indices))
     return fetch(records, indices)
 tfds_records.Records.fetch = counted
@@ -91,6 +94,31 @@ def test_two_processes_train_as_one_does_and_one_goes_on_when_the_other_is_kille
     for one, other in zip(lines_of(whole), lines_of(cut), strict=True):
         for name in one:
             assert other[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+def test_two_processes_stream_a_folder_of_images(tmp_path):
+    """Each decodes its part of every batch; the twin in the test split is found without decoding."""
+    for seed in range(40):
+        path = tmp_path / "photos" / ("train", "train", "train", "test")[seed % 4] / f"c{seed % 2}"
+        path.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(path / f"{seed}.png")
+    shutil.copy(path / f"{seed}.png", tmp_path / "photos/train/c1/twin.png")
+    changes = f"data.name={tmp_path / 'photos'}", "model.num_classes=2", "epochs=2", "batch_size=10"
+    streamed = "data.streaming=true", "data.workers=1", "heartbeat_seconds=600"
+    flags = "train", "fashion_mnist/mlp", *(f"--set={change}" for change in (*changes, *streamed))
+    results = [finish(process) for process in start_two(flags, f"--workdir={tmp_path / 'two'}")]
+    assert [code for code, _, _ in results] == [0, 0], [errors for _, _, errors in results]
+    for _, _, errors in results:
+        assert "1 images are in two splits (equal files; first: train/c1/twin.png" in errors
+    config = experiment.load("fashion_mnist/mlp", [*changes, "devices=1"])
+    loop.train(config, tmp_path / "one")
+    for one, other in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        assert other == pytest.approx(one, abs=1e-5)
+    saved = [workdirs.read_config(tmp_path / name) for name in ("one", "two")]
+    assert saved[0]["data_files"] == saved[1]["data_files"]
+    for split in ("train", "test"):
+        assert saved[1]["fingerprints"][split].items() < saved[0]["fingerprints"][split].items()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.data.examples import InMemory, OnDemand
-from cnn_jax.train import calls, optim, parallel, start, step
+from cnn_jax.data.splits import Splits
+from cnn_jax.train import calls, loop, optim, parallel, start, step
 from tests.networks import Linear
 from tests.tiny import make_examples
 
@@ -91,6 +92,55 @@ def test_calls_are_cut_where_the_run_looks_at_its_state(fields, epoch, done, exp
     seen = [np.asarray(rows["index"]) for *_, (_, rows) in found]
     np.testing.assert_array_equal(np.concatenate(seen).ravel(), order[10 * done :])
     assert all((np.asarray(rows["epoch"]) == epoch).all() for *_, (_, rows) in found)
+
+
+class Loss:
+    """A call's loss, which notes who waits for it."""
+
+    def __init__(self, events, number, loss):
+        self.events, self.number, self.loss = events, number, loss
+
+    def block_until_ready(self):
+        self.events.append(("wait", self.number))
+
+    def __float__(self):
+        return float(self.loss)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_host_never_waits_for_the_last_call(tmp_path, monkeypatch, every):
+    """It fetches the metrics of a call, once, while the next one runs."""
+    events, epoch, to_host = [], calls.Resident.epoch, parallel.to_host
+
+    def noted(self, *arguments):
+        for number, (done, program, batch) in enumerate(epoch(self, *arguments), 1):
+
+            def call(state, batch, number=number, program=program):
+                events.append(("call", number))
+                state, loss = program(state, batch)
+                return state, Loss(events, number, loss)
+
+            yield done, call, batch
+
+    def fetch(tree):
+        if isinstance(tree, dict) and "correct" in tree:
+            events.append(("fetch", int(tree["count"]) // (10 * every)))
+        return to_host(tree)
+
+    monkeypatch.setattr(calls.Resident, "epoch", noted)
+    monkeypatch.setattr(parallel, "to_host", fetch)
+    fields = {"resident_data": True, "steps_per_call": every, "log_every_steps": every}
+    splits = Splits(EXAMPLES, None, make_examples(20))
+    loop.train(config(epochs=1, devices=1, **fields), tmp_path, splits=splits)
+    count = 10 // every
+    assert [number for kind, number in events if kind == "call"] == list(range(1, count + 1))
+    last = events.index(("call", count))
+    running = 0
+    for kind, number in events[: last + 1]:
+        running = number if kind == "call" else running
+        assert kind == "call" or number < running, events
+    fetched = [number for kind, number in events if kind == "fetch"]
+    assert fetched == [*range(1, count + 1), count]  # the last also for the epoch's line
 
 
 def test_a_loop_of_steps_does_the_same():

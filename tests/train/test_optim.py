@@ -290,6 +290,69 @@ def test_muon_and_sgd_refuses_a_schedule_that_begins_at_0():
         make_optimizer(validate(config), STEPS)
 
 
+def after_updates(params, **options):
+    """The parameters after five steps of `muon_and_sgd` with gradients of noise."""
+    optimizer = optim.muon_and_sgd(optax.linear_schedule(0.24, 0.0, UPDATES), **RATES, **options)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    random = np.random.default_rng(0)
+    seen = []
+    for _ in range(5):
+        grads = jax.tree.map(lambda p: jnp.float32(random.normal(size=p.shape)), params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(params)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def filters():
+    """Three of one shape, one wider than high and one higher than wide, and a bias."""
+    random = np.random.default_rng(1)
+    shapes = {
+        "a": (3, 3, 4, 6),
+        "b": (3, 3, 4, 6),
+        "c": (1, 1, 2, 8),
+        "d": (3, 3, 4, 6),
+        "e": (3, 3, 6, 4),
+    }
+    kernels = {k: {"kernel": jnp.float32(random.normal(size=s))} for k, s in shapes.items()}
+    return kernels | {"norm": {"bias": jnp.zeros(3)}}
+
+
+def test_filters_of_one_shape_in_one_call_give_the_same(filters):
+    plain, batched = after_updates(filters), after_updates(filters, batched=True)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, plain[-1], batched[-1])
+    counts = []
+    for options in ({}, {"batched": True}):
+        optimizer = optim.muon_and_sgd(optax.constant_schedule(0.1), **RATES, **options)
+        lowered = jax.jit(optimizer.update).lower(filters, optimizer.init(filters), filters)
+        counts.append(lowered.as_text().count("stablehlo.dot_general"))
+    assert counts == [5 * 3 * 3, 3 * 3 * 3]  # filters or shapes, steps, matmuls of a step
+
+
+def test_filters_are_renormalised_at_intervals(filters):
+    def norms(params):
+        return np.array([np.linalg.norm(p["kernel"]) for p in params.values() if "kernel" in p])
+
+    always, never = after_updates(filters), after_updates(filters, renormalise_every=100)
+    every = after_updates(filters, renormalise_every=3)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), every[0], always[0]))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), every[2], never[2]))
+    # The fourth step scales what the third has left, and then adds its update.
+    scaled = {
+        name: {
+            "kernel": p["kernel"] * (p["kernel"].shape[-1] ** 0.5 / jnp.linalg.norm(p["kernel"]))
+        }
+        for name, p in every[2].items()
+        if "kernel" in p
+    }
+    moved = [np.linalg.norm(every[3][k]["kernel"] - scaled[k]["kernel"]) for k in scaled]
+    unscaled = [np.linalg.norm(every[3][k]["kernel"] - every[2][k]["kernel"]) for k in scaled]
+    assert np.all(np.array(moved) < np.array(unscaled))
+    assert not np.allclose(norms(every[3]), norms(never[3]))
+
+
 def test_muon_and_sgd_is_airbenchs_optimizer():
     """Against a transcription of its formulas in float64 NumPy; losses here are means."""
     params = Little().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]

@@ -129,7 +129,7 @@ def test_equal_evaluation_on_any_number_of_devices(devices):
     data = DataConfig("tiny")
     state = noisy_state(model, optax.sgd(0.1), SHAPE)
     variables = {"params": state.params, "batch_stats": {}}
-    eval_step = evaluation.make_eval_step(model, data, "float32", mesh)
+    eval_step = evaluation.make_eval_step(Config(model, data), mesh)
     result = evaluation.evaluate_examples(
         eval_step, parallel.replicate(variables, mesh), examples, 8, mesh
     )

@@ -1,7 +1,6 @@
 """A class map as a picture: the image, its most probable classes, and what one score sees."""
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,8 +67,7 @@ def draw(
     wide = width > 1.5 * height
     winner, probability = class_map.argmax(-1), class_map.max(-1)
     chosen = _choose(probability, field, (height, width), boxes)
-    with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE]):
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+    with matplotlib.style.context(["default", STYLE]):
         across, down = PANEL * width / max(width, height), PANEL * height / max(width, height)
         size = (across + 1.6, 3 * down + 2.6) if wide else (3 * across + 1.4, down + 1.5)
         figure = Figure(

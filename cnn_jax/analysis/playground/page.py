@@ -88,12 +88,9 @@ def playground(
 
 def predict(run: RestoredRun, image: np.ndarray) -> np.ndarray:
     """The logits of `step.predict_step`, float32 [N, classes]; N is a multiple of the batch."""
-    options: dict[str, Any] = {
-        "model": run.model,
-        "data": run.data,
-        "compute_dtype": run.compute_dtype,
-    }
-    compiled = parallel.jit(functools.partial(step.predict_step, **options), run.compute_dtype)
+    compiled = parallel.jit(
+        functools.partial(step.predict_step, **run.step_options), run.compute_dtype
+    )
     batch = min(BATCH, len(image))
     parts = [compiled(run.variables, image[i : i + batch]) for i in range(0, len(image), batch)]
     return np.concatenate(jax.device_get(parts))

@@ -57,14 +57,9 @@ def occlusion(run: RestoredRun, image: np.ndarray, target: np.ndarray) -> np.nda
     The window has the mean colour of the image, a sixth of its side, and moves by half of that. A
     pixel has the mean over the windows that cover it; where covering it helps, 0.
     """
-    options: dict[str, Any] = {
-        "model": run.model,
-        "data": run.data,
-        "compute_dtype": run.compute_dtype,
-    }
 
     def probabilities(variables: Any, image: jax.Array) -> jax.Array:
-        return jax.nn.softmax(step.predict_step(variables, image, **options))
+        return jax.nn.softmax(step.predict_step(variables, image, **run.step_options))
 
     compiled = parallel.jit(probabilities, run.compute_dtype)
     return np.stack(

@@ -181,6 +181,7 @@ def settings(facts: Facts) -> list[tuple[str, str]]:
         ("epochs", f"{config['epochs']:,}"),
         ("seed", str(config["seed"])),
         ("computed in", config["compute_dtype"]),
+        ("matmul precision", config.get("matmul_precision", "default")),
         ("device", f"{device['count']} x {device['kind']}"),
     ]
     return pairs + list(saved["versions"].items())

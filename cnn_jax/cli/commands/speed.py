@@ -5,6 +5,7 @@ from absl import flags
 from cnn_jax.cli.flags import SEVERAL
 from cnn_jax.cli.registry import command
 from cnn_jax.common import environment
+from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import local_path
 
 
@@ -16,6 +17,7 @@ from cnn_jax.common.files import local_path
     "seconds",
     "write",
     "speedrun",
+    "peer",
     "seeds",
     "device_check",
     "tiny",
@@ -27,12 +29,17 @@ def benchmark(values: flags.FlagValues) -> int | None:
     """Measures the training steps of the architectures, alone or beside PyTorch and Keras."""
     from cnn_jax.studies.benchmark import device_check, run, speedrun
 
+    if values.peer and not values.speedrun:
+        raise ConfigError(f"--peer={values.peer}: needs --speedrun")
     if values.device_check:
         output = local_path(values.output or "runs/device_check")
         return device_check.check(output, values.tiny, values.data_dir)
     if values.speedrun:
+        peer: list[dict] = []
+        if values.peer:  # first, as JAX takes most of a GPU's memory
+            peer = speedrun.original(local_path(values.peer), values.seeds)
         environment.check_devices()
-        speedrun.speedrun(values.seeds, values.data_dir)
+        speedrun.speedrun(values.seeds, values.data_dir, peer)
         return None
     run.benchmark(
         values.networks,

@@ -213,7 +213,8 @@ def gradients(network: str, precision: str) -> dict[str, np.ndarray]:
     """The loss of one training step, and its gradient as one vector."""
     spec = NETWORKS[network]
     model = getattr(models, spec.model)()
-    config = Config(model=model, data=DataConfig("none"), batch_size=64)
+    fields: dict[str, Any] = {"batch_size": 64, "matmul_precision": precision}
+    config = Config(model=model, data=DataConfig("none"), **fields)
     # Its state after the step is the gradient.
     keep = optax.GradientTransformation(
         lambda params: jax.tree.map(np.zeros_like, params), lambda grads, *_: (grads, grads)
@@ -227,8 +228,7 @@ def gradients(network: str, precision: str) -> dict[str, np.ndarray]:
     step = functools.partial(train_step, model=model, optimizer=keep, config=config)
     # Every device draws the same whole numbers; their logarithms may differ in the last bit.
     state = init_state(model, keep, spec.image_shape, 0)
-    with jax.default_matmul_precision(None if precision == "default" else precision):
-        after, loss = parallel.jit(step)(state, batch)
+    after, loss = parallel.jit(step)(state, batch)
     leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(after.opt_state)]
     return {"loss": np.asarray(loss), "gradient": np.concatenate(leaves)}
 

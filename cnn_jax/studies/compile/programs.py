@@ -56,6 +56,7 @@ class Compiled:
       batch_size: examples a step, on all devices.
       devices: their number.
       compute_dtype: of the configuration.
+      matmul_precision: likewise.
       seconds: to compile.
       memory: on one device.
       flops: a step on one device.
@@ -68,6 +69,7 @@ class Compiled:
     batch_size: int
     devices: int
     compute_dtype: str
+    matmul_precision: str
     seconds: float
     memory: Memory
     flops: float
@@ -105,11 +107,11 @@ def compile_steps(
         "deterministic": config.deterministic,
     }
     train = parallel.jit_step(step, mesh, **options)
-    compiled = functools.partial(_compiled, mesh, target, config.compute_dtype)
+    compiled = functools.partial(_compiled, mesh, target, config)
     yield compiled("training", train, state, _shapes(batch, config.batch_size))
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
     evaluated = _shapes(next(loader.evaluation_batches(examples, _EXAMPLES)), size)
-    evaluate = evaluation.make_eval_step(config.model, config.data, mesh=mesh, **options)
+    evaluate = evaluation.make_eval_step(config, mesh)
     yield compiled("evaluation", evaluate, state.variables, evaluated)
 
 
@@ -120,7 +122,7 @@ def _examples(image_shape: tuple[int, int, int]) -> InMemory:
 
 
 def _compiled(
-    mesh: Mesh, target: Target, dtype: str, name: str, jitted: Any, state: Any, batch: Any
+    mesh: Mesh, target: Target, config: Config, name: str, jitted: Any, state: Any, batch: Any
 ) -> Compiled:
     size = len(batch["label"])
     lowered = parallel.lower(jitted, state, batch)
@@ -141,7 +143,8 @@ def _compiled(
         name,
         size,
         mesh.size,
-        dtype,
+        config.compute_dtype,
+        config.matmul_precision,
         seconds,
         memory,
         flops,

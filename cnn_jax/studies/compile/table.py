@@ -92,7 +92,8 @@ def bounds(compiled: Compiled, target: Target) -> dict[str, float]:
     assert rates is not None, "of a device that is described"
     sent = sum(count * (1 + (name == "all-reduce")) for name, count in found.collectives)
     return {
-        "arithmetic": compiled.flops / getattr(rates, compiled.compute_dtype),
+        "arithmetic": compiled.flops
+        / rates.arithmetic(compiled.compute_dtype, compiled.matmul_precision),
         "memory": found.traffic / rates.memory_bandwidth,
         "exchange": sent * (n - 1) / n / rates.interconnect_bandwidth,
     }

@@ -37,7 +37,17 @@ class Rates:
     memory_bandwidth: float
     interconnect_bandwidth: float
     source: str
+    highest: float = 0.0
     target_config: str = ""
+
+    def arithmetic(self, compute_dtype: str, matmul_precision: str) -> float:
+        """FLOP/s of matmuls and convolutions with these fields of a `Config`."""
+        if compute_dtype != "float32" or matmul_precision == "default":
+            return getattr(self, compute_dtype)
+        if self.target_config:
+            return self.highest if matmul_precision == "highest" else self.float32
+        # A TPU sums products of bfloat16 parts of its float32 operands.
+        return self.float32 / {"tensorfloat32": 3, "highest": 6}[matmul_precision]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tests.networks import Linear
 
 NOTHING = Findings(0, 0, 0, (), {}, {}, (), (), (), (), 0, False)
 RATES = targets.Rates(2e12, 4e12, 1e9, 1e11, 1e10, "")
+GPU = dataclasses.replace(RATES, highest=1e12, target_config="x")
 
 
 def compiled(**fields) -> programs.Compiled:
@@ -25,6 +26,7 @@ def compiled(**fields) -> programs.Compiled:
         "batch_size": 8,
         "devices": 1,
         "compute_dtype": "float32",
+        "matmul_precision": "default",
         "seconds": 1.0,
         "memory": memory,
         "flops": 0.0,
@@ -121,6 +123,22 @@ def test_the_bounds_of_a_step():
     assert table.bounds(half, target)["arithmetic"] == pytest.approx(2e-6)
 
 
+@pytest.mark.parametrize(
+    ("rates", "compute_dtype", "precision", "expected"),
+    [
+        (GPU, "float32", "default", 2e12),
+        (GPU, "float32", "tensorfloat32", 2e12),
+        (GPU, "float32", "highest", 1e12),
+        (GPU, "bfloat16", "highest", 4e12),
+        (RATES, "float32", "default", 2e12),
+        (RATES, "float32", "tensorfloat32", 2e12 / 3),
+        (RATES, "float32", "highest", 2e12 / 6),
+    ],
+)
+def test_the_rate_depends_on_the_precision(rates, compute_dtype, precision, expected):
+    assert rates.arithmetic(compute_dtype, precision) == expected
+
+
 def dataclass_with(**fields) -> Findings:
     return Findings(**{**vars(NOTHING), **fields})
 
@@ -140,6 +158,8 @@ def test_the_devices_have_rates_and_sources():
         assert rates.source.startswith("https://"), name
         assert 1e14 < rates.float32 <= rates.bfloat16 < 2e15, name
         assert 1e10 < rates.memory < 2e11, name
+        assert bool(rates.highest) == bool(rates.target_config), name
+        assert rates.highest < rates.float32 / 4, name
         assert rates.interconnect_bandwidth < rates.memory_bandwidth, name
     assert f"device_memory_size: {known['h100'].memory}\n" in known["h100"].target_config
 

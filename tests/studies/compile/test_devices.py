@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import re
 
 import jax
 import pytest
@@ -100,6 +101,16 @@ def test_the_platform_stays_the_processor(topology):
     assert jax.default_backend() == "cpu"
     assert len(target.devices) == 4
     assert {device.platform for device in target.devices} == {"tpu" if "v5" in topology else "gpu"}
+
+
+def test_matmuls_and_convolutions_for_a_gpu_have_the_precision():
+    """TF32 where nothing is said, which the text leaves out; all of both steps in float32 otherwise."""
+    assert "operand_precision" not in steps_of("fashion_mnist/lenet", "h100:4")[0].text
+    config = experiment.load("fashion_mnist/lenet", ["batch_size=128", "matmul_precision=highest"])
+    for compiled in programs.compile_steps(config, (28, 28, 1), target_of("h100:4")):
+        products = re.findall(r".* (?:dot|convolution)\(.*|.*__(?:cudnn|cublas).*", compiled.text)
+        assert len(products) >= 5
+        assert all("operand_precision={highest,highest" in line for line in products)
 
 
 def test_a_step_for_a_gpu_has_no_scatter_and_can_be_deterministic():
