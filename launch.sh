@@ -9,13 +9,13 @@ usage() {
 ./launch.sh COMMAND [--flags]      sets up what is missing, then runs a command; ./launch.sh list is one
 ./launch.sh test [--faults] [...]  runs the tests with these arguments of pytest; --faults adds the long fault injections
 ./launch.sh test -mcompile         runs only the tests that compile for TPUs and GPUs; see --with=compile-tpu
-./launch.sh test -mbuckets         runs only the test that reads an emulator of a bucket; it needs gcsfs and gcp-storage-emulator
+./launch.sh test -mbuckets         runs only the tests on emulators of buckets; they need gcsfs, s3fs, gcp-storage-emulator and moto[server]
 ./launch.sh test -mplayground      runs only the tests of every network in a browser; minutes
 ./launch.sh test -mslurm           runs only the tests that start a SLURM; experiments/clusters tells what they need
 ./launch.sh setup [--pinned] [--with=prepare|gcs|s3|slurm|wandb|mlflow|test|compile-tpu|compile-cuda ...]
     only sets up, and looks again for a GPU or TPU. --pinned: with the versions that passed the tests.
     --with=prepare: with TensorFlow, which prepares most public datasets. --with=test: with the tests' tools.
-    --with=gcs, --with=s3: with what reads a --data_dir such as gs://bucket/tfds or s3://bucket/tfds.
+    --with=gcs, --with=s3: with what reads a --data_dir or --workdir such as gs://bucket/run or s3://bucket/run.
     --with=slurm: with what hands runs to SLURM. --with=wandb, --with=mlflow: with these trackers.
     --with=compile-tpu, --with=compile-cuda: with what compiles for a TPU or an NVIDIA GPU that is not there.
 Environment:

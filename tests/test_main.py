@@ -143,7 +143,7 @@ MISTAKES = [  # command line, exit code, what is said
         "--batch_size: is a field of the configuration; write --set batch_size=VALUE",
     ),
     (
-        "train --experiment=own.py --workdir=gs://a/b",
+        "train --experiment=own.py --seeds=2 --workdir=gs://a/b",
         2,
         "gs://a/b: must be a folder of this machine",
     ),

@@ -55,7 +55,11 @@ FLAGS = {
         [],
         "changes a field of the configuration, as in --set batch_size=128 --set model.num_classes=20",
     ),
-    "workdir": Flag(flags.DEFINE_string, REQUIRED, "the folder of a run"),
+    "workdir": Flag(
+        flags.DEFINE_string,
+        REQUIRED,
+        "the folder of a run; also gs://BUCKET/RUN or s3://BUCKET/RUN",
+    ),
     "init_from": Flag(
         flags.DEFINE_string,
         None,

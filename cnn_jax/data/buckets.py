@@ -10,31 +10,20 @@ import hashlib
 import json
 import logging
 import os
-import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
 
+from cnn_jax.common import remote
 from cnn_jax.common.errors import DataError
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-# The package that reads addresses of this kind, and the extra of this project that has it.
-_EXTRAS = {"gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _DESCRIPTION = (".json", ".txt")
 # What tells the states of a file apart, by the names that file systems give it.
 _STAMPS = ("md5Hash", "ETag", "etag", "generation", "LastModified", "created")
 _AT_ONCE = 8
-# Seconds without a byte from Google's servers after which a request is tried again, six times in all.
-SILENCE = 20
 _opened: dict[str, "Bucket"] = {}  # by local folder
-
-
-def is_remote(data_dir: str) -> bool:
-    return "://" in data_dir
 
 
 @functools.cache
@@ -75,9 +64,9 @@ class Bucket:
 
     def __init__(self, data_dir: str, dataset: str, cache_dir: Path):
         self.address = data_dir.rstrip("/")
-        self._system = self._reading(self._open)
-        place = f"{self.address}/{dataset}"
-        found = self._reading(lambda: self._system.find(place, detail=True))
+        with remote.answered(f"data_dir={self.address}", DataError):
+            self._system = remote.opened(self.address)
+            found = self._system.find(f"{self.address}/{dataset}", detail=True)
         if not found:
             raise DataError(
                 f"data_dir={self.address}: holds no dataset {dataset}, or is no folder of a bucket; it "
@@ -110,9 +99,8 @@ class Bucket:
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._reading(
-                lambda: self._system.get_file(f"{self.address}/{name}", str(scratch)), name
-            )
+            with remote.answered(f"{self.address}/{name}", DataError):
+                self._system.get_file(f"{self.address}/{name}", str(scratch))
             size, wanted = scratch.stat().st_size, self.files[name][0]
             if size != wanted:
                 raise DataError(f"{self.address}/{name}: {size:,} of {wanted:,} bytes came")
@@ -121,38 +109,3 @@ class Bucket:
             raise DataError(f"{path}: cannot be written ({error.strerror})") from None
         finally:
             scratch.unlink(missing_ok=True)
-
-    def _open(self) -> Any:
-        import fsspec
-
-        kind, options = self.address.partition("://")[0], {}
-        if kind in ("gs", "gcs"):
-            # Its search for the bucket's type takes a minute where only the bucket's files may be read.
-            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback
-            import aiohttp
-
-            # By default it ends the copy of a shard that takes more than five minutes.
-            patience = aiohttp.ClientTimeout(sock_connect=SILENCE, sock_read=SILENCE)
-            options = {"requests_timeout": patience}
-        return fsspec.filesystem(kind, **options)
-
-    def _reading(self, read: Callable[[], T], name: str = "") -> T:
-        """The result of `read`, which asks the bucket for the file `name`, or for all."""
-        place = f"{self.address}/{name}" if name else f"data_dir={self.address}"
-        kind = self.address.partition("://")[0]
-        try:
-            return read()
-        except ImportError:
-            package, extra = _EXTRAS.get(kind, (f"a package for {kind}://", ""))
-            advice = f"./launch.sh setup --with={extra} or pip install {package}"
-            raise DataError(
-                f"{place}: reading it needs {package}, which is not installed"
-                + (f"; add it with {advice}" if extra else "")
-            ) from None
-        except FileNotFoundError:
-            raise DataError(f"{place}: there is no such bucket or file") from None
-        except Exception as error:  # the packages raise errors of many types
-            reason = " ".join(str(error).split()) or type(error).__name__
-            reason = textwrap.shorten(reason, 200, placeholder=" ...")
-            raise DataError(f"{place}: cannot be read ({reason})") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn_jax.common import cache, cpu, decode, memory
+from cnn_jax.common import cache, cpu, decode, memory, remote
 from cnn_jax.common.errors import ConfigError, DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.config.paths import is_path
@@ -282,7 +282,7 @@ def _folder(data: DataConfig, data_dir: str | None) -> str:
     if data.name == tfds_builder.EMBEDDED:
         return str(cache.cache_dir() / "tfds")
     folder = data_dir or default_data_dir()
-    if not buckets.is_remote(folder):
+    if not remote.is_remote(folder):
         return os.path.expanduser(folder)
     dataset = tfds_builder.dataset_name(data.name)
     return str(buckets.opened(folder, dataset, cache.cache_dir()).folder)

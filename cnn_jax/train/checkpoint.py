@@ -34,6 +34,7 @@ import tensorstore
 
 from cnn_jax.common.errors import CheckpointError
 from cnn_jax.common.files import library_path
+from cnn_jax.train.bucket_run import copy_of, shown
 from cnn_jax.train.workdir import metrics
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class Checkpoints:
         """`workdir`/checkpoints need not exist."""
         self.workdir = Path(workdir).resolve()
         self.folder = self.workdir / "checkpoints"
+        self.copy = copy_of(self.workdir)
+        self.place = f"{shown(self.workdir)}/checkpoints"
 
     def steps(self) -> list[int]:
         """The steps that have a file or folder, ascending; it may be damaged."""
@@ -88,6 +91,8 @@ class Checkpoints:
           DamagedCheckpoint: it differs from what was saved; names the first problem.
         """
         folder = self.folder / str(step)
+        if self.copy:
+            self.copy.fetch(step, "" if training else "variables/")
         try:
             manifest = self.manifest(step)
             notes = manifest["notes"]
@@ -105,10 +110,12 @@ class Checkpoints:
                 if verify and describe(array) != expected[name]:
                     raise ValueError(f"{name} differs from its checksum")
         except Exception as error:  # TensorStore and damaged JSON raise many types
-            raise DamagedCheckpoint(f"{folder}: damaged ({reason_of(error)})") from error
+            raise DamagedCheckpoint(f"{self.place}/{step}: damaged ({reason_of(error)})") from error
         return Restored(step, arrays, notes)
 
     def manifest(self, step: int) -> dict:
+        if self.copy:
+            self.copy.fetch(step, "manifest/")
         manifest = json.loads((self.folder / str(step) / "manifest" / "metadata").read_bytes())
         if manifest.get("sha256") != sum_of_manifest(manifest):
             raise ValueError("its manifest differs from its own checksum")
@@ -128,7 +135,7 @@ class Checkpoints:
                 log.warning("warning: skipped %s", error)
         if steps:
             raise CheckpointError(
-                f"{self.folder}: none of its {len(steps)} checkpoints is valid; nothing was changed"
+                f"{self.place}: none of its {len(steps)} checkpoints is valid; nothing was changed"
             )
         return None
 
@@ -153,20 +160,20 @@ class Checkpoints:
         steps = self.steps()
         newest = self.newest(training, verify) if which == "latest" else None
         if not steps or (which == "latest" and newest is None):
-            raise CheckpointError(f"{self.folder}: holds no checkpoint")
+            raise CheckpointError(f"{self.place}: holds no checkpoint")
         if newest:
             return newest
         if which == "best":
             best = self.best()
             if best is None:
                 raise CheckpointError(
-                    f"{flag}best: no checkpoint in {self.folder} has a validation accuracy; "
+                    f"{flag}best: no checkpoint in {self.place} has a validation accuracy; "
                     "choose latest, or train with --set data.validation_examples=N"
                 )
             return self.read(best, training, verify)
         if which not in map(str, steps):
             raise CheckpointError(
-                f"{flag}{which}: must be latest, best or a step in {self.folder}: "
+                f"{flag}{which}: must be latest, best or a step in {self.place}: "
                 + ", ".join(map(str, steps))
             )
         return self.read(int(which), training, verify)
@@ -189,7 +196,7 @@ def verify(workdir: Path) -> int:
     checkpoints = Checkpoints(workdir)
     steps = checkpoints.steps()
     if not steps:
-        raise CheckpointError(f"{checkpoints.folder}: holds no checkpoint")
+        raise CheckpointError(f"{checkpoints.place}: holds no checkpoint")
     valid = []
     for step in steps:
         try:

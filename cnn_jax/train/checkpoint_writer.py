@@ -11,7 +11,7 @@ import os
 import queue
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,19 @@ log = logging.getLogger(__name__)
 class CheckpointWriter(Checkpoints):
     """Reads and writes the checkpoints of a run's workdir."""
 
-    def __init__(self, workdir: Path, keep: int = 1):
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int = 1,
+        proven: Callable[[list[int]], None] = lambda steps: None,
+    ):
         """Args:
         workdir: the run's folder; checkpoints/ need not exist.
         keep: how many of the latest checkpoints to keep, besides the best.
+        proven: called in the background when a save is complete, with the steps that there are.
         """
         super().__init__(workdir)
-        self._keep = keep
+        self._keep, self._proven = keep, proven
         self._writer: ocp.AsyncCheckpointer | None = None
         self._proving: Future[None] | None = None  # of the current save
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -126,6 +132,7 @@ class CheckpointWriter(Checkpoints):
                 self._read_back(manifest)
                 self._proven.put((manifest["step"], manifest["sha256"]))
                 self._prune(manifest["step"])
+                self._proven(self.steps())
         except Exception as error:
             self._fail(manifest, error)
         else:
@@ -144,7 +151,8 @@ class CheckpointWriter(Checkpoints):
             self.read(manifest["step"])
         except Exception as error:
             _remove(folder)
-            raise DamagedCheckpoint(reason_of(error).removeprefix(f"{folder}: ")) from error
+            place = f"{self.place}/{folder.name}"
+            raise DamagedCheckpoint(reason_of(error).removeprefix(f"{place}: ")) from error
 
     def _fail(self, manifest: dict, error: Exception) -> None:
         path = self.folder / str(manifest["step"])

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cnn_jax.common.remote import is_remote
 from cnn_jax.config import Config
 from cnn_jax.config.paths import resolve
 from cnn_jax.config.validate import validate
 from cnn_jax.data import loader, statistics
 from cnn_jax.data.splits import Splits, check_splits, load_splits
-from cnn_jax.train import agreement, parallel, pretrained
+from cnn_jax.train import agreement, mirror, parallel, pretrained
 from cnn_jax.train.calls import is_resident
 from cnn_jax.train.profile import Profile
 from cnn_jax.train.run import Run
@@ -34,7 +35,7 @@ from cnn_jax.train.workdir import (
 
 def train(
     config: Config,
-    workdir: Path,
+    workdir: Path | str,
     experiment: str = "",
     data_dir: str | None = None,
     download: bool = False,
@@ -50,7 +51,7 @@ def train(
 
     Args:
       config: the run.
-      workdir: its folder; created if missing.
+      workdir: its folder, created if missing; or its address in a bucket.
       experiment: the name to record.
       data_dir: the folder of the dataset.
       download: downloads the dataset if it is not prepared.
@@ -75,14 +76,20 @@ def train(
     mesh = mesh or parallel.make_mesh(config.devices)
     parallel.check_divides(mesh, config.batch_size)
     agreement.check_program(config)
-    workdir = Path(workdir).absolute()
+    address = str(workdir).rstrip("/") if is_remote(workdir) else None
+    workdir = mirror.folder_of(address) if address else Path(workdir).absolute()
     traced = Profile(profile, workdir) if profile else None
     makers = find(trackers)
     tracking = Trackers(makers if parallel.is_main_process() else {}, workdir)
     if parallel.is_main_process():
         prepare(workdir)
     receiving = contextlib.nullcontext(signals) if signals else StopSignals()
-    with receiving as signals, locked(workdir) as check_lock:
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(receiving)
+        check_lock = stack.enter_context(locked(workdir))
+        check_lock, changed = stack.enter_context(
+            mirror.attached(address, workdir, check_lock, signals)
+        )
         check_same_run(workdir, config, metadata={})  # before the data is loaded, which takes time
         source = pretrained.find(init_from, workdir, verify)
         splits = splits or load_splits(config, data_dir, download)
@@ -94,11 +101,12 @@ def train(
             metadata["init_from"] = dataclasses.asdict(source)
         check_same_run(workdir, config, metadata)
         order = loader.make_order(config, splits.train)
-        saver = Saver(config, workdir, len(splits.train), order, signals, check_lock)
+        saver = Saver(config, workdir, len(splits.train), order, signals, check_lock, changed)
         with Run(config, mesh, splits, signals, saver, tracking, traced) as run:
             saver.start(run.restore(verify, source))
             if parallel.is_main_process():
                 write_config(workdir, config, experiment, metadata)
+                changed(saver.checkpoints.steps())
                 tracking.start(read_config(workdir), metrics(workdir))
             run.epochs()
     return metrics(workdir)

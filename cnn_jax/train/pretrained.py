@@ -11,7 +11,9 @@ import numpy as np
 
 from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.common.files import user_path
+from cnn_jax.common.remote import is_remote
 from cnn_jax.train import checkpoint
+from cnn_jax.train.bucket_run import local_copy, shown
 from cnn_jax.train.checkpoint import Arrays, Checkpoints, DamagedCheckpoint
 from cnn_jax.train.workdir import read_config
 
@@ -38,7 +40,7 @@ class Source:
         Raises:
           CheckpointError: the checkpoint is damaged, missing, or no longer the recorded one.
         """
-        checkpoints = Checkpoints(Path(self.path))
+        checkpoints = Checkpoints(local_copy(self.path))
         found = checkpoints.select(str(self.step), verify=verify, flag=f"--init_from={self.path}:")
         if _sum(checkpoints, self.step) != self.sha256:
             raise CheckpointError(
@@ -69,15 +71,19 @@ def find(text: str | None, workdir: Path | None = None, verify: bool = True) -> 
     if text is None:
         return None
     folder, which = _parse(text)
-    if folder == workdir:
+    if workdir and shown(folder) == shown(workdir):
         raise ConfigError(f"--init_from={text}: is the --workdir of this run; choose another one")
     checkpoints = Checkpoints(folder)
-    step = checkpoints.select(which, verify=verify, flag=f"--init_from={folder}:").step
-    return Source(str(folder), step, _sum(checkpoints, step))
+    step = checkpoints.select(which, verify=verify, flag=f"--init_from={shown(folder)}:").step
+    return Source(shown(folder), step, _sum(checkpoints, step))
 
 
 def _parse(text: str) -> tuple[Path, str]:
     """The folder and the checkpoint that `text` names."""
+    if is_remote(text):
+        kind, _, rest = text.partition("://")
+        place, _, which = rest.partition(":")
+        return local_copy(f"{kind}://{place}"), which or "latest"
     path, which = user_path(text).absolute(), "latest"
     if not path.exists() and ":" in text:
         before, _, which = text.rpartition(":")

@@ -19,6 +19,7 @@ from cnn_jax.common.errors import CheckpointError
 from cnn_jax.config import Config
 from cnn_jax.data.splits import Splits
 from cnn_jax.train import checkpoint, early_stopping, evaluation, optim, parallel, pretrained, start
+from cnn_jax.train.bucket_run import shown
 from cnn_jax.train.calls import make_calls
 from cnn_jax.train.profile import Profile
 from cnn_jax.train.reporting import Reporter, epoch_line
@@ -85,7 +86,8 @@ class Run:
         self.state = start.restored_state(*parts, restored)
         self.epoch_seconds = restored.notes["epoch_seconds"]
         self.line_is_missing = self.saver.line_is_missing(restored.step)
-        self.reporter.progress.message(f"resumed from step {restored.step} of {self.saver.folder}")
+        place = shown(self.saver.folder)
+        self.reporter.progress.message(f"resumed from step {restored.step} of {place}")
         return restored
 
     # ------------------------------------------------------------------------------ epochs
@@ -181,6 +183,7 @@ class Run:
         saver.check_lock()
         self.reporter.epoch(line)
         self._report_checkpoints()
+        saver.changed()
         self.line_is_missing = False
         if last or early_stopping.stale_epochs(config, saver.folder):
             saver.save_and_wait(self.state, self.epoch_seconds)

@@ -36,6 +36,7 @@ class Saver:
         order: Callable[[int], np.ndarray],
         signals: StopSignals,
         check_lock: Callable[[], None],
+        changed: Callable[..., None] = lambda steps=None: None,
     ):
         """Args:
         config: the run's configuration.
@@ -44,13 +45,14 @@ class Saver:
         order: of the examples of an epoch, from `loader.make_order`.
         signals: the signals that ask it to stop.
         check_lock: raises CheckpointError if the workdir was deleted or moved.
+        changed: called when a file of the workdir is complete, as `mirror.attached` yields it.
         """
         self.config, self.folder, self.signals = config, folder, signals
-        self.checkpoints = CheckpointWriter(folder, keep=config.keep_checkpoints)
+        self.checkpoints = CheckpointWriter(folder, config.keep_checkpoints, changed)
         self.saved_step: int | None = None
         self.order = order
         self._steps_per_epoch = train_examples // config.batch_size
-        self.check_lock = check_lock
+        self.check_lock, self.changed = check_lock, changed
         self._saved_at = time.monotonic()
         self._asked_at, self._points = -1, 0  # of `asked_to_stop`
 

@@ -47,6 +47,7 @@ class StopSignals:
     There are two phases. At first there is nothing to save, and a signal ends the process at once.
     After `let_finish`, the run reads `exit_code` between two steps, saves and ends. If this takes
     longer than `grace_seconds`, the process ends without saving. The last checkpoint remains.
+    `late_message` is what it says then.
 
     A separate thread receives the signals through a pipe. Python's handlers run in the main thread
     between two bytecodes, so a minute of compilation would delay them.
@@ -58,11 +59,15 @@ class StopSignals:
         self.exit_code = 0
         self._message = message
         self._grace_seconds = 0.0
+        self.late_message = ""
         self._handlers: dict = {}
 
     def let_finish(self, grace_seconds: float) -> None:
         """From now on, the run has `grace_seconds` after a signal to save and end."""
         self._grace_seconds = grace_seconds
+        self.late_message = (
+            f"saving took longer than grace_seconds={grace_seconds:g}: ended without saving"
+        )
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is not threading.main_thread():
@@ -96,10 +101,7 @@ class StopSignals:
         while True:
             patience = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self._reading], [], [], patience)[0]:
-                log.error(
-                    "error: saving took longer than grace_seconds=%g: ended without saving",
-                    self._grace_seconds,
-                )
+                log.error("error: %s", self.late_message)
                 os._exit(self.exit_code)
             number = os.read(self._reading, 1)
             if not number:

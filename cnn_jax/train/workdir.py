@@ -24,6 +24,7 @@ from cnn_jax.config import CHANGEABLE_ON_RESUME, Config
 from cnn_jax.config.paths import is_path
 from cnn_jax.config.serialize import changes, differences, to_json, with_current_names
 from cnn_jax.train import parallel
+from cnn_jax.train.bucket_run import shown
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
             file.seek(0)
             holder = file.read(200).decode(errors="replace") or "another process"
             raise CheckpointError(
-                f"workdir={workdir}: in use by {holder}; wait for it, or choose another workdir"
+                f"workdir={shown(workdir)}: in use by {holder}; wait for it, or choose another workdir"
             ) from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be locked: {error.strerror}") from None
@@ -146,7 +147,7 @@ def warn_of_other_bits(workdir: Path) -> None:
         log.warning(
             "warning: workdir=%s: the run continues with %s, which changes the last digits of its "
             "numbers",
-            workdir,
+            shown(workdir),
             "; ".join(lines),
         )
 
@@ -171,7 +172,9 @@ def read_config(workdir: Path) -> dict:
         return saved
     except FileNotFoundError:
         there = "holds no config.json" if workdir.is_dir() else "no such folder"
-        raise CheckpointError(f"workdir={workdir}: {there}; name the folder of a run") from None
+        raise CheckpointError(
+            f"workdir={shown(workdir)}: {there}; name the folder of a run"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError) as error:
@@ -208,13 +211,14 @@ def check_same_run(workdir: Path, config: Config, metadata: dict) -> None:
         lines.append("images of the dataset were added, removed or changed since")
     if lines:
         raise ConfigError(
-            f"workdir={workdir}: holds another run; {'; '.join(lines)} (choose another --workdir)"
+            f"workdir={shown(workdir)}: holds another run; {'; '.join(lines)} (choose another "
+            "--workdir)"
         )
     done = max((line.get("epoch", 0) for line in metrics(workdir)), default=0)
     if done > config.epochs:
         raise ConfigError(
-            f"epochs={config.epochs}: must be at least the {done} that workdir={workdir} has done "
-            "(or choose another --workdir)"
+            f"epochs={config.epochs}: must be at least the {done} that workdir={shown(workdir)} has "
+            "done (or choose another --workdir)"
         )
     if metadata:
         _tell_of_other_data(workdir, saved, config, metadata, moved)

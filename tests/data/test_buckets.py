@@ -6,6 +6,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from cnn_jax.common import remote
 from cnn_jax.common.errors import DataError
 from cnn_jax.config import DataConfig
 from cnn_jax.data import buckets, sources
@@ -105,10 +106,10 @@ def test_what_is_not_there_is_one_line(bucket, cache, monkeypatch):
     ],
 )
 def test_what_a_bucket_answers_is_one_line(cache, monkeypatch, error, line):
-    def refuses(self):
+    def refuses(address):
         raise error
 
-    monkeypatch.setattr(buckets.Bucket, "_open", refuses)
+    monkeypatch.setattr(remote, "opened", refuses)
     assert refused("gs://a/b/").startswith(line)
 
 

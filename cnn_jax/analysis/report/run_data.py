@@ -21,6 +21,7 @@ from cnn_jax.data import sources
 from cnn_jax.data.examples import Examples
 from cnn_jax.models import summary
 from cnn_jax.train import evaluation
+from cnn_jax.train.bucket_run import shown
 from cnn_jax.train.workdir import metrics, read_config
 
 log = logging.getLogger(__name__)
@@ -94,9 +95,9 @@ def gather(
     layers = summary.summarise(run.model, run.image_shape)
     test = sources.load_examples(run.data, "test", data_dir)
     test = evaluate.fitting(run, test, run.data.name)
-    log.info("evaluating %s on %s test examples", workdir, f"{len(test):,}")
+    log.info("evaluating %s on %s test examples", shown(workdir), f"{len(test):,}")
     result, predictions = evaluate.make_scorer(run)(run.variables, test)
-    command, note = command_of(workdir, saved, own)
+    command, note = command_of(shown(workdir), saved, own)
     lines = metrics(workdir)
     return Facts(run, lines, layers, test, result, predictions, command, note)
 
@@ -109,7 +110,7 @@ def _own_model(saved: dict, own: str | None) -> nn.Module | None:
     return experiment.load(own).model if own and not known else None
 
 
-def command_of(workdir: Path, saved: dict, own: str | None = None) -> tuple[str, str]:
+def command_of(workdir: Path | str, saved: dict, own: str | None = None) -> tuple[str, str]:
     """The command that trains a run again from its config.json, and a note on what it leaves out."""
     if isinstance(origin := saved.get("converted_from"), dict):
         config = saved["config"]

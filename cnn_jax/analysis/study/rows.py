@@ -17,7 +17,8 @@ from cnn_jax.analysis.study import changes, measures, temperature
 from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.common.files import writing, written
 from cnn_jax.data.examples import Examples
-from cnn_jax.train import checkpoint
+from cnn_jax.train import checkpoint, lease
+from cnn_jax.train.bucket_run import copy_of, shown
 from cnn_jax.train.workdir import read_config, write_json
 
 log = logging.getLogger(__name__)
@@ -82,10 +83,10 @@ class Study:
         for dataset, split in self._where:
             examples, name = self._examples(run, dataset, split)
             for change in [None, *self._changes]:
-                shown = changes.Changed(examples, *change) if change else examples
-                result, scores = score(shown)
+                changed = changes.Changed(examples, *change) if change else examples
+                result, scores = score(changed)
                 report = evaluate.report_of(run, name, split, result, scores)
-                row = {"workdir": str(workdir)} | {k: report[k] for k in PARTS if k in report}
+                row = {"workdir": shown(workdir)} | {k: report[k] for k in PARTS if k in report}
                 row |= {"change": change and {"kind": change[0], "amount": change[1]}}
                 self.rows.append(row)
                 if not change:
@@ -103,7 +104,7 @@ class Study:
                 labels, right = zip(*(self._right[p] for p in (places[i], other)), strict=True)
                 if other[:2] == (name, split) and np.array_equal(*labels):
                     about = {"dataset": name, "split": split, "examples": len(right[0])}
-                    runs = {"first": str(first), "second": str(other[2])}
+                    runs = {"first": shown(first), "second": shown(other[2])}
                     found.append(about | runs | measures.mcnemar(*right))
         return found
 
@@ -167,8 +168,8 @@ class PredictionsFile:
                 writer.writerow([*COLUMNS, *(f"probability of {name}" for name in names)])
             for i, values in enumerate(scores.probabilities):
                 about = [i, files[i] if files else "", names[scores.label[i]]]
-                shown = [f"{value:.9g}" for value in values]
-                writer.writerow([*same, *about, names[scores.winner[i]], *shown])
+                numbers = [f"{value:.9g}" for value in values]
+                writer.writerow([*same, *about, names[scores.winner[i]], *numbers])
 
 
 COLUMNS = (
@@ -194,7 +195,7 @@ def steps_of(workdir: Path) -> list[int]:
     read_config(workdir)
     checkpoints = checkpoint.Checkpoints(workdir)
     if not (steps := checkpoints.steps()):
-        raise CheckpointError(f"{checkpoints.folder}: holds no checkpoint")
+        raise CheckpointError(f"{checkpoints.place}: holds no checkpoint")
     return steps
 
 
@@ -226,14 +227,14 @@ def watch(study: Study, workdirs: Sequence[Path]) -> Iterator[dict[str, Any]]:
         # First: a run that ends after this has saved what it will save before the next look.
         running = any(map(is_running, workdirs))
         for workdir in workdirs:
-            for step in checkpoint.Checkpoints(workdir).steps():
+            for step in _steps_now(workdir):
                 if (workdir, step) in done:
                     continue
                 done.add((workdir, step))
                 try:
                     yield from study.add(workdir, str(step))
                 except CheckpointError as error:
-                    if step in checkpoint.Checkpoints(workdir).steps():
+                    if step in _steps_now(workdir):
                         log.warning("warning: skipped %s", error)
         if not running:
             break
@@ -242,8 +243,17 @@ def watch(study: Study, workdirs: Sequence[Path]) -> Iterator[dict[str, Any]]:
         steps_of(workdir)
 
 
+def _steps_now(workdir: Path) -> list[int]:
+    checkpoints = checkpoint.Checkpoints(workdir)
+    if checkpoints.copy:
+        checkpoints.copy.refresh()
+    return checkpoints.steps()
+
+
 def is_running(workdir: Path) -> bool:
     """Whether a process trains in `workdir`: it holds the lock."""
+    if copy := copy_of(workdir):
+        return lease.is_held(copy.bucket)
     try:
         with open(workdir / "lock", "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -8,6 +8,7 @@ from cnn_jax.cli.registry import COMMANDS, command
 from cnn_jax.common import environment, files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import local_path
+from cnn_jax.common.remote import is_remote
 
 
 @command(
@@ -53,6 +54,7 @@ def summary(values: flags.FlagValues) -> None:
     from cnn_jax.config import Config, experiment
     from cnn_jax.data.sources import input_shape
     from cnn_jax.models.summary import summarise
+    from cnn_jax.train.bucket_run import copied
 
     environment.check_devices()
     name, workdir = values.experiment, values.workdir
@@ -68,7 +70,8 @@ def summary(values: flags.FlagValues) -> None:
                 f"--set {values.set[0]}: must not be given with --workdir, as a trained run "
                 "cannot be changed; leave it out"
             )
-        run = load_run(local_path(workdir), model=config.model if config else None)
+        with copied([workdir]) as (folder,):
+            run = load_run(folder, model=config.model if config else None)
         config, shape = Config(run.model, run.data), run.image_shape
     assert config is not None, "of the experiment or of the run"
     if shape is None or values.input_size:
@@ -80,9 +83,10 @@ def _is_run(text: str) -> bool:
     """Whether `text` is a workdir, or a folder that is not an experiment."""
     from cnn_jax.config import experiment
 
+    if is_remote(text):
+        return True
     folder = files.user_path(text)
-    is_folder = "://" not in text and folder.is_dir()
-    return is_folder and ((folder / "config.json").exists() or text not in experiment.names())
+    return folder.is_dir() and ((folder / "config.json").exists() or text not in experiment.names())
 
 
 @command(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -31,6 +31,23 @@ def _loader(values: flags.FlagValues) -> "Callable[..., RestoredRun]":
     return lambda workdir, which: load_run(workdir, which, model, values.verify)
 
 
+def _reads_runs(run: Callable) -> Callable:
+    """Gives a command the local copies of the workdirs that are in a bucket."""
+
+    @functools.wraps(run)
+    def with_copies(values: flags.FlagValues) -> int | None:
+        from cnn_jax.train import bucket_run
+
+        several = isinstance(values.workdir, list)
+        given = values.workdir if several else [values.workdir]
+        with bucket_run.copied(given, fresh=run.__name__ == "verify") as folders:
+            paths: Any = list(map(str, folders))
+            values.workdir = paths if several else paths[0]
+            return run(values)
+
+    return with_copies
+
+
 @command(
     "workdir",
     "checkpoint",
@@ -51,6 +68,7 @@ def _loader(values: flags.FlagValues) -> "Callable[..., RestoredRun]":
     experiment=None,
     words="workdir",
 )
+@_reads_runs
 def evaluate(values: flags.FlagValues) -> None:
     """Restores checkpoints and evaluates them on every example of their splits."""
     from cnn_jax.analysis import evaluate as evaluation
@@ -111,6 +129,7 @@ def evaluate(values: flags.FlagValues) -> None:
     experiment=None,
     words="workdir images",
 )
+@_reads_runs
 def predict(values: flags.FlagValues) -> int:
     """Restores a checkpoint and names the classes of image files."""
     from cnn_jax.analysis import predict as prediction
@@ -139,6 +158,7 @@ _page_of_runs = functools.partial(
 
 
 @_page_of_runs()
+@_reads_runs
 def report(values: flags.FlagValues) -> None:
     """Draws what a run learned, or how several compare, as one HTML page."""
     from cnn_jax.analysis.report import page
@@ -156,6 +176,7 @@ def report(values: flags.FlagValues) -> None:
 
 
 @_page_of_runs()
+@_reads_runs
 def playground(values: flags.FlagValues) -> None:
     """Writes one HTML page to play with a trained network in a browser, or with two."""
     from cnn_jax.analysis.playground import page
@@ -178,6 +199,7 @@ def playground(values: flags.FlagValues) -> None:
     experiment=None,
     words="workdir",
 )
+@_reads_runs
 def class_map(values: flags.FlagValues) -> None:
     """Finds test images on a large canvas with one pass, and compares it with sliding windows."""
     from cnn_jax.analysis.class_map import demo as demonstration
@@ -201,6 +223,7 @@ def class_map(values: flags.FlagValues) -> None:
     experiment=None,
     words="workdir",
 )
+@_reads_runs
 def convert(values: flags.FlagValues) -> None:
     """Turns flatten + dense into convolutions: the same network for images of any larger size."""
     from cnn_jax.analysis import convert as conversion
@@ -221,6 +244,7 @@ def convert(values: flags.FlagValues) -> None:
     experiment=None,
     words="workdir",
 )
+@_reads_runs
 def export(values: flags.FlagValues) -> None:
     """Writes the network as StableHLO or ONNX, with its class names, for use without this project."""
     from cnn_jax.analysis import evaluate as evaluation
@@ -242,6 +266,7 @@ def export(values: flags.FlagValues) -> None:
 
 
 @command("workdir", words="workdir")
+@_reads_runs
 def verify(values: flags.FlagValues) -> int:
     """Checks every checkpoint of a workdir against its checksums."""
     from cnn_jax.train import checkpoint

@@ -11,6 +11,7 @@ from cnn_jax.cli.registry import command
 from cnn_jax.common import environment
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.common.files import local_path
+from cnn_jax.common.remote import is_remote
 
 if TYPE_CHECKING:  # it imports JAX, which not all commands need
     from cnn_jax.config import Config
@@ -71,10 +72,11 @@ def train(values: flags.FlagValues) -> None:
         dry_run.dry_run(config, values.data_dir, values.download, values.init_from)
         return
     name = experiment.short_name(values.experiment)
-    workdir = local_path(values.workdir or f"runs/{name}")
+    given = values.workdir or f"runs/{name}"
     if values.seeds:
-        _train_seeds(config, workdir, name, values)
+        _train_seeds(config, local_path(given), name, values)
         return
+    workdir = given if is_remote(given) else local_path(given)
     with lost.named():
         lines = loop.train(
             config,

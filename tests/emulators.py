@@ -1,0 +1,136 @@
+"""Emulators of buckets on loopback, and a network before them that can be slow, refuse or stall."""
+
+import contextlib
+import http
+import re
+import select
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def refusal(status: str, kind: str, body: str) -> bytes:
+    """An HTTP response."""
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/{kind}\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+class Network:
+    """Hands on connections to `port`.
+
+    Attributes:
+      port: where it listens.
+      answer: None, or the response to every request from now on; b"" is none, for ever.
+      pause: seconds before the bytes of an upload go on.
+      uploads: how many objects of checkpoints were sent.
+    """
+
+    def __init__(self, to: int):
+        self._to, self._socket = to, socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self.answer: bytes | None = None
+        self.pause, self.uploads = 0.0, 0
+        self._never = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def close(self) -> None:
+        self._never.set()
+        self._socket.close()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._socket.accept()
+                threading.Thread(target=self._serve, args=[client], daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        server = socket.create_connection(("127.0.0.1", self._to))
+        with client, server, contextlib.suppress(OSError):
+            while not self._never.is_set():
+                for ready in select.select([client, server], [], [], 0.2)[0]:
+                    if not (data := ready.recv(1 << 20)):
+                        return
+                    if ready is server:
+                        client.sendall(data)
+                    elif self.answer is None:
+                        self._hand_on(data, server)
+                    elif self.answer:
+                        client.sendall(self.answer)
+                        client.shutdown(socket.SHUT_WR)
+                        return
+
+    def _hand_on(self, data: bytes, server: socket.socket) -> None:
+        upload = re.match(rb"PUT \S*/checkpoints/|POST /upload/.*checkpoints/", data, re.DOTALL)
+        self.uploads += bool(upload)
+        if upload and self.pause:
+            self._never.wait(self.pause)
+        server.sendall(data)
+
+
+@contextlib.contextmanager
+def google() -> Iterator[tuple[Network, dict[str, str]]]:
+    """gs://bucket, and the environment in which gcsfs finds it.
+
+    The emulator does not know the condition ifGenerationMatch=0: here it gets it.
+    """
+    pytest.importorskip("gcsfs")
+    server = pytest.importorskip("gcp_storage_emulator.server")
+    objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
+    intact = objects._multipart_upload
+
+    def upload(request, response, storage):
+        there = storage.objects.get(request.params["bucket_name"], {})
+        if (
+            request.query.get("ifGenerationMatch") == ["0"]
+            and request.data["meta"]["name"] in there
+        ):
+            response.status = http.HTTPStatus.PRECONDITION_FAILED
+        else:
+            intact(request, response, storage)
+
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objects, "_multipart_upload", upload)
+        running = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+        running.start()
+        network = Network(port)
+        try:
+            url = f"http://127.0.0.1:{network.port}"
+            # Off, as remote.py sets it before gcsfs is imported.
+            experiment = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+            yield network, experiment | {"STORAGE_EMULATOR_HOST": url, "FSSPEC_GS_TOKEN": "anon"}
+        finally:
+            network.close()
+            running.stop()
+
+
+@contextlib.contextmanager
+def amazon() -> Iterator[tuple[Network, dict[str, str]]]:
+    """s3://bucket, and the environment in which s3fs finds it."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server")
+    import boto3
+
+    running = server.ThreadedMotoServer("127.0.0.1", port := free_port(), verbose=False)
+    running.start()
+    network = Network(port)
+    try:
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        url = f"http://127.0.0.1:{network.port}"
+        names = {name.lower(): value for name, value in keys.items()}
+        client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", **names)
+        client.create_bucket(Bucket="bucket")
+        yield network, keys | {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"}
+    finally:
+        network.close()
+        running.stop()
+
+
+KINDS = {"gs": google, "s3": amazon}
