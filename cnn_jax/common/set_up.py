@@ -137,8 +137,14 @@ def run(log: TextIO, *command: str | Path) -> int:
 
     It is a process group of its own, so that a signal that ends this process ends its children too.
     """
-    to = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-    child = subprocess.Popen(command, cwd=ROOT, process_group=0, **to)
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        process_group=0,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
     try:
         return child.wait()
     except SystemExit:  # by cut_short

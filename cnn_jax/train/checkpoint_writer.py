@@ -59,7 +59,7 @@ class CheckpointWriter(Checkpoints):
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._failure: CheckpointError | None = None  # of the last save
         self._failures, self._failed_at = 0, 0.0  # since the last success
-        self._proven: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self._newly_proven: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
 
     def start_writing(self, resume_at: int | None) -> None:
         """Deletes unfinished saves of an earlier run, and sets its damaged checkpoints aside.
@@ -130,7 +130,7 @@ class CheckpointWriter(Checkpoints):
             self._writer.wait_until_finished()
             if parallel.is_main_process():
                 self._read_back(manifest)
-                self._proven.put((manifest["step"], manifest["sha256"]))
+                self._newly_proven.put((manifest["step"], manifest["sha256"]))
                 self._prune(manifest["step"])
                 self._proven(self.steps())
         except Exception as error:
@@ -183,8 +183,8 @@ class CheckpointWriter(Checkpoints):
 
     def newly_proven(self) -> Iterator[tuple[int, str]]:
         """(step, SHA-256 of the manifest) of each checkpoint read back since the last call."""
-        while not self._proven.empty():
-            yield self._proven.get()
+        while not self._newly_proven.empty():
+            yield self._newly_proven.get()
 
     def wait(self) -> None:
         """Waits until the last save is done.

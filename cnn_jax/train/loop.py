@@ -93,12 +93,7 @@ def train(
         check_same_run(workdir, config, metadata={})  # before the data is loaded, which takes time
         source = pretrained.find(init_from, workdir, verify)
         splits = splits or load_splits(config, data_dir, download)
-        agreement.check_data(splits, source)
-        config = statistics.in_numbers(config, splits.train)
-        metadata = check_splits(config, splits)
-        is_resident(config, splits.train, mesh)  # refuses what cannot be; no workdir exists yet
-        if source:
-            metadata["init_from"] = dataclasses.asdict(source)
+        config, metadata = _described(config, splits, source, mesh)
         check_same_run(workdir, config, metadata)
         order = loader.make_order(config, splits.train)
         saver = Saver(config, workdir, len(splits.train), order, signals, check_lock, changed)
@@ -110,3 +105,20 @@ def train(
                 tracking.start(read_config(workdir), metrics(workdir))
             run.epochs()
     return metrics(workdir)
+
+
+def _described(
+    config: Config, splits: Splits, source: pretrained.Source | None, mesh: Any
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration in numbers, and what config.json keeps of the data and of `source`.
+
+    Raises:
+      ConfigError, DataError: the run is not possible with these splits on these devices.
+    """
+    agreement.check_data(splits, source)
+    config = statistics.in_numbers(config, splits.train)
+    metadata = check_splits(config, splits)
+    is_resident(config, splits.train, mesh)  # refuses what cannot be; no workdir exists yet
+    if source:
+        metadata["init_from"] = dataclasses.asdict(source)
+    return config, metadata

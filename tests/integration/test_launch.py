@@ -256,7 +256,10 @@ def test_setup_runs_nothing(house):
 def test_setup_refuses_other_arguments(house, argument):
     result = house.call("setup", "--pinned", argument)
     assert result.returncode == 2
-    allowed = "--pinned and --with=prepare, gcs, s3, slurm, wandb, mlflow, test, compile-tpu or compile-cuda"
+    allowed = (
+        "--pinned and --with=prepare, gcs, s3, slurm, wandb, mlflow, test, "
+        "compile-tpu or compile-cuda"
+    )
     assert error_line(result) == f"launch.sh: setup takes {allowed}, got '{argument}'"
     assert house.steps() == []
 

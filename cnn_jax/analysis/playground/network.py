@@ -88,8 +88,8 @@ def read(run: RestoredRun, layers: Summary, image: np.ndarray) -> tuple[list[dic
 def _normalisation(run: RestoredRun, weights: Weights) -> list[dict]:
     """The step from values in [0, 1] to the network's input; none if they are the same."""
     shape = run.image_shape[2:]
-    mean = np.broadcast_to(np.float32(run.data.mean), shape)
-    std = np.broadcast_to(np.float32(run.data.std), shape)
+    mean = np.broadcast_to(np.array(run.data.mean, np.float32), shape)
+    std = np.broadcast_to(np.array(run.data.std, np.float32), shape)
     if not mean.any() and (std == 1).all():
         return []
     places = {"mean": weights.add(mean), "var": weights.add(std * std)}

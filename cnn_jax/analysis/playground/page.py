@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jinja2
 import numpy as np
 
@@ -215,7 +216,7 @@ def _run(
 def _views(run: RestoredRun) -> list[tuple[float, list[int]]]:
     """The views of an image that predict averages: weight, and for each pixel where it comes from."""
     height, width, _ = run.image_shape
-    places = np.arange(height * width).reshape(1, height, width, 1)
+    places = jnp.arange(height * width).reshape(1, height, width, 1)
     views, weights = preprocess.test_views(places, run.data.test_time_augmentation)
     return [(w, np.ravel(view).tolist()) for w, view in zip(weights, views, strict=True)]
 

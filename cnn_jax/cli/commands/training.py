@@ -89,8 +89,11 @@ def train(values: flags.FlagValues) -> None:
             profile=values.profile,
             trackers=values.tracker,
         )
-    if not parallel.is_main_process():
-        return
+    if parallel.is_main_process():
+        _say_what_is_next(name, workdir, lines)
+
+
+def _say_what_is_next(name: str, workdir: Path | str, lines: list[dict]) -> None:
     if lines and "test_accuracy" in (last := lines[-1]):
         print(
             f"test accuracy {last['test_accuracy']:.4f} after epoch {last['epoch']}, in {workdir}"
