@@ -179,7 +179,7 @@ def test_commands_run_and_print_what_is_shown(runs, capsys):
             name, *rest = arguments
             if name == "train" and {"--data_dir=data", "data.name=photos"} & {*rest}:
                 rest += TINY.split()
-            elif name in (*CHECKED, "setup", "test"):
+            elif name in (*CHECKED, "setup", "test") or any("://" in each for each in rest):
                 continue
             capsys.readouterr()
             assert main.main([name, *rest, *QUICK.get(name, [])]) == 0, arguments

@@ -302,7 +302,7 @@ def test_two_kinds_of_flips_at_once():
 def test_every_field_has_a_range_or_a_type_of_few_values():
     named = {field for field, _, _ in RANGES}
     free = {"model", "data", "optimizer", "schedule", "compute_dtype", "data.flip"}
-    free |= {"resident_data", "deterministic"}
+    free |= {"resident_data", "deterministic", "matmul_precision"}
     free |= {"data.alternating_flip", "data.test_time_augmentation"}
     free |= {"data.trivial_augment", "data.balanced", "data.streaming"}
     fields = {f.name for f in dataclasses.fields(Config)}

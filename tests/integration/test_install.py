@@ -15,7 +15,13 @@ from packaging.utils import canonicalize_name
 from tests.tiny import REPOSITORY
 
 # Where an import and its package have different names.
-PACKAGES = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
+PACKAGES = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "google": "wandb",  # it requires protobuf
+    "mlflow": "mlflow-skinny",
+    "orbax": "orbax-checkpoint",
+}
 # The benchmark installs them into an environment of their own.
 PEERS = {"torch", "keras", "networks", "worker"}
 
@@ -102,8 +108,9 @@ def test_every_imported_package_is_required(settings):
     # jax2onnx asks for another Orbax, so no extra can hold it; setup.cfg says how to add it.
     imported -= {"cnn_jax", "jax2onnx", *PEERS, *sys.stdlib_module_names}
     required = {canonicalize_name(requirement.name) for requirement in requirements(settings)}
-    for extra in ("gcs", "onnx"):
-        required |= set(settings["options.extras_require"][extra].split())
+    for extra in ("gcs", "mlflow", "onnx", "slurm", "wandb"):
+        lines = settings["options.extras_require"][extra].split()
+        required |= {Requirement(line).name for line in lines}
     assert {canonicalize_name(PACKAGES.get(name, name)) for name in imported} <= required
 
 

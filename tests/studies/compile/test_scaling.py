@@ -8,7 +8,7 @@ from cnn_jax.config import Config, DataConfig
 from cnn_jax.studies.compile import scaling, targets
 from tests.networks import Linear
 
-RATES = targets.Rates(1e12, 1e12, 1e9, 1e11, 1e9, 8, "", 1e8)
+RATES = targets.Rates(1e12, 1e12, 1e9, 1e11, 1e9, 8, "", network_bandwidth=1e8)
 
 
 def rows(table):

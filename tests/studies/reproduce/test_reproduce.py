@@ -393,8 +393,8 @@ from cnn_jax.studies.reproduce import plan, run
 experiment, workdir, output, data_dir = sys.argv[1:]
 rows = [plan.Row(experiment, 1)]
 command = lambda: run.reproduce(rows, Path(workdir), Path(output), data_dir, rows)
-from cnn_jax.cli import commands
-commands.COMMANDS["again"] = commands.Command("again", lambda values: command(), {})
+from cnn_jax.cli import commands, flags
+commands.COMMANDS["again"] = flags.Command("again", lambda values: command(), {})
 sys.exit(main.main(["again"]))
 """
 
