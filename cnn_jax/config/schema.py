@@ -298,10 +298,11 @@ class Config:
     ] = "float32"
     matmul_precision: Annotated[
         Literal["default", "tensorfloat32", "highest"],
-        "of float32 matmuls and convolutions on a GPU or TPU; default: the fastest, which is TF32 on "
+        "of float32 matmuls and convolutions; default: the fastest, which is TF32 on "
         "an NVIDIA GPU from the A100 on and one product in bfloat16 on a TPU "
         "(JAX_DEFAULT_MATMUL_PRECISION changes it); tensorfloat32: on a TPU three products; highest: "
-        "float32, on a TPU by six; a CPU always takes float32",
+        "float32, on a TPU by six, on a CPU without Winograd's and Fourier's algorithms, which round "
+        "more",
     ] = "default"
     deterministic: Annotated[
         bool,

@@ -109,6 +109,7 @@ def _geometry(
     padding: str | Sequence[tuple[int, int]],
     precision: lax.PrecisionLike,
 ) -> Geometry:
+    precision = precision or jax.config.jax_default_matmul_precision
     image, kernel = pair(lhs.shape[1:3]), pair(rhs.shape[:2])
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(image, kernel, window_strides, padding)

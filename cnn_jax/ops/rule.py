@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from jax import lax
+
 from cnn_jax.ops.formulations import Geometry, applies
 
 
@@ -31,6 +33,8 @@ def formulations_for(g: Geometry) -> Formulations:
     3. 3x3, stride 1, at least 64 channels on both sides (for the image's gradient 128): Winograd along
        the width for outputs from 6x6 up; in tiles for a smaller output of even size and at least 128
        channels. The kernel's gradient gets no faster.
+       Winograd and Fourier round more than a sum of products does; see the errors in README.md. The
+       highest precision leaves them out.
     4. Otherwise XLA's own convolution, except for
        - the forward pass from one to four channels, where Eigen has too little to work on at a time:
          patches, of several columns of the output where that has few channels as well (32x32 3->6 k5:
@@ -100,11 +104,12 @@ def formulations_for(g: Geometry) -> Formulations:
     image_gradient = "rows" if rows < offsets else "offsets"
     if math.prod(g.kernel) > 49:  # "offsets" would be hundreds of operations, slow to compile
         image_gradient = "rows"
-    if applies("fourier", g) and g.kernel[1] >= 5 and channels >= 32:
+    exact = is_exact(g)
+    if not exact and applies("fourier", g) and g.kernel[1] >= 5 and channels >= 32:
         # Transposed, XLA's convolution is a scalar loop where the kernel is higher than the output.
         higher = g.kernel[0] > g.out[0]
         return Formulations("fourier", "fourier_patches" if higher else "fourier", "fourier")
-    if applies("winograd", g) and channels >= 64:
+    if not exact and applies("winograd", g) and channels >= 64:
         if min(g.out) >= 6:
             return Formulations(
                 "winograd", "winograd" if channels >= 128 else image_gradient, "xla_apart"
@@ -113,3 +118,9 @@ def formulations_for(g: Geometry) -> Formulations:
             return Formulations("winograd_tiles", "winograd_tiles", "xla_apart")
     few = g.in_channels < 5 and math.prod(g.kernel) <= 49
     return Formulations("patches" if few else "xla", image_gradient, "xla_apart")
+
+
+def is_exact(g: Geometry) -> bool:
+    """Whether the layer asks for the highest precision."""
+    of_both = g.precision if isinstance(g.precision, tuple) else (g.precision,)
+    return any(each in (lax.Precision.HIGHEST, "highest", "float32") for each in of_both)

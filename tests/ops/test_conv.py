@@ -320,3 +320,20 @@ def test_the_batch_stays_split_over_two_devices(problem):
     found = compiled(jax.device_put(image, split), jax.device_put(kernel, whole))
     # The cotangents follow from the output, whose rounding depends on the batch of a device.
     assert_close(found, jax.jit(gradients)(image, kernel), 3e-5)
+
+
+@pytest.mark.parametrize("how", ["of the layer", "of its two arguments", "default"])
+def test_the_highest_precision_leaves_out_winograd_and_fourier(how):
+    precision = {
+        "of the layer": lax.Precision.HIGHEST,
+        "of its two arguments": (lax.Precision.DEFAULT, lax.Precision.HIGHEST),
+        "default": None,
+    }[how]
+    for name in ("winograd", "winograd in tiles", "fourier"):
+        image, kernel, strides, padding = BRANCHES[name]
+        arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in (image, kernel)]
+        with jax.default_matmul_precision("highest" if how == "default" else None):
+            g = conv._geometry(*arrays, strides, padding, precision)
+        rounding = {"winograd", "winograd_tiles", "fourier", "fourier_patches"}
+        assert set(chosen(*BRANCHES[name])) & rounding
+        assert not set(formulations_for(g)) & rounding
