@@ -98,11 +98,13 @@ class SpeedrunCNN(nn.Module):
 
     Attributes:
       num_classes: of the logits.
-      logit_scale: multiplies them.
+      widths: the filters of each group's convolutions.
+      logit_scale: multiplies the logits.
       axis_name: the pmap axis of BatchNorm's statistics, None under jit.
     """
 
     num_classes: int = 10
+    widths: tuple[int, int, int] = (64, 256, 256)
     logit_scale: float = 1 / 256
     axis_name: str | None = None
 
@@ -118,9 +120,9 @@ class SpeedrunCNN(nn.Module):
             name="whitening",
         )(image)  # [N, 31, 31, 24]
         x = gelu(x)
-        x = ConvGroup(64, self.axis_name)(x, train)  # [N, 15, 15, 64]
-        x = ConvGroup(256, self.axis_name)(x, train)  # [N, 7, 7, 256]
-        x = ConvGroup(256, self.axis_name)(x, train)  # [N, 3, 3, 256]
+        x = ConvGroup(self.widths[0], self.axis_name)(x, train)  # [N, 15, 15, 64]
+        x = ConvGroup(self.widths[1], self.axis_name)(x, train)  # [N, 7, 7, 256]
+        x = ConvGroup(self.widths[2], self.axis_name)(x, train)  # [N, 3, 3, 256]
         x = MaxPool((3, 3))(x)  # [N, 1, 1, 256]
         x = Flatten()(x)  # [N, 256]
         variance_1 = nn.initializers.variance_scaling(x.shape[1], "fan_in", "uniform")
