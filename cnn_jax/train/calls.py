@@ -118,11 +118,9 @@ class Resident(Calls):
         loop = mesh.devices.flat[0].platform != "cpu"
         several = functools.partial(train_steps, step=step, mesh=mesh, loop=loop)
         shardings = (parallel.replicated(mesh), parallel.split(mesh, axis=1))
-        options: dict[str, Any] = {
-            "compute_dtype": config.compute_dtype,
-            "deterministic": config.deterministic,
-        }
-        jitted = parallel.jit_step(several, mesh, shardings=shardings, **options)
+        jitted = parallel.jit_step(
+            several, mesh, shardings=shardings, **parallel.jit_options(config)
+        )
         order = np.arange(len(examples))
         self._programs = {
             length: parallel.compile_step(jitted, state, self._arguments(order, 0, 0, length))
@@ -221,10 +219,9 @@ def is_resident(config: Config, examples: Examples, mesh: Any) -> bool:
       ConfigError: they do not fit, or `steps_per_call` needs them there.
     """
     wanted, device = config.resident_data, mesh.local_devices[0]
-    in_memory = isinstance(examples, InMemory)
-    size = 0
+    in_memory, size = False, 0
     if isinstance(examples, InMemory):
-        size = examples.image.nbytes + examples.label.nbytes
+        in_memory, size = True, examples.image.nbytes + examples.label.nbytes
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     if wanted is True:
         if not in_memory:

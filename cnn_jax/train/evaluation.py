@@ -43,11 +43,7 @@ def make_eval_step(config: Config, mesh: Any) -> Callable:
     """The compiled `step.eval_step` of a run over a mesh: eval_step(variables, batch)."""
     names = ("model", "data", "compute_dtype", "matmul_precision")
     pure = functools.partial(eval_step, **{name: getattr(config, name) for name in names})
-    options: dict[str, Any] = {
-        "compute_dtype": config.compute_dtype,
-        "deterministic": config.deterministic,
-    }
-    return parallel.jit_step(pure, mesh, donate=False, **options)
+    return parallel.jit_step(pure, mesh, donate=False, **parallel.jit_options(config))
 
 
 def evaluate_examples(

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax.common import cpu, gpu
 from cnn_jax.common.errors import ConfigError
+from cnn_jax.config import Config
 from cnn_jax.ops import bfloat16
 
 AXIS = "data"
@@ -231,6 +232,11 @@ def jit(
         return jax.jit(function, compiler_options=_CPU_OPTIONS, **options)
     function = bfloat16.with_onednn(function)
     return jax.jit(function, compiler_options=_CPU_OPTIONS | _ONEDNN, **options)
+
+
+def jit_options(config: Config) -> dict[str, Any]:
+    """The arguments of `jit` and `jit_step` that a run's configuration gives."""
+    return {"compute_dtype": config.compute_dtype, "deterministic": config.deterministic}
 
 
 def uses_onednn(compute_dtype: str) -> bool:

@@ -72,11 +72,7 @@ def compiled_step(
       ConfigError: as `parallel.compile_step`.
     """
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-    options: dict[str, Any] = {
-        "compute_dtype": config.compute_dtype,
-        "deterministic": config.deterministic,
-    }
-    jitted = parallel.jit_step(step, mesh, **options)
+    jitted = parallel.jit_step(step, mesh, **parallel.jit_options(config))
     size = config.batch_size
     rows = parallel.own_rows(mesh, size)
     batch = next(loader.training_batches(examples, np.arange(size), size, rows=rows))

@@ -102,11 +102,7 @@ def compile_steps(
     state = jax.eval_shape(init, *(seen if config.init_examples else []))
     batch = next(loader.training_batches(examples, np.arange(_EXAMPLES), _EXAMPLES))
     step = functools.partial(train_step, model=config.model, optimizer=optimizer, config=config)
-    options: dict[str, Any] = {
-        "compute_dtype": config.compute_dtype,
-        "deterministic": config.deterministic,
-    }
-    train = parallel.jit_step(step, mesh, **options)
+    train = parallel.jit_step(step, mesh, **parallel.jit_options(config))
     compiled = functools.partial(_compiled, mesh, target, config)
     yield compiled("training", train, state, _shapes(batch, config.batch_size))
     size = -(-config.eval_batch_size // mesh.size) * mesh.size
