@@ -1,7 +1,6 @@
 """The contender cnn_jax: its train step and forward pass. Arguments: NETWORK BATCH [DTYPE]."""
 
 import functools
-import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -54,8 +53,8 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
 
     def train(steps: int) -> None:
         nonlocal state
-        for sent in parallel.shard_ahead(itertools.repeat(batch, steps), mesh):
-            state, loss = step(state, sent)
+        for _ in range(steps):
+            state, loss = step(state, parallel.shard(batch, mesh))
         loss.block_until_ready()
 
     def evaluation(steps: int) -> None:
