@@ -1,7 +1,8 @@
 """Emulators of buckets on loopback, and a network before them that can be slow, refuse or stall."""
 
 import contextlib
-import http
+import http.server
+import io
 import re
 import select
 import socket
@@ -78,12 +79,15 @@ class Network:
 def google() -> Iterator[tuple[Network, dict[str, str]]]:
     """gs://bucket, and the environment in which gcsfs finds it.
 
-    The emulator does not know the condition ifGenerationMatch=0: here it gets it.
+    Here the emulator gets what it lacks: the condition ifGenerationMatch=0, and connections of its
+    clients side by side. By itself it serves one after another: a client that is stopped in the middle
+    of a request would stop all others, and one that is killed would leave half of an object.
     """
     pytest.importorskip("gcsfs")
     server = pytest.importorskip("gcp_storage_emulator.server")
     objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
-    intact = objects._multipart_upload
+    intact, handle = objects._multipart_upload, server.Router.handle
+    one_at_a_time = threading.Lock()
 
     def upload(request, response, storage):
         there = storage.objects.get(request.params["bucket_name"], {})
@@ -95,8 +99,19 @@ def google() -> Iterator[tuple[Network, dict[str, str]]]:
         else:
             intact(request, response, storage)
 
+    def handle_whole(router, method):
+        connection = router._request_handler
+        length = int(connection.headers.get("Content-Length") or 0)
+        body = connection.rfile.read(length)
+        if len(body) == length:
+            connection.rfile = io.BytesIO(body)
+            with one_at_a_time:
+                handle(router, method)
+
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
+        patch.setattr(server.Router, "handle", handle_whole)
         patch.setattr(objects, "_multipart_upload", upload)
         running = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
         running.start()
