@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import io
+import os
 import re
 import select
 import socket
@@ -83,6 +84,8 @@ def google() -> Iterator[tuple[Network, dict[str, str]]]:
     clients side by side. By itself it serves one after another: a client that is stopped in the middle
     of a request would stop all others, and one that is killed would leave half of an object.
     """
+    # As remote.py, before gcsfs is imported: else it asks Google for the type of the bucket, and waits.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     pytest.importorskip("gcsfs")
     server = pytest.importorskip("gcp_storage_emulator.server")
     objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
@@ -118,9 +121,7 @@ def google() -> Iterator[tuple[Network, dict[str, str]]]:
         network = Network(port)
         try:
             url = f"http://127.0.0.1:{network.port}"
-            # Off, as remote.py sets it before gcsfs is imported.
-            experiment = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-            yield network, experiment | {"STORAGE_EMULATOR_HOST": url, "FSSPEC_GS_TOKEN": "anon"}
+            yield network, {"STORAGE_EMULATOR_HOST": url, "FSSPEC_GS_TOKEN": "anon"}
         finally:
             network.close()
             running.stop()
