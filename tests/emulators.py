@@ -1,7 +1,9 @@
 """Emulators of buckets on loopback, and a network before them that can be slow, refuse or stall."""
 
 import contextlib
-import http
+import http.server
+import io
+import os
 import re
 import select
 import socket
@@ -9,6 +11,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import requests
 
 
 def free_port() -> int:
@@ -78,12 +81,18 @@ class Network:
 def google() -> Iterator[tuple[Network, dict[str, str]]]:
     """gs://bucket, and the environment in which gcsfs finds it.
 
-    The emulator does not know the condition ifGenerationMatch=0: here it gets it.
+    Here the emulator gets what it lacks. It does not know the condition ifGenerationMatch=0. It takes
+    the last byte off an object that ends in a carriage return, one of 256. It serves one client after
+    another: one that is stopped in the middle of a request would stop all others, and one that is
+    killed would leave half of an object.
     """
+    # As remote.py, before gcsfs is imported: else it asks Google for the type of the bucket, and waits.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     pytest.importorskip("gcsfs")
     server = pytest.importorskip("gcp_storage_emulator.server")
     objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
-    intact = objects._multipart_upload
+    intact, handle = objects._multipart_upload, server.Router.handle
+    one_at_a_time = threading.Lock()
 
     def upload(request, response, storage):
         there = storage.objects.get(request.params["bucket_name"], {})
@@ -93,19 +102,30 @@ def google() -> Iterator[tuple[Network, dict[str, str]]]:
         ):
             response.status = http.HTTPStatus.PRECONDITION_FAILED
         else:
+            sent = request._request_handler.rfile.getvalue()
+            request.data["content"] = sent[: sent.rindex(b"\n--")].split(b"\n\n", 2)[2]
             intact(request, response, storage)
+
+    def handle_whole(router, method):
+        connection = router._request_handler
+        length = int(connection.headers.get("Content-Length") or 0)
+        body = connection.rfile.read(length)
+        if len(body) == length:
+            connection.rfile = io.BytesIO(body)
+            with one_at_a_time:
+                handle(router, method)
 
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
+        patch.setattr(server.Router, "handle", handle_whole)
         patch.setattr(objects, "_multipart_upload", upload)
         running = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
         running.start()
         network = Network(port)
         try:
             url = f"http://127.0.0.1:{network.port}"
-            # Off, as remote.py sets it before gcsfs is imported.
-            experiment = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-            yield network, experiment | {"STORAGE_EMULATOR_HOST": url, "FSSPEC_GS_TOKEN": "anon"}
+            yield network, {"STORAGE_EMULATOR_HOST": url, "FSSPEC_GS_TOKEN": "anon"}
         finally:
             network.close()
             running.stop()
@@ -124,6 +144,8 @@ def amazon() -> Iterator[tuple[Network, dict[str, str]]]:
     try:
         keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
         url = f"http://127.0.0.1:{network.port}"
+        # What is stored belongs to the process, so an earlier test's bucket would be there again.
+        requests.post(f"{url}/moto-api/reset", timeout=60)
         names = {name.lower(): value for name, value in keys.items()}
         client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", **names)
         client.create_bucket(Bucket="bucket")

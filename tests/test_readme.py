@@ -201,7 +201,7 @@ def test_links_and_files(page):
     here = REPOSITORY / page
     links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[page])
     for path, heading in links:
-        target = here / path
+        target = here / (path or "README.md")  # a heading of the page itself
         assert target.exists(), path
         if heading:
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)

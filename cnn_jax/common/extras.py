@@ -27,6 +27,17 @@ def add_tensorflow() -> None:
         os.execv(launcher, [launcher, "--with=prepare", *sys.argv[1:]])
 
 
+def missing(package: str, extra: str = "") -> str:
+    """The end of a message: what is needed, and the command that adds it.
+
+    Args:
+      package: its name, as the user knows it.
+      extra: the name in setup.cfg of what has it; "" if nothing of this project does.
+    """
+    adds = f"{PROGRAM} setup --with={extra}" if CHECKOUT else f"pip install 'cnn_jax[{extra}]'"
+    return f"needs {package}, which is missing" + f"; {adds} adds it" * bool(extra)
+
+
 def need(module: str, flag: str, extra: str) -> None:
     """Checks that a package of an extra of setup.cfg is installed.
 
@@ -40,5 +51,4 @@ def need(module: str, flag: str, extra: str) -> None:
     """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:  # a folder of that name, as W&B leaves where it ran
-        adds = f"{PROGRAM} setup --with={extra}" if CHECKOUT else f"pip install 'cnn_jax[{extra}]'"
-        raise ConfigError(f"{flag}: needs {module}, which is missing; {adds} adds it")
+        raise ConfigError(f"{flag}: {missing(module, extra)}")

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from cnn_jax.common import extras
 from cnn_jax.common.errors import CnnJaxError
 
 # The package that reads addresses of this kind, and the extra of this project that has it.
@@ -67,10 +68,7 @@ def answered(
         address = place.rpartition("=")[2]
         scheme = address.partition("://")[0]
         package, extra = _EXTRAS.get(scheme, (f"a package for {scheme}://", ""))
-        advice = f"; add it with ./launch.sh setup --with={extra} or pip install {package}"
-        raise kind(
-            f"{place}: reading it needs {package}, which is not installed" + (advice * bool(extra))
-        ) from None
+        raise kind(f"{place}: {extras.missing(package, extra)}") from None
     except FileNotFoundError:
         if missing_ok:
             return

@@ -31,10 +31,7 @@ log = logging.getLogger(__name__)
 
 EMBEDDED = "garments"
 CHANNELS = (1, 3, 4)
-NO_TENSORFLOW = (
-    "needs TensorFlow, which is not installed; add it with ./launch.sh setup --with=prepare "
-    "or pip install tensorflow"
-)
+NO_TENSORFLOW = extras.missing("TensorFlow", "prepare")
 # TFDS also accepts arguments, and namespaces ("huggingface:mnist"), whose code it would download.
 NAME = re.compile(r"(?P<dataset>[A-Za-z]\w*)(/\w[\w+.-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 

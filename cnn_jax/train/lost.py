@@ -14,9 +14,9 @@ from typing import Any
 from cnn_jax.common.errors import CnnJaxError, ConfigError
 from cnn_jax.train import parallel
 
+_CONTINUES = "the run continues from its newest checkpoint"
 _ADVICE = (
-    "its own last lines say why. Start all processes again with the same commands: the run "
-    "continues from its newest checkpoint"
+    f"its own last lines say why. Start all processes again with the same commands: {_CONTINUES}"
 )
 
 
@@ -66,6 +66,21 @@ class Watch:
             f"process {' and '.join(map(str, names))} of the {self.processes} processes of this run "
             f"has ended; {_ADVICE}"
         )
+
+    def line_at_abort(self) -> str:
+        """The last line if JAX aborts this process.
+
+        It does so at once, before anybody is silent too long, for two reasons. A process that joins
+        with a number that is taken makes JAX end all, process 0 too. And the end of process 0, the
+        coordinator, ends the others.
+        """
+        lost = self.lost()
+        if self.process == 0 and not lost:
+            return (
+                "two processes of this run have the same --process, or one was started again while the "
+                f"others went on. End all, and start each once, with its own --process: {_CONTINUES}"
+            )
+        return self.line(lost or [0])
 
     def _stop(self) -> None:
         self._end.set()
@@ -126,8 +141,7 @@ def watch(client: Any, process: int, processes: int, heartbeat_seconds: int) -> 
     watch = Watch(client, process, processes, heartbeat_seconds)
     watch.start()
     _WATCHES[:] = [watch]
-    # JAX aborts at once only if process 0, its coordinator, has ended.
-    _print_at_abort(lambda: watch.line(watch.lost() or [0]), CnnJaxError.exit_code)
+    _print_at_abort(watch.line_at_abort, CnnJaxError.exit_code)
 
 
 def _print_at_abort(line: Callable[[], str], exit_code: int) -> None:

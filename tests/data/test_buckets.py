@@ -99,7 +99,7 @@ def test_what_is_not_there_is_one_line(bucket, cache, monkeypatch):
     [
         (
             ImportError("x"),
-            "data_dir=gs://a/b: reading it needs gcsfs, which is not installed; add it ",
+            "data_dir=gs://a/b: needs gcsfs, which is missing; ./launch.sh setup --with=gcs adds it",
         ),
         (PermissionError("403:\n no"), "data_dir=gs://a/b: cannot be read (403: no)"),
         (FileNotFoundError("a"), "data_dir=gs://a/b: there is no such bucket or file"),

@@ -711,10 +711,7 @@ def test_failed_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "cannot be prepared" in line
 
 
-ADD_TENSORFLOW = (
-    "needs TensorFlow, which is not installed; add it with ./launch.sh setup --with=prepare "
-    "or pip install tensorflow"
-)
+ADD_TENSORFLOW = "needs TensorFlow, which is missing; ./launch.sh setup --with=prepare adds it"
 
 
 def test_without_tensorflow_other_datasets_are_refused_at_once(

@@ -198,6 +198,23 @@ def test_what_cannot_join_says_so_in_one_line(flags, tmp_path):
     assert second.startswith(f"error: {address}: the 2 processes of this run did not all come")
 
 
+def test_two_processes_with_one_number_are_told(flags, tmp_path):
+    """Process 0 says so; the other one, which JAX ends too, names process 0."""
+    more = f"--workdir={tmp_path}", "--set=epochs=1000"
+    pair = start_two(flags, *more)
+    runs.wait_until(runs.has_saved(tmp_path, 2), pair[0])
+    where = [word for word in pair[1].args if word.startswith("--co") or "--process" in word]
+    odd = start(*flags, *more, *where, "--set=heartbeat_seconds=1")
+    found = [finish(process, 120) for process in (*pair, odd)]
+    assert [code for code, _, _ in found] == [1, 1, 2], found
+    last = [errors.splitlines()[-1] for _, _, errors in found]
+    assert last[0].startswith(
+        "error: two processes of this run have the same --process, or one was"
+    )
+    assert re.match(GONE.format(0), last[1])
+    assert "(here 1; if all were started, another one has this number)" in last[2]
+
+
 def test_a_process_that_fails_alone_is_not_waited_for(flags, tmp_path):
     """The workdir is in use, which the first process notices while the second waits for it."""
     with workdirs.locked(tmp_path):
