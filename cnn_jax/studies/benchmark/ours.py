@@ -1,4 +1,7 @@
-"""The contender cnn_jax: its train step and forward pass. Arguments: NETWORK BATCH [DTYPE]."""
+"""The contender cnn_jax: its train step and forward pass.
+
+Arguments: NETWORK BATCH [DTYPE [MODE...]].
+"""
 
 import functools
 import sys
@@ -22,8 +25,8 @@ from cnn_jax.train.step import init_state, train_step
 PEAK_SIZE = 2048
 
 
-def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
-    """Serves the modes train, eval and peak."""
+def main(network: str, batch_size: int, compute_dtype: str = "float32", *only: str) -> None:
+    """Serves the modes train, eval and peak, or `only` some of them."""
     malloc.keep_freed()
     shape = NETWORKS[network].image_shape
     model = getattr(models, NETWORKS[network].model)()
@@ -50,10 +53,14 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
     # As for the peers: the images are already in memory as float32.
     image = jnp.asarray(random.random((batch_size, *shape), np.float32))
 
+    platform = jax.devices()[0].platform
+    # The peers' batch is on the accelerator from the start, too.
+    there = None if platform == "cpu" else parallel.shard(batch, mesh)
+
     def train(steps: int) -> None:
         nonlocal state
         for _ in range(steps):
-            state, loss = step(state, parallel.shard(batch, mesh))
+            state, loss = step(state, there or parallel.shard(batch, mesh))
         loss.block_until_ready()
 
     def evaluation(steps: int) -> None:
@@ -71,7 +78,7 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     modes: dict[str, Callable[[int], None]] = {"train": train, "eval": evaluation, "peak": peak}
-    serve(modes, version=f"jax {jax.__version__}", parameters=parameters)
+    serve(modes, only, version=f"jax {jax.__version__}", parameters=parameters, device=platform)
 
 
 if __name__ == "__main__":
