@@ -4,6 +4,7 @@ Arguments: NETWORK BATCH [DTYPE [MODE...]].
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ PEAK_SIZE = 2048
 def main(network: str, batch_size: int, compute_dtype: str = "float32", *only: str) -> None:
     """Serves the modes train, eval and peak, or `only` some of them."""
     malloc.keep_freed()
+    malloc.compute_in_calling_thread()
     shape = NETWORKS[network].image_shape
     model = getattr(models, NETWORKS[network].model)()
     data = DataConfig("none")
@@ -59,8 +61,9 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32", *only: s
 
     def train(steps: int) -> None:
         nonlocal state
-        for _ in range(steps):
-            state, loss = step(state, there or parallel.shard(batch, mesh))
+        batches = itertools.repeat(there or batch, steps)
+        for sent in batches if there else parallel.shard_ahead(batches, mesh):
+            state, loss = step(state, sent)
         loss.block_until_ready()
 
     def evaluation(steps: int) -> None:
