@@ -6,12 +6,13 @@ Arguments: NETWORK BATCH [DTYPE [MODE...]].
 import functools
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cnn_jax import models
 from cnn_jax.common import malloc
@@ -46,23 +47,13 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32", *only: s
     initial = init_state(model, optimizer, shape, 0)
     variables = initial.variables
     state = parallel.replicate(initial, mesh)
-    random = np.random.default_rng(0)
-    batch = {
-        "image": random.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
-        "label": random.integers(0, 10, batch_size).astype(np.int32),
-        "index": np.arange(batch_size, dtype=np.int32),
-    }
     # As for the peers: the images are already in memory as float32.
-    image = jnp.asarray(random.random((batch_size, *shape), np.float32))
-
-    platform = jax.devices()[0].platform
-    # The peers' batch is on the accelerator from the start, too.
-    there = None if platform == "cpu" else parallel.shard(batch, mesh)
+    image = jnp.asarray(np.random.default_rng(0).random((batch_size, *shape), np.float32))
+    batches = _batches(batch_size, shape, mesh)
 
     def train(steps: int) -> None:
         nonlocal state
-        batches = itertools.repeat(there or batch, steps)
-        for sent in batches if there else parallel.shard_ahead(batches, mesh):
+        for sent in batches(steps):
             state, loss = step(state, sent)
         loss.block_until_ready()
 
@@ -81,7 +72,31 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32", *only: s
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     modes: dict[str, Callable[[int], None]] = {"train": train, "eval": evaluation, "peak": peak}
-    serve(modes, only, version=f"jax {jax.__version__}", parameters=parameters, device=platform)
+    about = {"version": f"jax {jax.__version__}", "device": jax.default_backend()}
+    serve(modes, only, parameters=parameters, **about)
+
+
+def _batches(
+    batch_size: int, shape: tuple[int, int, int], mesh: Mesh
+) -> Callable[[int], Iterator[dict[str, jax.Array]]]:
+    """A function that gives so many batches, each on its way to the CPU's program as in training.
+
+    On an accelerator they are one batch that is there from the start, as the peers' is.
+    """
+    random = np.random.default_rng(0)
+    batch = {
+        "image": random.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
+        "label": random.integers(0, 10, batch_size).astype(np.int32),
+        "index": np.arange(batch_size, dtype=np.int32),
+    }
+    there = parallel.shard(batch, mesh)
+
+    def batches(steps: int) -> Iterator[dict[str, jax.Array]]:
+        if jax.default_backend() == "cpu":
+            return parallel.shard_ahead(itertools.repeat(batch, steps), mesh)
+        return itertools.repeat(there, steps)
+
+    return batches
 
 
 if __name__ == "__main__":
