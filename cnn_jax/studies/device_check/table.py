@@ -19,12 +19,12 @@ def summary(found: dict) -> str:
 
 
 def errors(found: dict) -> list[str]:
-    """What went wrong in a part; the last line of its log where it could not say."""
+    """What went wrong in a part, or how its log ends where it could not say."""
     said = []
     for finding in found["findings"]:
         place = " ".join(str(finding[k]) for k in ("network", "precision") if k in finding)
         said += [": ".join(filter(None, (place, finding["error"])))] if "error" in finding else []
-    return [*said, *found.get("log", ())]
+    return [*said, *(f'its log ends with "{text}"' for text in found.get("log", ()))]
 
 
 def render(report: dict) -> str:
