@@ -13,6 +13,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
@@ -215,7 +216,7 @@ def _updated(
         whole = (state.model_state, batch, dropout_key)
         extra |= _functions_of(lambda params: loss_of(params, *whole)[0])
     update = optax.with_extra_args_support(optimizer).update
-    updates, opt_state = update(grads, state.opt_state, trained, **extra)
+    updates, opt_state = update(_in_order(grads), state.opt_state, trained, **extra)
     trained = optax.apply_updates(trained, updates)
     params = groups.merge(trained, frozen)
     evaluated = _all_evaluated(eval_params(opt_state, trained), frozen)
@@ -292,6 +293,27 @@ def _gradient(
     after, _ = jax.lax.scan(add, first, (jnp.arange(parts), split), unroll=unroll)
     model_state, loss, correct, grads = after
     return (loss / parts, (model_state, correct)), jax.tree.map(lambda x: x / parts, grads)
+
+
+def _in_order(grads: Any) -> Any:
+    """The gradients; on a GPU the kernels' get the order in memory that the kernels have.
+
+    cuDNN leaves the gradient of a kernel [KH, KW, C, O] in the order [O, KH, KW, C]. XLA would take
+    that for all of the optimizer's arithmetic, read the state across, and copy each new average back.
+    Of max_pool's step as compiled for an H100, the copies are 0.1 MB instead of 12.6, the kernels 80
+    instead of 85.
+    """
+
+    def one(grad: jax.Array) -> jax.Array:
+        if grad.ndim != 4:
+            return grad
+        return jax.lax.platform_dependent(
+            grad,
+            cuda=lambda grad: with_layout_constraint(grad, Layout((0, 1, 2, 3))),
+            default=lambda grad: grad,
+        )
+
+    return jax.tree.map(one, grads)
 
 
 def _mean_over_steps(mean: Any, params: Any, step: jax.Array, decay: float) -> Any:

@@ -27,13 +27,15 @@ from cnn_jax.common.files import local_path
 )
 def benchmark(values: flags.FlagValues) -> int | None:
     """Measures the training steps of the architectures, alone or beside PyTorch and Keras."""
-    from cnn_jax.studies.benchmark import device_check, run, speedrun
+    from cnn_jax.studies.benchmark import run, speedrun
+    from cnn_jax.studies.device_check import run as device_check
 
     if values.peer and not values.speedrun:
         raise ConfigError(f"--peer={values.peer}: needs --speedrun")
     if values.device_check:
         output = local_path(values.output or "runs/device_check")
-        return device_check.check(output, values.tiny, values.data_dir)
+        given = values.networks, values.write
+        return device_check.check(output, values.tiny, values.data_dir, *given)
     if values.speedrun:
         peer: list[dict] = []
         if values.peer:  # first, as JAX takes most of a GPU's memory

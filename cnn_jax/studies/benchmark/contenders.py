@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 from cnn_jax.common import cpu
@@ -23,16 +25,36 @@ _PEERS_REQUIREMENTS = ("torch==2.13.0", "keras==3.15.0", "tensorflow==2.21.0", "
 class Contender:
     """A worker process."""
 
-    def __init__(self, name: str, command: list[str], device: bool = False):
-        """Starts it, on the accelerator if `device`, else on the CPU."""
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        device: bool = False,
+        patience: float | None = None,
+    ):
+        """Starts it, and waits until it has compiled.
+
+        Args:
+          name: for messages.
+          command: of a worker.
+          device: on the accelerator, else on the CPU.
+          patience: the seconds in which it must answer; then it is killed.
+
+        Raises:
+          RuntimeError: it ended; so do `measure` and `stop`.
+        """
+        self.name, self._patience = name, patience
         cpu_only = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        env = {**os.environ, **({} if device else cpu_only)}
+        # JAX takes most of a GPU's memory at its start otherwise, and several contenders share it.
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        env = {**os.environ, **(shared if device else cpu_only)}
+        # Not a pipe: nobody reads it before the end, and a full one would stop the worker.
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             env=env,
             cwd=REPOSITORY,
@@ -55,6 +77,7 @@ class Contender:
 
     def stop(self) -> Measured:
         self._process.communicate()
+        self._errors.close()
         return Measured(
             self.rates,
             self.about["compile_seconds"],
@@ -65,10 +88,17 @@ class Contender:
 
     def _answer(self) -> dict:
         assert self._process.stdout is not None, "it is a pipe"
+        late = threading.Timer(self._patience or threading.TIMEOUT_MAX, self._process.kill)
+        late.start()
         line = self._process.stdout.readline()
+        late.cancel()
         if not line:
-            reason = self._process.communicate()[1].strip().splitlines()[-1:]
-            raise RuntimeError(f"{self.name} ended: {' '.join(reason)}")
+            self._process.communicate()
+            code = self._process.returncode
+            with self._errors as errors:
+                errors.seek(0)
+                reason = errors.read().strip().splitlines()[-1:]
+            raise RuntimeError(f"{self.name} ended with exit code {code}: {' '.join(reason)}")
         return json.loads(line)
 
 

@@ -1,4 +1,7 @@
-"""The contender cnn_jax: its train step and forward pass. Arguments: NETWORK BATCH [DTYPE]."""
+"""The contender cnn_jax: its train step and forward pass.
+
+Arguments: NETWORK BATCH [DTYPE [MODE...]].
+"""
 
 import functools
 import sys
@@ -8,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cnn_jax import models
 from cnn_jax.common import malloc
@@ -22,8 +26,8 @@ from cnn_jax.train.step import init_state, train_step
 PEAK_SIZE = 2048
 
 
-def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
-    """Serves the modes train, eval and peak."""
+def main(network: str, batch_size: int, compute_dtype: str = "float32", *only: str) -> None:
+    """Serves the modes train, eval and peak, or `only` some of them."""
     malloc.keep_freed()
     malloc.compute_in_calling_thread()
     shape = NETWORKS[network].image_shape
@@ -42,19 +46,14 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
     initial = init_state(model, optimizer, shape, 0)
     variables = initial.variables
     state = parallel.replicate(initial, mesh)
-    random = np.random.default_rng(0)
-    batch = {
-        "image": random.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
-        "label": random.integers(0, 10, batch_size).astype(np.int32),
-        "index": np.arange(batch_size, dtype=np.int32),
-    }
     # As for the peers: the images are already in memory as float32.
-    image = jnp.asarray(random.random((batch_size, *shape), np.float32))
+    image = jnp.asarray(np.random.default_rng(0).random((batch_size, *shape), np.float32))
+    batch = _batch(batch_size, shape, mesh)
 
     def train(steps: int) -> None:
         nonlocal state
         for _ in range(steps):
-            state, loss = step(state, parallel.shard(batch, mesh))
+            state, loss = step(state, batch)
         loss.block_until_ready()
 
     def evaluation(steps: int) -> None:
@@ -72,7 +71,19 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     modes: dict[str, Callable[[int], None]] = {"train": train, "eval": evaluation, "peak": peak}
-    serve(modes, version=f"jax {jax.__version__}", parameters=parameters)
+    about = {"version": f"jax {jax.__version__}", "device": jax.default_backend()}
+    serve(modes, only, parameters=parameters, **about)
+
+
+def _batch(batch_size: int, shape: tuple[int, int, int], mesh: Mesh) -> dict[str, Any]:
+    """Noise, as `parallel.shard` gives it: a CPU takes it anew in each step, an accelerator holds it."""
+    random = np.random.default_rng(0)
+    batch = {
+        "image": random.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
+        "label": random.integers(0, 10, batch_size).astype(np.int32),
+        "index": np.arange(batch_size, dtype=np.int32),
+    }
+    return parallel.shard(batch, mesh)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The contender PyTorch, in its own environment. Arguments: NETWORK BATCH VARIANT.
+"""The contender PyTorch, in its own environment. Arguments: NETWORK BATCH VARIANT [MODE...].
 
 Variants: default, channels_last, compile (channels_last and torch.compile), bf16 (channels_last and
 autocast). Adam 1e-3, cross-entropy; the batch is already a float32 tensor.
@@ -74,11 +74,13 @@ def speedrun() -> nn.Module:
     )
 
 
-def main(network: str, batch_size: int, variant: str) -> None:
-    """Serves the modes train and eval."""
+def main(network: str, batch_size: int, variant: str, *only: str) -> None:
+    """Serves the modes train and eval, or `only` one of them."""
     torch.manual_seed(0)
     # The parent hides the GPU where the CPUs are compared.
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # As JAX multiplies float32 on a GPU by default: TF32. Convolutions have it anyway.
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     height, width, channels = NETWORKS[network].image_shape
     model = build(NETWORKS[network]).to(device)
     image = torch.rand(batch_size, channels, height, width, device=device)
@@ -110,8 +112,9 @@ def main(network: str, batch_size: int, variant: str) -> None:
             logits[0, 0].item()  # waits for the device
 
     modes = {"train": train, "eval": evaluation}
-    serve(modes, version=f"torch {torch.__version__}", parameters=parameters)
+    version = f"torch {torch.__version__}"
+    serve(modes, only, version=version, parameters=parameters, device=device)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -1,5 +1,6 @@
 """The command `compile`: experiments, one after the other, for one topology."""
 
+import datetime
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def _section(topology: str, command: str, rows: Sequence[Sequence[str]]) -> str:
     """The training steps as a section of RESULTS.md."""
     return (
         f"## Compiled for {topology}, not measured\n\n"
-        f"`./launch.sh {command}`\n\n"
+        f"`./launch.sh {command}` on {datetime.date.today()}\n\n"
         f"JAX {jax.__version__}; the figures are those of one device. Traffic: bytes that kernels read "
         "from and write to its main memory. Bound: what the longest of arithmetic, traffic and "
         "exchange takes at the device's peak rates.\n\n" + markdown.markdown_table(table.HEAD, rows)

@@ -153,15 +153,17 @@ def test_numbers_have_three_digits_and_a_prefix(value, expected):
 
 def test_the_devices_have_rates_and_sources():
     known = targets.known()
-    assert set(known) == {"v5e", "v5p", "v6e", "h100", "a100"}
+    assert set(known) == {"v5e", "v5p", "v6e", "h100", "a100", "rtx4090"}
     for name, rates in known.items():
         assert rates.source.startswith("https://"), name
-        assert 1e14 < rates.float32 <= rates.bfloat16 < 2e15, name
+        assert 8e13 < rates.float32 <= rates.bfloat16 < 2e15, name
         assert 1e10 < rates.memory < 2e11, name
         assert bool(rates.highest) == bool(rates.target_config), name
-        assert rates.highest < rates.float32 / 4, name
+        assert rates.highest <= rates.float32, name
         assert rates.interconnect_bandwidth < rates.memory_bandwidth, name
-    assert f"device_memory_size: {known['h100'].memory}\n" in known["h100"].target_config
+        if config := rates.target_config:
+            assert f"device_memory_size: {rates.memory}\n" in config, name
+            assert f"memory_bandwidth: {rates.memory_bandwidth:.0f}\n" in config, name
 
 
 ADDS = "which is missing; ./launch.sh setup --with=compile"
@@ -170,7 +172,7 @@ ADDS = "which is missing; ./launch.sh setup --with=compile"
 @pytest.mark.parametrize(
     ("topology", "expected"),
     [
-        ("tpu", "must be cpu or one of v5e, v5p, v6e, h100, a100"),
+        ("tpu", "must be cpu or one of v5e, v5p, v6e, h100, a100, rtx4090"),
         ("v5e", "a TPU's must have a slice, as in v5e:2x2"),
         ("v5e:0x2", "a TPU's must have a slice, as in v5e:2x2"),
         ("h100:x4", "a GPU's must have a number or HOSTSxNUMBER, as in h100:2x4"),

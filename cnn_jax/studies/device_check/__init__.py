@@ -1,0 +1,1 @@
+"""`benchmark --device_check`: what only an accelerator can show."""
