@@ -55,33 +55,45 @@ const ACTIVATIONS = {
   "leaky ReLU": (x) => (x > 0 ? x : 0.01 * x),
 };
 
+// Adds `count` rows of a matrix, each times its value: eight at once, so that a sum is read and written once for
+// eight products.
+function addRows(sum, matrix, values, places, count) {
+  const [v, p] = [values, places];
+  for (let n = 0; n < count; n += 8) {
+    const [a, b, c, d, e, f, g, h] = [v[n], v[n + 1], v[n + 2], v[n + 3], v[n + 4], v[n + 5], v[n + 6], v[n + 7]];
+    const [i, j, k, l, q, r, s, t] = [p[n], p[n + 1], p[n + 2], p[n + 3], p[n + 4], p[n + 5], p[n + 6], p[n + 7]];
+    for (let x = 0; x < sum.length; x++) {
+      const first = a * matrix[i + x] + b * matrix[j + x] + c * matrix[k + x] + d * matrix[l + x];
+      sum[x] += first + e * matrix[q + x] + f * matrix[r + x] + g * matrix[s + x] + h * matrix[t + x];
+    }
+  }
+}
+
 // What each kind of step computes. A convolution stops after each row, so that a long one can be cut.
 const COMPUTE = {
   *conv(step, x) {
     const [kh, sh, oh, top, kw, sw, ow, left] = geometry(step, x);
     const co = step.kernel.shape[3];
     const y = map(oh, ow, co);
-    const weight = step.kernel.d;
     const sum = new Float64Array(co);
+    const bias = step.bias?.d ?? sum.slice();
+    const values = new Float64Array(kh * kw * x.c + 8); // what the kernel lies on, without zeros: half, behind a ReLU
+    const places = new Int32Array(values.length); // of their weights
     for (let i = 0; i < oh; i++) {
+      const [above, below] = [Math.max(0, top - i * sh), Math.min(kh, x.h + top - i * sh)];
       for (let j = 0; j < ow; j++) {
-        if (step.bias) sum.set(step.bias.d);
-        else sum.fill(0);
-        for (let a = 0; a < kh; a++) {
-          const row = i * sh + a - top;
-          if (row < 0 || row >= x.h) continue;
-          for (let b = 0; b < kw; b++) {
-            const column = j * sw + b - left;
-            if (column < 0 || column >= x.w) continue;
-            const from = (row * x.w + column) * x.c;
-            let at = (a * kw + b) * x.c * co;
-            for (let c = 0; c < x.c; c++, at += co) {
-              const value = x.d[from + c];
-              if (value === 0) continue; // half of them, behind a ReLU
-              for (let k = 0; k < co; k++) sum[k] += value * weight[at + k];
-            }
+        const [first, last] = [Math.max(0, left - j * sw), Math.min(kw, x.w + left - j * sw)];
+        let count = 0;
+        for (let a = above; a < below; a++) {
+          const from = ((i * sh + a - top) * x.w + j * sw - left) * x.c;
+          for (let k = first * x.c; k < last * x.c; k++) {
+            if (x.d[from + k] === 0) continue;
+            values[count] = x.d[from + k];
+            places[count++] = (a * kw * x.c + k) * co;
           }
         }
+        sum.set(bias);
+        addRows(sum, step.kernel.d, values.fill(0, count, count + 8), places, count);
         y.d.set(sum, (i * ow + j) * co);
       }
       yield;
@@ -567,13 +579,8 @@ const EXPLAIN = {
     const bias = step.bias?.d[c] ?? 0;
     const channel = state.input ?? strongest(sums)[0].k;
     const shown = terms(channel);
-    const matrix = (title, key, limit) =>
-      grid(
-        title,
-        kw,
-        shown.map((term) => term[key]),
-        limit,
-      );
+    const numbers = (key) => shown.map((term) => term[key]);
+    const matrix = (title, key, limit) => grid(title, kw, numbers(key), limit);
     const figure = html`
       <div class="grids">
         ${matrix(t("patch", { channel }), "input", largest(given.d))}<span class="sign">×</span>
