@@ -55,10 +55,8 @@ const ACTIVATIONS = {
   "leaky ReLU": (x) => (x > 0 ? x : 0.01 * x),
 };
 
-// Adds `count` rows of a matrix, each times its value: eight at once, so that a sum is read and written once for
-// eight products.
-function addRows(sum, matrix, values, places, count) {
-  const [v, p] = [values, places];
+// Adds `count` rows of a matrix, from places p, times values v: eight at once, for one reading and writing of a sum.
+function addRows(sum, matrix, v, p, count) {
   for (let n = 0; n < count; n += 8) {
     const [a, b, c, d, e, f, g, h] = [v[n], v[n + 1], v[n + 2], v[n + 3], v[n + 4], v[n + 5], v[n + 6], v[n + 7]];
     const [i, j, k, l, q, r, s, t] = [p[n], p[n + 1], p[n + 2], p[n + 3], p[n + 4], p[n + 5], p[n + 6], p[n + 7]];
@@ -106,8 +104,7 @@ const COMPUTE = {
     y.d.fill(-Infinity);
     for (const [i, j] of cells(y.h * kh, y.w * kw)) {
       const to = (Math.floor(i / kh) * y.w + Math.floor(j / kw)) * x.c;
-      const from = (i * x.w + j) * x.c;
-      for (let c = 0; c < x.c; c++) y.d[to + c] = Math.max(y.d[to + c], x.d[from + c]);
+      for (let c = 0; c < x.c; c++) y.d[to + c] = Math.max(y.d[to + c], x.d[(i * x.w + j) * x.c + c]);
     }
     return y;
   },
@@ -151,8 +148,7 @@ function* predict(run, x) {
   let maps = null;
   const logits = new Float64Array(content.classes.length);
   for (const [weight, places] of run.views) {
-    const view = map(H, W, C);
-    for (let i = 0; i < view.d.length; i++) view.d[i] = x.d[places[Math.floor(i / C)] * C + (i % C)];
+    const view = each(x, (_, i) => x.d[places[Math.floor(i / C)] * C + (i % C)]);
     const found = yield* forward(run.steps, view);
     maps ??= found;
     for (const [k, value] of found.at(-2).d.entries()) logits[k] += weight * value;
@@ -209,9 +205,8 @@ const bytes = (text) => Uint8Array.from(atob(text), (character) => character.cha
 const runs = content.runs;
 for (const [place, run] of runs.entries()) {
   const data = new Float32Array(bytes(document.getElementsByClassName("weights")[place].textContent).buffer);
-  for (const array of run.steps.flatMap(Object.values)) {
-    if (array?.shape) array.d = data.subarray(array.at, array.at + array.shape.reduce((a, b) => a * b, 1));
-  }
+  for (const array of run.steps.flatMap(Object.values).filter((value) => value?.shape))
+    array.d = data.subarray(array.at, array.at + array.shape.reduce((a, b) => a * b, 1));
   run.steps.push({ kind: "softmax" });
 }
 
@@ -328,10 +323,7 @@ function lay(source, exact = null) {
   drawn(exact);
 }
 
-function drawn(exact = null) {
-  state.exact = exact;
-  update();
-}
+const drawn = (exact = null) => update(Object.assign(state, { exact }));
 
 // Draws from where the pen is, or a dot where it is put down.
 function stroke(x, y, down = false) {
@@ -369,18 +361,12 @@ function padImage() {
   return rendered(H, W, (context) => context.drawImage(pad, ...found, (W - w) / 2, (H - h) / 2, w, h));
 }
 
-// A canvas in the background's colour.
-function sheet(h, w) {
+// What `draw` draws on the background's colour, as an image of h x w.
+function rendered(h, w, draw) {
   const canvas = Object.assign(document.createElement("canvas"), { width: w, height: h });
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   fill(context);
-  return context;
-}
-
-// What `draw` draws on such a canvas, as an image of h x w.
-function rendered(h, w, draw) {
-  const context = sheet(h, w);
   draw(context);
   const { data } = context.getImageData(0, 0, w, h);
   const grey = (i) => Math.round(0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2]);
@@ -644,14 +630,27 @@ function showDetail({ at, step, of, key, values, figure, line, index, y, x, c, v
   const area = [field[4] + y * field[2], field[5] + x * field[3], field[0], field[1]];
   paint($("window"), H, W, rgb(state.shown));
   put($("mark"), frame(area, { h: H, w: W }));
+  showSeen(field, of);
   put($("made"), html`<p>${t(key, values)}</p>${figure}<p class="formula">${line}</p>`);
+}
+
+// How many values of a map see each pixel: where padding is "valid", fewer see the border than the middle.
+function showSeen([high, wide, down, right, top, left], of) {
+  const covers = (k, first, size) => k >= first && k < first + size;
+  const times = (whole, first, size, step, most) =>
+    range(whole).map((k) => range(most).filter((i) => covers(k, first + i * step, size)).length);
+  const [rows, columns] = [times(H, top, high, down, of.h), times(W, left, wide, right, of.w)];
+  const seen = cells(H, W).map(([i, j]) => rows[i] * columns[j]);
+  const values = { corner: count(seen[0]), middle: count(largest(seen)), count: count(of.h * of.w) };
+  paint($("times"), H, W, (k) => colour(seen[k] / largest(seen)));
+  $("times_text").textContent = t("times", values);
+  $("seen_by").hidden = !isMap(of);
 }
 
 // A sum as text: all terms, or, of more than `most`, the largest.
 function written(terms, most, shown) {
-  if (terms.length <= most) return terms.map(({ text }) => text).join(" + ");
-  const largest = strongest(terms).slice(0, shown);
-  return [...largest.map(({ text }) => text), "…"].join(" + ");
+  const kept = terms.length <= most ? terms : [...strongest(terms).slice(0, shown), { text: "…" }];
+  return kept.map(({ text }) => text).join(" + ");
 }
 
 // A small matrix of w columns as numbers, a larger one as a picture.
@@ -754,16 +753,15 @@ async function showCovered() {
 
 const larger = { y: 0, x: 0, h: 2 * H, w: 2 * W, scores: null, ticket: 0 };
 
-// What the window moves over: the reader's picture, or test images on a canvas.
-function scene() {
-  const context = sheet(3 * H, 5 * W);
+// The part from (y, x) of what the window moves over: the reader's picture, or test images.
+function drawScene(context, y, x) {
+  context.translate(-x, -y);
   const scale = photo && Math.min((5 * W) / photo.width, (3 * H) / photo.height);
   if (photo) context.drawImage(photo, 0, 0, photo.width * scale, photo.height * scale);
   for (const k of photo ? [] : range(Math.min(8, content.images.length))) {
     const [top, left] = [0.15 + 1.45 * (k % 2) + 0.1 * (k % 3), 0.05 + 1.25 * (k >> 1)];
     context.drawImage(canvasOf(testImage(k)), Math.round(left * W), Math.round(top * H));
   }
-  return context.canvas;
 }
 
 // The part of the scene, and over the middle of each window its class, as strong as its probability. The
@@ -772,10 +770,9 @@ async function showLarger(row = larger.y, column = larger.x) {
   const run = current();
   if (!run.any_size) return put($("larger"), html`<p>${t("larger_none")}</p>`);
   larger.ticket++;
-  const whole = scene();
   const { h, w } = larger;
-  const [y, x] = [clamp(Math.round(row), 0, whole.height - h), clamp(Math.round(column), 0, whole.width - w)];
-  const part = rendered(h, w, (context) => context.drawImage(whole, -x, -y));
+  const [y, x] = [clamp(Math.round(row), 0, 3 * H - h), clamp(Math.round(column), 0, 5 * W - w)];
+  const part = rendered(h, w, (context) => drawScene(context, y, x));
   const steps = run.steps.filter(({ kind }) => !["flatten", "mean", "softmax"].includes(kind));
   const scores = (await finish(forward(steps, part), larger)).at(-1);
   Object.assign(larger, { y, x, scores });
@@ -783,11 +780,8 @@ async function showLarger(row = larger.y, column = larger.x) {
   const side = Math.min(down, right, 8);
   const found = cells(scores.h, scores.w).map(([i, j], k) => {
     const shares = softmax(scores.d.subarray(k * scores.c, (k + 1) * scores.c));
-    return {
-      i: best(shares),
-      share: Math.max(...shares),
-      at: [top + high / 2 + i * down, left + wide / 2 + j * right],
-    };
+    const at = [top + high / 2 + i * down, left + wide / 2 + j * right];
+    return { i: best(shares), share: Math.max(...shares), at };
   });
   const square = ([row, column], size) => placed([row - size[0] / 2, column - size[1] / 2, ...size], larger);
   const tile = ({ i, share, at }) =>
@@ -844,14 +838,14 @@ const CLICKS = {
 
 // Calls `react` with places in an element, as shares of its height and width, while a pointer is down there.
 function listenToPointer(target, react) {
-  for (const name of ["pointerdown", "pointermove"]) {
-    target.addEventListener(name, (event) => {
-      if (name === "pointerdown") target.setPointerCapture(event.pointerId);
-      const area = target.getBoundingClientRect();
-      const place = [(event.clientY - area.top) / area.height, (event.clientX - area.left) / area.width];
-      if (event.buttons) react(...place, name === "pointerdown");
-    });
-  }
+  const listener = (event) => {
+    const down = event.type === "pointerdown";
+    if (down) target.setPointerCapture(event.pointerId);
+    const area = target.getBoundingClientRect();
+    const place = [(event.clientY - area.top) / area.height, (event.clientX - area.left) / area.width];
+    if (event.buttons) react(...place, down);
+  };
+  for (const name of ["pointerdown", "pointermove"]) target.addEventListener(name, listener);
 }
 
 function listen() {
@@ -883,11 +877,10 @@ function listen() {
     larger.scores = null;
     update();
   });
-  document.addEventListener("dragover", (event) => event.preventDefault());
-  for (const name of ["drop", "paste"]) {
+  for (const name of ["dragover", "drop", "paste"]) {
     document.addEventListener(name, (event) => {
       event.preventDefault();
-      openFile((event.dataTransfer ?? event.clipboardData).files[0]);
+      if (name !== "dragover") openFile((event.dataTransfer ?? event.clipboardData).files[0]);
     });
   }
 }
