@@ -159,6 +159,10 @@ def test_a_value_is_taken_apart(browser: Browser):
         hand.press(f".column:nth-of-type({place + 1}) .cell", "ArrowRight")
         assert browser.evaluate("playground.state.chosen.step") == place - 1
         assert "=" in hand.text(".detail")
+    hand.press("#cell-1-2", "ArrowRight")
+    assert "top left by 9, the middle by 25 of the 784 values" in hand.text("#times_text")
+    hand.press("#cell-4-0", "ArrowRight")  # sees 14x14 at every second pixel, from -2: 2x2 and 7x7
+    assert "top left by 4, the middle by 49 of the 100 values" in hand.text("#times_text")
     assert browser.errors == []
 
 
