@@ -11,7 +11,9 @@ import pytest
 from cnn_jax.analysis.playground import page
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.data.examples import InMemory
+from cnn_jax.models import MLP
 from tests.browser import Browser
+from tests.quick import make_run
 
 MINUS = "\N{MINUS SIGN}"
 READY = """
@@ -163,6 +165,21 @@ def test_a_value_is_taken_apart(browser: Browser):
     assert "top left by 9, the middle by 25 of the 784 values" in hand.text("#times_text")
     hand.press("#cell-4-0", "ArrowRight")  # sees 14x14 at every second pixel, from -2: 2x2 and 7x7
     assert "top left by 4, the middle by 49 of the 100 values" in hand.text("#times_text")
+    assert browser.errors == []
+
+
+def test_a_large_kernel_is_a_picture(
+    browser: Browser, examples: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """That of a dense layer on the image itself, which is as large as the image."""
+    monkeypatch.setattr(page.sources, "load_examples", lambda *_: examples)
+    browser.open(page.playground([make_run(tmp_path, MLP())]), 1280)
+    assert browser.evaluate(READY) < 1e-5
+    hand = Hand(browser)
+    hand.press(".column:nth-of-type(3) .cell", "ArrowRight")
+    assert hand.text("#statement").startswith("Dense_0, unit")
+    sizes = "[...document.querySelectorAll('#made canvas')].map((one) => one.width)"
+    assert browser.evaluate(sizes) == [28, 28, 28]  # patch, kernel, products
     assert browser.errors == []
 
 

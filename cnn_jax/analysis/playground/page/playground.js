@@ -248,7 +248,7 @@ function write(value) {
   return value?.markup ?? String(value ?? "").replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-const waiting = []; // pictures whose canvases are not yet in the page
+const waiting = []; // pictures whose canvases are not yet in the page: made where `put` is called
 
 // A canvas of h x w pixels, whose colours [red, green, blue, 255] `at` gives.
 function picture(h, w, at, label) {
@@ -331,10 +331,7 @@ function stroke(x, y, down = false) {
   const shade = $("shade").value;
   pen.strokeStyle = C === 3 ? shade : `rgb(${shade} ${shade} ${shade})`;
   Object.assign(pen, { lineWidth: +$("brush").value, lineCap: "round", lineJoin: "round" });
-  pen.beginPath();
-  pen.moveTo(cursor.x, cursor.y);
-  pen.lineTo(x + 0.01, y);
-  pen.stroke();
+  pen.stroke(new Path2D(`M${cursor.x} ${cursor.y}L${x + 0.01} ${y}`));
   Object.assign(cursor, { x, y });
   drawn();
 }
@@ -567,7 +564,7 @@ const EXPLAIN = {
     const shown = terms(channel);
     const numbers = (key) => shown.map((term) => term[key]);
     const matrix = (title, key, limit) => grid(title, kw, numbers(key), limit);
-    const figure = html`
+    const figure = () => html`
       <div class="grids">
         ${matrix(t("patch", { channel }), "input", largest(given.d))}<span class="sign">×</span>
         ${matrix(t("kernel"), "weight")}<span class="sign">=</span>${matrix(t("products"), "value")}
@@ -581,7 +578,8 @@ const EXPLAIN = {
   pool({ step, given, y, x, c, value, part }) {
     const [kh, kw] = step.window;
     const window = cells(kh, kw).map(([a, b]) => given.d[((y * kh + a) * given.w + x * kw + b) * given.c + c]);
-    const figure = html`<div class="grids">${grid(t("patch", { channel: c }), kw, window, largest(given.d))}</div>`;
+    const figure = () =>
+      html`<div class="grids">${grid(t("patch", { channel: c }), kw, window, largest(given.d))}</div>`;
     const line = `max(${window.map((one) => number(one)).join(", ")}) = ${number(value)}`;
     return { parts: [part(value, c, [y * kh, x * kw, kh, kw])], figure, line };
   },
@@ -614,7 +612,8 @@ const EXPLAIN = {
         ${texts.map((text) => html`<td>${text}</td>`)}</tr>`;
     };
     const head = ["class", "logit", "power", "softmax"].map((key) => html`<th scope="col">${t(key)}</th>`);
-    const figure = html`<table class="plain"><thead><tr>${head}</tr></thead><tbody>${shares.map(row)}</tbody></table>`;
+    const figure = () =>
+      html`<table class="plain"><thead><tr>${head}</tr></thead><tbody>${shares.map(row)}</tbody></table>`;
     const line = `exp(${number(given.d[c])} − ${bracket(most)}) / ${number(1 / Math.max(...shares))} = ${number(value)}`;
     return { parts: shares.map((share, k) => part(share, k, [], k)), figure, line };
   },
@@ -631,14 +630,13 @@ function showDetail({ at, step, of, key, values, figure, line, index, y, x, c, v
   paint($("window"), H, W, rgb(state.shown));
   put($("mark"), frame(area, { h: H, w: W }));
   showSeen(field, of);
-  put($("made"), html`<p>${t(key, values)}</p>${figure}<p class="formula">${line}</p>`);
+  put($("made"), html`<p>${t(key, values)}</p>${figure?.()}<p class="formula">${line}</p>`);
 }
 
 // How many values of a map see each pixel: where padding is "valid", fewer see the border than the middle.
 function showSeen([high, wide, down, right, top, left], of) {
-  const covers = (k, first, size) => k >= first && k < first + size;
   const times = (whole, first, size, step, most) =>
-    range(whole).map((k) => range(most).filter((i) => covers(k, first + i * step, size)).length);
+    range(whole).map((k) => range(most).filter((i) => k >= first + i * step && k < first + i * step + size).length);
   const [rows, columns] = [times(H, top, high, down, of.h), times(W, left, wide, right, of.w)];
   const seen = cells(H, W).map(([i, j]) => rows[i] * columns[j]);
   const values = { corner: count(seen[0]), middle: count(largest(seen)), count: count(of.h * of.w) };
@@ -759,7 +757,7 @@ function drawScene(context, y, x) {
   const scale = photo && Math.min((5 * W) / photo.width, (3 * H) / photo.height);
   if (photo) context.drawImage(photo, 0, 0, photo.width * scale, photo.height * scale);
   for (const k of photo ? [] : range(Math.min(8, content.images.length))) {
-    const [top, left] = [0.15 + 1.45 * (k % 2) + 0.1 * (k % 3), 0.05 + 1.25 * (k >> 1)];
+    const [top, left] = [0.5 + 1.25 * (k % 2) + 0.1 * (k % 3), 0.5 + 1.15 * (k >> 1)]; // the first: in the frame
     context.drawImage(canvasOf(testImage(k)), Math.round(left * W), Math.round(top * H));
   }
 }
