@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         environment.check_xla_flags()
         cache.enable_compilation_cache()
         malloc.keep_freed()
+        malloc.compute_in_calling_thread()
         code = command.run(values) or 0
         sys.stdout.flush()
         return code

@@ -3,6 +3,8 @@
 import ctypes
 import os
 
+import jax
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
 
 
@@ -16,9 +18,6 @@ def keep_freed() -> None:
     Intel Xeon (model 167, AVX-512): fully_conv 1.2, same_padding 1.15, cifar 1.0.
 
     Other allocators are not changed, nor is glibc's if MALLOC_... or GLIBC_TUNABLES have tuned it.
-    A block that is too large for a thread's heap (64 MB) is still mapped separately and unmapped.
-    One heap for all threads (glibc.malloc.arena_max=1) keeps such blocks too: its speedup is 1.1 to
-    1.6 for the speedrun at batch 2000, with twice the memory, but 0.75 for LeNet at batch 32.
     """
     tuned = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if tuned or any(name.startswith("MALLOC_") for name in os.environ):
@@ -27,3 +26,14 @@ def keep_freed() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def compute_in_calling_thread() -> None:
+    """Tells JAX to run programs for one CPU in the thread that calls them. Call it before JAX starts.
+
+    XLA allocates one block for all temporaries of a program, in the thread that runs it. By default
+    JAX has threads for that. glibc gives such a thread a heap of at most 64 MB: it maps a larger
+    block, and unmaps it after each step, whatever `keep_freed` said. The main thread's heap has no
+    limit. Measured: ops/README.md.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)

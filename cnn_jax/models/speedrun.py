@@ -52,6 +52,7 @@ def whitening(
     )
     windows = [image[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
     patches = jnp.concatenate(windows, -1).reshape(-1, height * width * shape[2])
+    patches = patches.astype(jnp.float32)  # eigh takes no bfloat16
     moments = patches.T @ patches / patches.shape[0]  # not len(): an export has no fixed length
     variances, vectors = jnp.linalg.eigh(moments)
     filters = vectors / jnp.sqrt(variances + 5e-4)

@@ -66,7 +66,7 @@ class Calls(abc.ABC):
 
 
 class Streamed(Calls):
-    """One step a call. The host makes each batch and sends it."""
+    """One step a call. Another thread makes each batch and sends it, while the one before computes."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class Streamed(Calls):
         size = self._batch_size
         rows = parallel.own_rows(self._mesh, size)
         data = loader.training_batches(self._examples, order, size, done, epoch, rows)
-        for after, batch in enumerate(data, done + 1):
-            yield after, self._step, parallel.shard(batch, self._mesh, size)
+        for after, batch in enumerate(parallel.shard_ahead(data, self._mesh, size), done + 1):
+            yield after, self._step, batch
 
 
 class Resident(Calls):

@@ -102,10 +102,11 @@ def each_batch(
     batch_size = -(-min(batch_size, len(examples)) // mesh.size) * mesh.size
     outputs: list[Any] = []
     rows = parallel.own_rows(mesh, batch_size)
-    for batch in loader.evaluation_batches(examples, batch_size, rows):
+    batches = loader.evaluation_batches(examples, batch_size, rows)
+    for batch in parallel.shard_ahead(batches, mesh, batch_size):
         if before_each is not None:
             before_each()
-        outputs.append(eval_step(variables, parallel.shard(batch, mesh, batch_size)))
+        outputs.append(eval_step(variables, batch))
         if len(outputs) > parallel.QUEUE:
             jax.block_until_ready(outputs[-parallel.QUEUE])
     return [parallel.to_host(output) for output in outputs]

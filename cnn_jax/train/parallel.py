@@ -5,7 +5,7 @@ Only this file creates meshes and shardings or calls pmap. One device is a mesh 
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cnn_jax.common import cpu, gpu
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config
+from cnn_jax.data.prefetch import look_ahead
 from cnn_jax.ops import bfloat16
 
 AXIS = "data"
@@ -135,6 +136,13 @@ def shard(
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
 
     return {name: spread(array) for name, array in batch.items()}
+
+
+def shard_ahead(
+    batches: Iterable[dict[str, np.ndarray]], mesh: Mesh, batch_size: int | None = None
+) -> Iterator[dict[str, jax.Array]]:
+    """As `shard`, each batch by a second thread while the program computes the one before."""
+    return look_ahead(shard(batch, mesh, batch_size) for batch in batches)
 
 
 def put(arrays: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -2,7 +2,7 @@
 
 ./launch.sh train --experiment=cifar10/speedrun
 Test accuracy 0.9407 ± 0.0007 (n = 5): 22 minutes on two cores of an Intel Xeon with AVX-512 and
-one heap for all threads (cnn_jax/ops/README.md), 54 on two Zen 4 cores that had other work too.
+one heap for all threads (glibc.malloc.arena_max=1), 54 on two Zen 4 cores that had other work too.
 """
 
 from cnn_jax.config import Config, DataConfig

@@ -2,7 +2,7 @@
 
 ./launch.sh train --experiment=fashion_mnist/record
 Test accuracy 0.9520 ± 0.0003 (n = 3): 33 minutes on two cores of an Intel Xeon with AVX-512 and
-one heap for all threads (cnn_jax/ops/README.md), 49 on two Zen 4 cores that had other work too.
+one heap for all threads (glibc.malloc.arena_max=1), 49 on two Zen 4 cores that had other work too.
 
 1,962,152 parameters on 28x28x1, 0.39 PFLOP of training. The recipe is that of cifar10/speedrun, with
 more epochs.

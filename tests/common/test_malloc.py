@@ -32,12 +32,29 @@ write()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+# The same of a program of JAX, whose product of 77 MB is a temporary.
+COMPUTED = """
+import resource
+import jax, jax.numpy as jnp
+from cnn_jax.common import malloc as memory
 
-def pages(**tuning: str) -> int:
+memory.keep_freed()
+memory.compute_in_calling_thread()
+x = jnp.ones((4400, 8))
+compute = jax.jit(lambda x: jnp.tanh(x @ x.T) @ x)
+for _ in range(3):
+    compute(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+compute(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def pages(script: str = TWICE, **tuning: str) -> int:
     names = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     env = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
-        [sys.executable, "-c", TWICE],
+        [sys.executable, "-c", script],
         env=env | {"PYTHONPATH": str(PACKAGE.parent)} | tuning,
         capture_output=True,
         text=True,
@@ -54,6 +71,11 @@ needs_glibc = pytest.mark.skipif(
 @needs_glibc
 def test_freed_memory_is_used_again_without_the_kernel():
     assert pages() < 16
+
+
+@needs_glibc
+def test_a_program_computes_in_the_memory_of_the_call_before():
+    assert pages(COMPUTED) < 4400**2 * 4 / 2**12 / 10  # a tenth of the temporary's pages
 
 
 @needs_glibc

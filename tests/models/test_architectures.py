@@ -1,3 +1,4 @@
+import functools
 import re
 
 import flax.linen as nn
@@ -411,6 +412,20 @@ def test_num_classes(name):
     shape = COLOUR if name in ("CifarCNN", "SpeedrunCNN") else GRAY
     logits, _ = jax.eval_shape(net.init_with_output, jax.random.key(0), abstract(shape))
     assert logits.shape[-1] == 7
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_training_in_bfloat16(name):
+    """The forward pass of a training step takes bfloat16 for images and parameters."""
+    net = getattr(models, name)()
+    shape = COLOUR if name in ("CifarCNN", "SpeedrunCNN") else GRAY
+    variables = jax.eval_shape(net.init, jax.random.key(0), abstract(shape))
+    coarse = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), variables)
+    image = jax.ShapeDtypeStruct((2, *shape), jnp.bfloat16)
+    logits, _ = jax.eval_shape(
+        functools.partial(net.apply, train=True, mutable=["batch_stats"]), coarse, image
+    )
+    assert logits.dtype == jnp.bfloat16
 
 
 # ----------------------------------------------------------------------------------- speedrun

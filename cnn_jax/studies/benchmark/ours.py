@@ -1,6 +1,7 @@
 """The contender cnn_jax: its train step and forward pass. Arguments: NETWORK BATCH [DTYPE]."""
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ PEAK_SIZE = 2048
 def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
     """Serves the modes train, eval and peak."""
     malloc.keep_freed()
+    malloc.compute_in_calling_thread()
     shape = NETWORKS[network].image_shape
     model = getattr(models, NETWORKS[network].model)()
     data = DataConfig("none")
@@ -52,8 +54,8 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32") -> None:
 
     def train(steps: int) -> None:
         nonlocal state
-        for _ in range(steps):
-            state, loss = step(state, parallel.shard(batch, mesh))
+        for sent in parallel.shard_ahead(itertools.repeat(batch, steps), mesh):
+            state, loss = step(state, sent)
         loss.block_until_ready()
 
     def evaluation(steps: int) -> None:
