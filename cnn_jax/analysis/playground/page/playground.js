@@ -783,7 +783,7 @@ async function showLarger(row = larger.y, column = larger.x) {
   });
   const square = ([row, column], size) => placed([row - size[0] / 2, column - size[1] / 2, ...size], larger);
   const tile = ({ i, share, at }) =>
-    html`<b class="tone${i % 10}" data-style="${square(at, [side, side])};opacity:${0.35 + 0.65 * share ** 2}">${side > 3 ? i : ""}</b>`;
+    html`<b class="tone${i % 10}" data-style="${square(at, [side, side])};--share:${20 + 70 * share ** 2}%">${side > 3 ? i : ""}</b>`;
   const here = found[(scores.h >> 1) * scores.w + (scores.w >> 1)];
   const mark = html`<i class="mark" data-style="${square(here.at, [H, W])}"></i>`;
   put($("larger"), imageOf(part), found.map(tile), mark);
