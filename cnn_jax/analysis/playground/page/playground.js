@@ -374,12 +374,13 @@ function rendered(h, w, draw) {
 // Lays an image file on the pad. The browser decodes and reduces it outside of this thread.
 async function openFile(file) {
   $("message").textContent = t("reading");
-  const bitmap = await createImageBitmap(file, { resizeWidth: 512, resizeQuality: "medium" }).catch(() => null);
-  const refusal = !bitmap ? t("not_image") : bitmap.height > 4096 ? t("too_long") : "";
+  const reduced = (resizeWidth, resizeQuality) =>
+    createImageBitmap(file, { resizeWidth, resizeQuality }).catch(() => null);
+  const probe = await reduced(16, "low"); // because a long and narrow one, 512 wide, has too many pixels
+  const refusal = !probe ? t("not_image") : probe.height > 128 ? t("too_long") : "";
+  if (!refusal) [photo, larger.scores] = [await reduced(512, "medium"), null];
   $("message").textContent = refusal;
-  if (refusal) return;
-  [photo, larger.scores] = [bitmap, null];
-  lay(bitmap);
+  if (!refusal) lay(photo);
 }
 
 // ---- From the input to all that is shown -----------------------------------------------------------
@@ -824,7 +825,7 @@ const CLICKS = {
   move: ({ dataset }) => moveBy(dataset.by.split(",").map(Number)),
   slide,
   cover: showCovered,
-  open: () => $("file").click(),
+  open: () => Object.assign($("file"), { value: "" }).click(), // so that the same file can be opened again
   clear: () => lay(null),
   invert() {
     pen.globalCompositeOperation = "difference";
