@@ -82,7 +82,7 @@ class Browser:
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
-            height=844,
+            height=844 if width < 500 else 800,  # of a phone, of a laptop
             deviceScaleFactor=1,
             mobile=width < 500,
         )

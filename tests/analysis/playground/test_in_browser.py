@@ -11,7 +11,10 @@ import pytest
 from cnn_jax.analysis.playground import page
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.data.examples import InMemory
+from cnn_jax.models import MLP
 from tests.browser import Browser
+from tests.quick import make_run
+from tests.tiny import png_file
 
 MINUS = "\N{MINUS SIGN}"
 READY = """
@@ -159,24 +162,58 @@ def test_a_value_is_taken_apart(browser: Browser):
         hand.press(f".column:nth-of-type({place + 1}) .cell", "ArrowRight")
         assert browser.evaluate("playground.state.chosen.step") == place - 1
         assert "=" in hand.text(".detail")
+    hand.press("#cell-1-2", "ArrowRight")
+    assert "top left by 9, the middle by 25 of the 784 values" in hand.text("#times_text")
+    hand.press("#cell-4-0", "ArrowRight")  # sees 14x14 at every second pixel, from -2: 2x2 and 7x7
+    assert "top left by 4, the middle by 49 of the 100 values" in hand.text("#times_text")
     assert browser.errors == []
 
 
-def test_files_that_are_no_images(browser: Browser):
-    browser.evaluate(
-        """(async () => {
-          const dataTransfer = new DataTransfer();
-          dataTransfer.items.add(new File(["no image"], "notes.txt"));
+def test_a_large_kernel_is_a_picture(
+    browser: Browser, examples: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """That of a dense layer on the image itself, which is as large as the image."""
+    monkeypatch.setattr(page.sources, "load_examples", lambda *_: examples)
+    browser.open(page.playground([make_run(tmp_path, MLP())]), 1280)
+    assert browser.evaluate(READY) < 1e-5
+    hand = Hand(browser)
+    hand.press(".column:nth-of-type(3) .cell", "ArrowRight")
+    assert hand.text("#statement").startswith("Dense_0, unit")
+    sizes = "[...document.querySelectorAll('#made canvas')].map((one) => one.width)"
+    assert browser.evaluate(sizes) == [28, 28, 28]  # patch, kernel, products
+    assert browser.errors == []
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (b"no image", "This is not an image that the browser can read. Drop a PNG"),
+        (png_file(10, 20_000, bytes(11 * 20_000)), "This image is too long and narrow"),
+    ],
+    ids=["text", "long"],
+)
+def test_files_that_are_refused(browser: Browser, file: bytes, said: str):
+    """At once: an image as wide as the pad and 2,000 times as high would hold the page for 20 s."""
+    longest = browser.evaluate(
+        f"""(async () => {{
           const message = document.getElementById("message");
-          const answered = new Promise((next) => {
-            const look = () => message.textContent.startsWith("This is") && next();
-            new MutationObserver(look).observe(message, { childList: true, subtree: true });
-          });
-          document.dispatchEvent(new DragEvent("drop", { dataTransfer }));
-          await answered;
-        })()"""
+          const pause = () => new Promise((next) => setTimeout(next, 10));
+          const text = atob("{base64.b64encode(file).decode()}");
+          const data = Uint8Array.from(text, (one) => one.charCodeAt(0));
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([data], "dropped"));
+          document.dispatchEvent(new DragEvent("drop", {{ dataTransfer }}));
+          let [last, longest] = [performance.now(), 0];
+          for (let i = 0; i < 500 && !message.textContent.startsWith("This"); i++) {{
+            await pause();
+            longest = Math.max(longest, performance.now() - last);
+            last = performance.now();
+          }}
+          return longest;
+        }})()"""
     )
-    assert Hand(browser).text("#message").startswith("This is not an image")
+    assert Hand(browser).text("#message").startswith(said)
+    assert longest < 3000  # ms; an idle machine takes 50
 
 
 @pytest.mark.parametrize("width", [390, 1280])

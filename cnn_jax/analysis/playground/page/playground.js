@@ -55,33 +55,43 @@ const ACTIVATIONS = {
   "leaky ReLU": (x) => (x > 0 ? x : 0.01 * x),
 };
 
+// Adds `count` rows of a matrix, from places p, times values v: eight at once, for one reading and writing of a sum.
+function addRows(sum, matrix, v, p, count) {
+  for (let n = 0; n < count; n += 8) {
+    const [a, b, c, d, e, f, g, h] = [v[n], v[n + 1], v[n + 2], v[n + 3], v[n + 4], v[n + 5], v[n + 6], v[n + 7]];
+    const [i, j, k, l, q, r, s, t] = [p[n], p[n + 1], p[n + 2], p[n + 3], p[n + 4], p[n + 5], p[n + 6], p[n + 7]];
+    for (let x = 0; x < sum.length; x++) {
+      const first = a * matrix[i + x] + b * matrix[j + x] + c * matrix[k + x] + d * matrix[l + x];
+      sum[x] += first + e * matrix[q + x] + f * matrix[r + x] + g * matrix[s + x] + h * matrix[t + x];
+    }
+  }
+}
+
 // What each kind of step computes. A convolution stops after each row, so that a long one can be cut.
 const COMPUTE = {
   *conv(step, x) {
     const [kh, sh, oh, top, kw, sw, ow, left] = geometry(step, x);
     const co = step.kernel.shape[3];
     const y = map(oh, ow, co);
-    const weight = step.kernel.d;
     const sum = new Float64Array(co);
+    const bias = step.bias?.d ?? sum.slice();
+    const values = new Float64Array(kh * kw * x.c + 8); // what the kernel lies on, without zeros: half, behind a ReLU
+    const places = new Int32Array(values.length); // of their weights
     for (let i = 0; i < oh; i++) {
+      const [above, below] = [Math.max(0, top - i * sh), Math.min(kh, x.h + top - i * sh)];
       for (let j = 0; j < ow; j++) {
-        if (step.bias) sum.set(step.bias.d);
-        else sum.fill(0);
-        for (let a = 0; a < kh; a++) {
-          const row = i * sh + a - top;
-          if (row < 0 || row >= x.h) continue;
-          for (let b = 0; b < kw; b++) {
-            const column = j * sw + b - left;
-            if (column < 0 || column >= x.w) continue;
-            const from = (row * x.w + column) * x.c;
-            let at = (a * kw + b) * x.c * co;
-            for (let c = 0; c < x.c; c++, at += co) {
-              const value = x.d[from + c];
-              if (value === 0) continue; // half of them, behind a ReLU
-              for (let k = 0; k < co; k++) sum[k] += value * weight[at + k];
-            }
+        const [first, last] = [Math.max(0, left - j * sw), Math.min(kw, x.w + left - j * sw)];
+        let count = 0;
+        for (let a = above; a < below; a++) {
+          const from = ((i * sh + a - top) * x.w + j * sw - left) * x.c;
+          for (let k = first * x.c; k < last * x.c; k++) {
+            if (x.d[from + k] === 0) continue;
+            values[count] = x.d[from + k];
+            places[count++] = (a * kw * x.c + k) * co;
           }
         }
+        sum.set(bias);
+        addRows(sum, step.kernel.d, values.fill(0, count, count + 8), places, count);
         y.d.set(sum, (i * ow + j) * co);
       }
       yield;
@@ -94,8 +104,7 @@ const COMPUTE = {
     y.d.fill(-Infinity);
     for (const [i, j] of cells(y.h * kh, y.w * kw)) {
       const to = (Math.floor(i / kh) * y.w + Math.floor(j / kw)) * x.c;
-      const from = (i * x.w + j) * x.c;
-      for (let c = 0; c < x.c; c++) y.d[to + c] = Math.max(y.d[to + c], x.d[from + c]);
+      for (let c = 0; c < x.c; c++) y.d[to + c] = Math.max(y.d[to + c], x.d[(i * x.w + j) * x.c + c]);
     }
     return y;
   },
@@ -139,8 +148,7 @@ function* predict(run, x) {
   let maps = null;
   const logits = new Float64Array(content.classes.length);
   for (const [weight, places] of run.views) {
-    const view = map(H, W, C);
-    for (let i = 0; i < view.d.length; i++) view.d[i] = x.d[places[Math.floor(i / C)] * C + (i % C)];
+    const view = each(x, (_, i) => x.d[places[Math.floor(i / C)] * C + (i % C)]);
     const found = yield* forward(run.steps, view);
     maps ??= found;
     for (const [k, value] of found.at(-2).d.entries()) logits[k] += weight * value;
@@ -197,9 +205,8 @@ const bytes = (text) => Uint8Array.from(atob(text), (character) => character.cha
 const runs = content.runs;
 for (const [place, run] of runs.entries()) {
   const data = new Float32Array(bytes(document.getElementsByClassName("weights")[place].textContent).buffer);
-  for (const array of run.steps.flatMap(Object.values)) {
-    if (array?.shape) array.d = data.subarray(array.at, array.at + array.shape.reduce((a, b) => a * b, 1));
-  }
+  for (const array of run.steps.flatMap(Object.values).filter((value) => value?.shape))
+    array.d = data.subarray(array.at, array.at + array.shape.reduce((a, b) => a * b, 1));
   run.steps.push({ kind: "softmax" });
 }
 
@@ -241,7 +248,7 @@ function write(value) {
   return value?.markup ?? String(value ?? "").replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-const waiting = []; // pictures whose canvases are not yet in the page
+const waiting = []; // pictures whose canvases are not yet in the page: made where `put` is called
 
 // A canvas of h x w pixels, whose colours [red, green, blue, 255] `at` gives.
 function picture(h, w, at, label) {
@@ -316,10 +323,7 @@ function lay(source, exact = null) {
   drawn(exact);
 }
 
-function drawn(exact = null) {
-  state.exact = exact;
-  update();
-}
+const drawn = (exact = null) => update(Object.assign(state, { exact }));
 
 // Draws from where the pen is, or a dot where it is put down.
 function stroke(x, y, down = false) {
@@ -327,10 +331,7 @@ function stroke(x, y, down = false) {
   const shade = $("shade").value;
   pen.strokeStyle = C === 3 ? shade : `rgb(${shade} ${shade} ${shade})`;
   Object.assign(pen, { lineWidth: +$("brush").value, lineCap: "round", lineJoin: "round" });
-  pen.beginPath();
-  pen.moveTo(cursor.x, cursor.y);
-  pen.lineTo(x + 0.01, y);
-  pen.stroke();
+  pen.stroke(new Path2D(`M${cursor.x} ${cursor.y}L${x + 0.01} ${y}`));
   Object.assign(cursor, { x, y });
   drawn();
 }
@@ -357,18 +358,12 @@ function padImage() {
   return rendered(H, W, (context) => context.drawImage(pad, ...found, (W - w) / 2, (H - h) / 2, w, h));
 }
 
-// A canvas in the background's colour.
-function sheet(h, w) {
+// What `draw` draws on the background's colour, as an image of h x w.
+function rendered(h, w, draw) {
   const canvas = Object.assign(document.createElement("canvas"), { width: w, height: h });
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   fill(context);
-  return context;
-}
-
-// What `draw` draws on such a canvas, as an image of h x w.
-function rendered(h, w, draw) {
-  const context = sheet(h, w);
   draw(context);
   const { data } = context.getImageData(0, 0, w, h);
   const grey = (i) => Math.round(0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2]);
@@ -379,12 +374,13 @@ function rendered(h, w, draw) {
 // Lays an image file on the pad. The browser decodes and reduces it outside of this thread.
 async function openFile(file) {
   $("message").textContent = t("reading");
-  const bitmap = await createImageBitmap(file, { resizeWidth: 512, resizeQuality: "medium" }).catch(() => null);
-  const refusal = !bitmap ? t("not_image") : bitmap.height > 4096 ? t("too_long") : "";
+  const reduced = (resizeWidth, resizeQuality) =>
+    createImageBitmap(file, { resizeWidth, resizeQuality }).catch(() => null);
+  const probe = await reduced(16, "low"); // because a long and narrow one, 512 wide, has too many pixels
+  const refusal = !probe ? t("not_image") : probe.height > 128 ? t("too_long") : "";
+  if (!refusal) [photo, larger.scores] = [await reduced(512, "medium"), null];
   $("message").textContent = refusal;
-  if (refusal) return;
-  [photo, larger.scores] = [bitmap, null];
-  lay(bitmap);
+  if (!refusal) lay(photo);
 }
 
 // ---- From the input to all that is shown -----------------------------------------------------------
@@ -567,14 +563,9 @@ const EXPLAIN = {
     const bias = step.bias?.d[c] ?? 0;
     const channel = state.input ?? strongest(sums)[0].k;
     const shown = terms(channel);
-    const matrix = (title, key, limit) =>
-      grid(
-        title,
-        kw,
-        shown.map((term) => term[key]),
-        limit,
-      );
-    const figure = html`
+    const numbers = (key) => shown.map((term) => term[key]);
+    const matrix = (title, key, limit) => grid(title, kw, numbers(key), limit);
+    const figure = () => html`
       <div class="grids">
         ${matrix(t("patch", { channel }), "input", largest(given.d))}<span class="sign">×</span>
         ${matrix(t("kernel"), "weight")}<span class="sign">=</span>${matrix(t("products"), "value")}
@@ -588,7 +579,8 @@ const EXPLAIN = {
   pool({ step, given, y, x, c, value, part }) {
     const [kh, kw] = step.window;
     const window = cells(kh, kw).map(([a, b]) => given.d[((y * kh + a) * given.w + x * kw + b) * given.c + c]);
-    const figure = html`<div class="grids">${grid(t("patch", { channel: c }), kw, window, largest(given.d))}</div>`;
+    const figure = () =>
+      html`<div class="grids">${grid(t("patch", { channel: c }), kw, window, largest(given.d))}</div>`;
     const line = `max(${window.map((one) => number(one)).join(", ")}) = ${number(value)}`;
     return { parts: [part(value, c, [y * kh, x * kw, kh, kw])], figure, line };
   },
@@ -621,7 +613,8 @@ const EXPLAIN = {
         ${texts.map((text) => html`<td>${text}</td>`)}</tr>`;
     };
     const head = ["class", "logit", "power", "softmax"].map((key) => html`<th scope="col">${t(key)}</th>`);
-    const figure = html`<table class="plain"><thead><tr>${head}</tr></thead><tbody>${shares.map(row)}</tbody></table>`;
+    const figure = () =>
+      html`<table class="plain"><thead><tr>${head}</tr></thead><tbody>${shares.map(row)}</tbody></table>`;
     const line = `exp(${number(given.d[c])} − ${bracket(most)}) / ${number(1 / Math.max(...shares))} = ${number(value)}`;
     return { parts: shares.map((share, k) => part(share, k, [], k)), figure, line };
   },
@@ -637,14 +630,26 @@ function showDetail({ at, step, of, key, values, figure, line, index, y, x, c, v
   const area = [field[4] + y * field[2], field[5] + x * field[3], field[0], field[1]];
   paint($("window"), H, W, rgb(state.shown));
   put($("mark"), frame(area, { h: H, w: W }));
-  put($("made"), html`<p>${t(key, values)}</p>${figure}<p class="formula">${line}</p>`);
+  showSeen(field, of);
+  put($("made"), html`<p>${t(key, values)}</p>${figure?.()}<p class="formula">${line}</p>`);
+}
+
+// How many values of a map see each pixel: where padding is "valid", fewer see the border than the middle.
+function showSeen([high, wide, down, right, top, left], of) {
+  const times = (whole, first, size, step, most) =>
+    range(whole).map((k) => range(most).filter((i) => k >= first + i * step && k < first + i * step + size).length);
+  const [rows, columns] = [times(H, top, high, down, of.h), times(W, left, wide, right, of.w)];
+  const seen = cells(H, W).map(([i, j]) => rows[i] * columns[j]);
+  const values = { corner: count(seen[0]), middle: count(largest(seen)), count: count(of.h * of.w) };
+  paint($("times"), H, W, (k) => colour(seen[k] / largest(seen)));
+  $("times_text").textContent = t("times", values);
+  $("seen_by").hidden = !isMap(of);
 }
 
 // A sum as text: all terms, or, of more than `most`, the largest.
 function written(terms, most, shown) {
-  if (terms.length <= most) return terms.map(({ text }) => text).join(" + ");
-  const largest = strongest(terms).slice(0, shown);
-  return [...largest.map(({ text }) => text), "…"].join(" + ");
+  const kept = terms.length <= most ? terms : [...strongest(terms).slice(0, shown), { text: "…" }];
+  return kept.map(({ text }) => text).join(" + ");
 }
 
 // A small matrix of w columns as numbers, a larger one as a picture.
@@ -747,16 +752,15 @@ async function showCovered() {
 
 const larger = { y: 0, x: 0, h: 2 * H, w: 2 * W, scores: null, ticket: 0 };
 
-// What the window moves over: the reader's picture, or test images on a canvas.
-function scene() {
-  const context = sheet(3 * H, 5 * W);
+// The part from (y, x) of what the window moves over: the reader's picture, or test images.
+function drawScene(context, y, x) {
+  context.translate(-x, -y);
   const scale = photo && Math.min((5 * W) / photo.width, (3 * H) / photo.height);
   if (photo) context.drawImage(photo, 0, 0, photo.width * scale, photo.height * scale);
   for (const k of photo ? [] : range(Math.min(8, content.images.length))) {
-    const [top, left] = [0.15 + 1.45 * (k % 2) + 0.1 * (k % 3), 0.05 + 1.25 * (k >> 1)];
+    const [top, left] = [0.5 + 1.25 * (k % 2) + 0.1 * (k % 3), 0.5 + 1.15 * (k >> 1)]; // the first: in the frame
     context.drawImage(canvasOf(testImage(k)), Math.round(left * W), Math.round(top * H));
   }
-  return context.canvas;
 }
 
 // The part of the scene, and over the middle of each window its class, as strong as its probability. The
@@ -765,10 +769,9 @@ async function showLarger(row = larger.y, column = larger.x) {
   const run = current();
   if (!run.any_size) return put($("larger"), html`<p>${t("larger_none")}</p>`);
   larger.ticket++;
-  const whole = scene();
   const { h, w } = larger;
-  const [y, x] = [clamp(Math.round(row), 0, whole.height - h), clamp(Math.round(column), 0, whole.width - w)];
-  const part = rendered(h, w, (context) => context.drawImage(whole, -x, -y));
+  const [y, x] = [clamp(Math.round(row), 0, 3 * H - h), clamp(Math.round(column), 0, 5 * W - w)];
+  const part = rendered(h, w, (context) => drawScene(context, y, x));
   const steps = run.steps.filter(({ kind }) => !["flatten", "mean", "softmax"].includes(kind));
   const scores = (await finish(forward(steps, part), larger)).at(-1);
   Object.assign(larger, { y, x, scores });
@@ -776,15 +779,12 @@ async function showLarger(row = larger.y, column = larger.x) {
   const side = Math.min(down, right, 8);
   const found = cells(scores.h, scores.w).map(([i, j], k) => {
     const shares = softmax(scores.d.subarray(k * scores.c, (k + 1) * scores.c));
-    return {
-      i: best(shares),
-      share: Math.max(...shares),
-      at: [top + high / 2 + i * down, left + wide / 2 + j * right],
-    };
+    const at = [top + high / 2 + i * down, left + wide / 2 + j * right];
+    return { i: best(shares), share: Math.max(...shares), at };
   });
   const square = ([row, column], size) => placed([row - size[0] / 2, column - size[1] / 2, ...size], larger);
   const tile = ({ i, share, at }) =>
-    html`<b class="tone${i % 10}" data-style="${square(at, [side, side])};opacity:${0.35 + 0.65 * share ** 2}">${side > 3 ? i : ""}</b>`;
+    html`<b class="tone${i % 10}" data-style="${square(at, [side, side])};--share:${20 + 70 * share ** 2}%">${side > 3 ? i : ""}</b>`;
   const here = found[(scores.h >> 1) * scores.w + (scores.w >> 1)];
   const mark = html`<i class="mark" data-style="${square(here.at, [H, W])}"></i>`;
   put($("larger"), imageOf(part), found.map(tile), mark);
@@ -825,7 +825,7 @@ const CLICKS = {
   move: ({ dataset }) => moveBy(dataset.by.split(",").map(Number)),
   slide,
   cover: showCovered,
-  open: () => $("file").click(),
+  open: () => Object.assign($("file"), { value: "" }).click(), // so that the same file can be opened again
   clear: () => lay(null),
   invert() {
     pen.globalCompositeOperation = "difference";
@@ -837,14 +837,14 @@ const CLICKS = {
 
 // Calls `react` with places in an element, as shares of its height and width, while a pointer is down there.
 function listenToPointer(target, react) {
-  for (const name of ["pointerdown", "pointermove"]) {
-    target.addEventListener(name, (event) => {
-      if (name === "pointerdown") target.setPointerCapture(event.pointerId);
-      const area = target.getBoundingClientRect();
-      const place = [(event.clientY - area.top) / area.height, (event.clientX - area.left) / area.width];
-      if (event.buttons) react(...place, name === "pointerdown");
-    });
-  }
+  const listener = (event) => {
+    const down = event.type === "pointerdown";
+    if (down) target.setPointerCapture(event.pointerId);
+    const area = target.getBoundingClientRect();
+    const place = [(event.clientY - area.top) / area.height, (event.clientX - area.left) / area.width];
+    if (event.buttons) react(...place, down);
+  };
+  for (const name of ["pointerdown", "pointermove"]) target.addEventListener(name, listener);
 }
 
 function listen() {
@@ -876,11 +876,10 @@ function listen() {
     larger.scores = null;
     update();
   });
-  document.addEventListener("dragover", (event) => event.preventDefault());
-  for (const name of ["drop", "paste"]) {
+  for (const name of ["dragover", "drop", "paste"]) {
     document.addEventListener(name, (event) => {
       event.preventDefault();
-      openFile((event.dataTransfer ?? event.clipboardData).files[0]);
+      if (name !== "dragover") openFile((event.dataTransfer ?? event.clipboardData).files[0]);
     });
   }
 }
