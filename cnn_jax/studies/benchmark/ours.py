@@ -76,7 +76,7 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32", *only: s
 
 
 def _batch(batch_size: int, shape: tuple[int, int, int], mesh: Mesh) -> dict[str, Any]:
-    """Noise, as `parallel.shard` gives it: a CPU takes it anew in each step, an accelerator holds it."""
+    """Noise, as `parallel.shard` gives it: a CPU takes it in each step, an accelerator holds it."""
     random = np.random.default_rng(0)
     batch = {
         "image": random.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
