@@ -119,5 +119,6 @@ def test_a_step_for_a_gpu_has_no_scatter_and_can_be_deterministic():
     config = experiment.load("fashion_mnist/lenet", ["batch_size=128", "deterministic=true"])
     steps = list(programs.compile_steps(config, (28, 28, 1), target_of("h100:4")))
     assert plain.findings.scatters == steps[0].findings.scatters == ()
-    assert "__triton_gemm" in plain.text
-    assert not any("__triton_gemm" in step.text for step in steps)
+    matmul = r"__triton\w*gemm"  # its full name differs between versions of XLA
+    assert re.search(matmul, plain.text)
+    assert not any(re.search(matmul, step.text) for step in steps)
