@@ -54,8 +54,10 @@ class Network:
                 threading.Thread(target=self._serve, args=[client], daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        server = socket.create_connection(("127.0.0.1", self._to))
-        with client, server, contextlib.suppress(OSError):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(OSError))  # also after the emulator's end
+            stack.enter_context(client)
+            server = stack.enter_context(socket.create_connection(("127.0.0.1", self._to)))
             while not self._never.is_set():
                 for ready in select.select([client, server], [], [], 0.2)[0]:
                     if not (data := ready.recv(1 << 20)):
