@@ -1,5 +1,6 @@
 """Names in any script in pictures: an installed font that has the characters, or their numbers."""
 
+import contextlib
 import functools
 import logging
 import unicodedata
@@ -43,16 +44,35 @@ def font_of(character: str) -> str | None:
     """The family of the first font that has the character; None if no font has it."""
     if not character.isprintable():
         return FIRST
-    for family, font in _fonts().items():
-        if font.get_char_index(ord(character)):
-            return family
+    for prepare in (_fonts, _add_new):
+        prepare()
+        for family, font in _fonts().items():
+            if font.get_char_index(ord(character)):
+                return family
     _warn()
     return None
 
 
 @functools.cache
+def _add_new() -> None:
+    """Adds fonts that were installed after matplotlib made its list, which it keeps for good."""
+    listed = {entry.fname for entry in font_manager.fontManager.ttflist}
+    if new := set(font_manager.findSystemFonts()) - listed:
+        for path in new:
+            with contextlib.suppress(OSError, RuntimeError):  # a kind of file that it cannot read
+                font_manager.fontManager.addfont(path)
+        for family, font in _listed().items():
+            _fonts().setdefault(family, font)
+
+
+@functools.cache
 def _fonts() -> dict[str, FT2Font]:
-    """The upright fonts that are installed, by family; FIRST before the others.
+    """The fonts to choose from, by family; FIRST before the others."""
+    return _listed()
+
+
+def _listed() -> dict[str, FT2Font]:
+    """The upright fonts of matplotlib's list, by family; FIRST before the others.
 
     The others that matplotlib has are for formulas. They have characters in the places of others.
     """

@@ -1,8 +1,11 @@
 """Names in any script in pictures, with the fonts that there are."""
 
+import shutil
+
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
@@ -17,10 +20,11 @@ def own_fonts(monkeypatch):
     folder = f"{matplotlib.get_data_path()}/fonts/ttf"
     found = {fonts.FIRST: FT2Font(f"{folder}/DejaVuSans.ttf")}
     monkeypatch.setattr(fonts, "_fonts", lambda: found)
-    for cached in (fonts.font_of, fonts._warn):
+    monkeypatch.setattr(fonts.font_manager, "findSystemFonts", list)
+    for cached in (fonts.font_of, fonts._add_new, fonts._warn):
         cached.cache_clear()
     yield found
-    for cached in (fonts.font_of, fonts._warn):
+    for cached in (fonts.font_of, fonts._add_new, fonts._warn):
         cached.cache_clear()
 
 
@@ -49,6 +53,16 @@ def test_a_font_that_has_the_character_is_used(own_fonts, caplog):
     assert families == [*without, "DejaVu Sans Mono"]
     assert caplog.messages == []
     assert not np.array_equal(image, plain)
+
+
+def test_a_font_that_was_installed_after_matplotlib_made_its_list(monkeypatch, tmp_path, caplog):
+    folder = f"{matplotlib.get_data_path()}/fonts/ttf"
+    installed = shutil.copy(f"{folder}/DejaVuSansMono.ttf", tmp_path)
+    listed = [entry for entry in font_manager.fontManager.ttflist if entry.name == fonts.FIRST]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", listed)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [installed])
+    assert fonts.font_of("\u2313") == "DejaVu Sans Mono"
+    assert caplog.messages == []
 
 
 def test_the_width_of_a_name():
