@@ -42,11 +42,12 @@ memory.keep_freed()
 memory.compute_in_calling_thread()
 x = jnp.ones((4400, 8))
 compute = jax.jit(lambda x: jnp.tanh(x @ x.T) @ x)
-for _ in range(3):
+counts = []
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     compute(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-compute(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(counts))  # of the first calls, some still make the heap larger
 """
 
 
