@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from cnn_jax import models
 from cnn_jax.common import malloc
@@ -48,7 +47,8 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32", *only: s
     state = parallel.replicate(initial, mesh)
     # As for the peers: the images are already in memory as float32.
     image = jnp.asarray(np.random.default_rng(0).random((batch_size, *shape), np.float32))
-    batch = _batch(batch_size, shape, mesh)
+    # A CPU takes it in each step, as in training; an accelerator holds it.
+    batch = parallel.shard(noise(batch_size, shape), mesh)
 
     def train(steps: int) -> None:
         nonlocal state
@@ -75,15 +75,14 @@ def main(network: str, batch_size: int, compute_dtype: str = "float32", *only: s
     serve(modes, only, parameters=parameters, **about)
 
 
-def _batch(batch_size: int, shape: tuple[int, int, int], mesh: Mesh) -> dict[str, Any]:
-    """Noise, as `parallel.shard` gives it: a CPU takes it in each step, an accelerator holds it."""
+def noise(batch_size: int, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """A batch of random images and labels of ten classes."""
     random = np.random.default_rng(0)
-    batch = {
+    return {
         "image": random.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
         "label": random.integers(0, 10, batch_size).astype(np.int32),
         "index": np.arange(batch_size, dtype=np.int32),
     }
-    return parallel.shard(batch, mesh)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from cnn_jax import models
 from cnn_jax.common import cache
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.studies.benchmark.networks import NETWORKS
+from cnn_jax.studies.benchmark.ours import noise
 from cnn_jax.train import parallel
 from cnn_jax.train.step import init_state, train_step
 
@@ -31,6 +32,7 @@ TOLERANCES = {"highest": 1e-3, "default": 5e-2}
 # Programs that are compiled at once; more would only wait for the device, which XLA asks for the
 # fastest algorithms.
 _THREADS = 4
+_BATCH = 64
 
 
 Gradients = dict[str, np.ndarray]
@@ -127,22 +129,16 @@ def gradients(network: str, precision: str) -> Gradients:
     """The loss of one training step, and its gradient as one vector."""
     spec = NETWORKS[network]
     model = getattr(models, spec.model)()
-    fields: dict[str, Any] = {"batch_size": 64, "matmul_precision": precision}
+    fields: dict[str, Any] = {"batch_size": _BATCH, "matmul_precision": precision}
     config = Config(model=model, data=DataConfig("none"), **fields)
     # Its state after the step is the gradient.
     keep = optax.GradientTransformation(
         lambda params: jax.tree.map(np.zeros_like, params), lambda grads, *_: (grads, grads)
     )
-    random = np.random.default_rng(0)
-    batch = {
-        "image": random.integers(0, 256, (64, *spec.image_shape), dtype=np.uint8),
-        "label": random.integers(0, 10, 64).astype(np.int32),
-        "index": np.arange(64, dtype=np.int32),
-    }
     step = functools.partial(train_step, model=model, optimizer=keep, config=config)
     # Every device draws the same whole numbers; their logarithms may differ in the last bit.
     state = init_state(model, keep, spec.image_shape, 0)
-    after, loss = parallel.jit(step)(state, batch)
+    after, loss = parallel.jit(step)(state, noise(_BATCH, spec.image_shape))
     leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(after.opt_state)]
     return {"loss": np.asarray(loss), "gradient": np.concatenate(leaves)}
 
