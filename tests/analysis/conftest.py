@@ -1,8 +1,16 @@
-"""The tests in a browser are deselected where there is none."""
+"""A browser for the tests of pages; tests in a browser are deselected where there is none."""
+
+from collections.abc import Iterator
 
 import pytest
 
-from tests.browser import CHROMIUM
+from tests.browser import CHROMIUM, Browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as browser:
+        yield browser
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
