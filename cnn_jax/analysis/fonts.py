@@ -44,13 +44,18 @@ def font_of(character: str) -> str | None:
     """The family of the first font that has the character; None if no font has it."""
     if not character.isprintable():
         return FIRST
-    for prepare in (_fonts, _add_new):
-        prepare()
-        for family, font in _fonts().items():
-            if font.get_char_index(ord(character)):
-                return family
-    _warn()
-    return None
+    family = _first_with(character)
+    if family is None:
+        _add_new()
+        family = _first_with(character)
+    if family is None:
+        _warn()
+    return family
+
+
+def _first_with(character: str) -> str | None:
+    fonts = _fonts().items()
+    return next((family for family, font in fonts if font.get_char_index(ord(character))), None)
 
 
 @functools.cache
