@@ -25,20 +25,41 @@ from cnn_jax.ops.rule import formulations_for
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-# The three passes. Each is linear in both arguments, and the gradients of each are the other two.
-def _run(
-    name: str, bilinear: Callable[[Callable], Callable], g: Geometry, a: Array, b: Array
-) -> Array:
-    """Evaluates `bilinear(convolution)(a, b)`, on CPU with the formulation of the pass `name`."""
+def compute(name: str, convolution: Callable, g: Geometry, a: Array, b: Array) -> Array:
+    """One of the three passes, by the formulation `convolution` of an image and a kernel.
+
+    Args:
+      name: forward, image_gradient or kernel_gradient.
+      convolution: of [N, H, W, C] and [KH, KW, C, O]; gives [N, OH, OW, O].
+      g: the geometry of the convolution.
+      a: the image in the forward pass, in the two others the cotangent [N, OH, OW, O].
+      b: the kernel; in kernel_gradient the image.
+    """
+    if name == "forward":
+        return convolution(a, b)
+    if name == "image_gradient":
+        shape = (a.shape[0], *g.image, g.in_channels)
+        return _transpose(lambda image: convolution(image, b), shape, a)
+    shape = (*g.kernel, g.in_channels, g.out_channels)
+    return _transpose(lambda kernel: convolution(b, kernel), shape, a)
+
+
+def _transpose(linear: Callable, shape: tuple[int, ...], cotangent: Array) -> Array:
+    argument = jax.ShapeDtypeStruct(shape, cotangent.dtype)
+    return jax.linear_transpose(linear, argument)(cotangent)[0]
+
+
+def _run(name: str, g: Geometry, a: Array, b: Array) -> Array:
+    """The pass `name` as `compute` gives it, on CPU in the formulation that the rule chooses."""
     formulation = getattr(formulations_for(g), name)
     wide = jnp.promote_types(a.dtype, jnp.float32)
 
     def fast(a: Array, b: Array) -> Array:
         # At least float32 for sums of many terms, as XLA's convolution does itself.
         convolution = functools.partial(FORMULATIONS[formulation], g)
-        return bilinear(convolution)(a.astype(wide), b.astype(wide)).astype(a.dtype)
+        return compute(name, convolution, g, a.astype(wide), b.astype(wide)).astype(a.dtype)
 
-    plain = bilinear(functools.partial(xla, g))
+    plain = functools.partial(compute, name, functools.partial(xla, g), g)
     if a.dtype == jnp.bfloat16 and bfloat16.used():
         narrow = functools.partial(getattr(bfloat16, name), g)
         return lax.platform_dependent(a, b, cpu=narrow, default=plain)
@@ -47,41 +68,23 @@ def _run(
     return lax.platform_dependent(a, b, cpu=fast, default=plain)
 
 
+# The three passes. Each is linear in both arguments, and the gradients of each are the other two.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward(g: Geometry, image: Array, kernel: Array) -> Array:
     """[N, H, W, C], [KH, KW, C, O] -> [N, OH, OW, O]."""
-    return _run("forward", lambda convolution: convolution, g, image, kernel)
+    return _run("forward", g, image, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _image_gradient(g: Geometry, cotangent: Array, kernel: Array) -> Array:
     """[N, OH, OW, O], [KH, KW, C, O] -> [N, H, W, C]."""
-    shape = (cotangent.shape[0], *g.image, g.in_channels)
-
-    def transposed(convolution: Callable) -> Callable:
-        return lambda cotangent, kernel: _transpose(
-            lambda image: convolution(image, kernel), shape, cotangent
-        )
-
-    return _run("image_gradient", transposed, g, cotangent, kernel)
+    return _run("image_gradient", g, cotangent, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel_gradient(g: Geometry, cotangent: Array, image: Array) -> Array:
     """[N, OH, OW, O], [N, H, W, C] -> [KH, KW, C, O]."""
-    shape = (*g.kernel, g.in_channels, g.out_channels)
-
-    def transposed(convolution: Callable) -> Callable:
-        return lambda cotangent, image: _transpose(
-            lambda kernel: convolution(image, kernel), shape, cotangent
-        )
-
-    return _run("kernel_gradient", transposed, g, cotangent, image)
-
-
-def _transpose(linear: Callable, shape: tuple[int, ...], cotangent: Array) -> Array:
-    argument = jax.ShapeDtypeStruct(shape, cotangent.dtype)
-    return jax.linear_transpose(linear, argument)(cotangent)[0]
+    return _run("kernel_gradient", g, cotangent, image)
 
 
 def _with_residuals(function: Callable) -> Callable:
@@ -102,13 +105,14 @@ _kernel_gradient.defvjp(
 )
 
 
-def _geometry(
-    lhs: Array,
-    rhs: Array,
+def geometry(
+    lhs: Array | jax.ShapeDtypeStruct,
+    rhs: Array | jax.ShapeDtypeStruct,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
-    precision: lax.PrecisionLike,
+    precision: lax.PrecisionLike = None,
 ) -> Geometry:
+    """What is static about a convolution; the arguments are those of `conv_general_dilated`."""
     precision = precision or jax.config.jax_default_matmul_precision
     image, kernel = pair(lhs.shape[1:3]), pair(rhs.shape[:2])
     if isinstance(padding, str):
@@ -163,7 +167,7 @@ def conv_general_dilated(
         and 0 not in rhs.shape
     )
     if covered:
-        g = _geometry(lhs, rhs, window_strides, padding, precision)
+        g = geometry(lhs, rhs, window_strides, padding, precision)
         if min(g.out) > 0:
             return _forward(g, lhs, rhs)
     return lax.conv_general_dilated(

@@ -59,7 +59,7 @@ def three(convolution, problem, image, kernel, cotangent):
 def test_the_passes_are_those_of_lax(problem):
     with jax.enable_x64(True):
         image, kernel, cotangent = arrays(problem, "float64")
-        g = conv._geometry(image, kernel, *problem[2:], None)
+        g = conv.geometry(image, kernel, *problem[2:], None)
 
         @jax.jit
         def found():

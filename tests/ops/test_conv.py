@@ -83,7 +83,7 @@ BRANCHES = {
 def geometry(problem):
     image, kernel, strides, padding = problem
     empty = jax.ShapeDtypeStruct
-    return conv._geometry(empty(image, "float32"), empty(kernel, "float32"), strides, padding, None)
+    return conv.geometry(empty(image, "float32"), empty(kernel, "float32"), strides, padding, None)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -333,7 +333,7 @@ def test_the_highest_precision_leaves_out_winograd_and_fourier(how):
         image, kernel, strides, padding = BRANCHES[name]
         arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in (image, kernel)]
         with jax.default_matmul_precision("highest" if how == "default" else None):
-            g = conv._geometry(*arrays, strides, padding, precision)
+            g = conv.geometry(*arrays, strides, padding, precision)
         rounding = {"winograd", "winograd_tiles", "fourier", "fourier_patches"}
         assert set(chosen(*BRANCHES[name])) & rounding
         assert not set(formulations_for(g)) & rounding

@@ -13,6 +13,7 @@ from cnn_jax.common.files import local_path
     "networks",
     "batch_size",
     "peers",
+    "formulations",
     "rounds",
     "seconds",
     "write",
@@ -27,7 +28,7 @@ from cnn_jax.common.files import local_path
 )
 def benchmark(values: flags.FlagValues) -> int | None:
     """Measures the training steps of the architectures, alone or beside PyTorch and Keras."""
-    from cnn_jax.studies.benchmark import run, speedrun
+    from cnn_jax.studies.benchmark import formulations, run, speedrun
     from cnn_jax.studies.device_check import run as device_check
 
     if values.peer and not values.speedrun:
@@ -43,14 +44,11 @@ def benchmark(values: flags.FlagValues) -> int | None:
         environment.check_devices()
         speedrun.speedrun(values.seeds, values.data_dir, peer)
         return None
-    run.benchmark(
-        values.networks,
-        values.batch_size,
-        values.peers,
-        values.rounds,
-        values.seconds,
-        values.write,
-    )
+    budget = values.batch_size, values.rounds, values.seconds
+    if values.formulations:
+        formulations.compare(values.networks, *budget, values.write)
+    else:
+        run.benchmark(values.networks, values.peers, *budget, values.write)
     return None
 
 

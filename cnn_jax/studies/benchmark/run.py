@@ -46,19 +46,24 @@ def measure(
     return {name: contender.stop() for name, contender in running.items()}
 
 
+def check(networks: list[str], seconds: float) -> None:
+    """Raises a ConfigError for an unknown network, or if `seconds` is not greater than 0."""
+    if seconds <= 0:
+        raise ConfigError(f"--seconds={seconds}: must be greater than 0")
+    for name in networks:
+        if name not in NETWORKS:
+            raise ConfigError(f"--networks={name}: must be among {', '.join(NETWORKS)}")
+
+
 def benchmark(
-    networks: list[str], batch_size: int, peers: bool, rounds: int, seconds: float, write: bool
+    networks: list[str], peers: bool, batch_size: int, rounds: int, seconds: float, write: bool
 ) -> None:
     """Measures, prints a line per network, and with `write` puts tables into RESULTS.md.
 
     Raises:
       ConfigError: an unknown network, or `seconds` is not greater than 0.
     """
-    if seconds <= 0:
-        raise ConfigError(f"--seconds={seconds}: must be greater than 0")
-    for name in networks:
-        if name not in NETWORKS:
-            raise ConfigError(f"--networks={name}: must be among {', '.join(NETWORKS)}")
+    check(networks, seconds)
     if peers:
         install_peers()
     commands = contenders(peers)

@@ -6,7 +6,8 @@ import pytest
 
 from cnn_jax import main, models
 from cnn_jax.common import cpu
-from cnn_jax.studies.benchmark import contenders, figures, run, table
+from cnn_jax.ops.rule import formulations_for
+from cnn_jax.studies.benchmark import contenders, figures, formulations, run, table
 from cnn_jax.studies.benchmark.figures import Measured
 from cnn_jax.studies.benchmark.networks import NETWORKS
 
@@ -98,6 +99,37 @@ def test_one_round_for_real():
     assert ours.parameters == 101_770
     assert all(len(ours.rates[mode]) == 1 for mode in ("train", "eval", "peak"))
     assert all(rates[0] > 0 for rates in ours.rates.values())
+
+
+def test_every_convolution_of_a_network_is_measured():
+    # By hand from the lecture: 28x28, 14x14 after a stride, 14x14, 7x7 after a stride, 7x7.
+    same, strided = ((1, 1), (1, 1)), ((0, 1), (0, 1))
+    assert [g[:7] for g in formulations.geometries("same_padding")] == [
+        ((28, 28), (3, 3), (28, 28), (1, 1), same, 1, 32),
+        ((28, 28), (3, 3), (14, 14), (2, 2), strided, 32, 64),
+        ((14, 14), (3, 3), (14, 14), (1, 1), same, 64, 128),
+        ((14, 14), (3, 3), (7, 7), (2, 2), strided, 128, 256),
+        ((7, 7), (3, 3), (7, 7), (1, 1), same, 256, 512),
+    ]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_rule_chooses_among_the_measured_formulations(network):
+    for g in formulations.geometries(network):
+        for name, chosen in formulations_for(g)._asdict().items():
+            assert chosen in formulations.candidates(g, name), (g, name)
+
+
+def test_formulations_for_real(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(formulations, "RESULTS", tmp_path)
+    flags = ["--networks=lenet", "--batch_size=2", "--rounds=1", "--seconds=1e-6", "--write"]
+    assert main.main(["benchmark", "--formulations", *flags]) == 0
+    passes = ["28x28 1->6 k5 p"] * 2 + ["14x14 6->16 k5"] * 3  # the input needs no gradient
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[: len(passes)]] == passes
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "batch 2" in text
+    assert text.count("kernel_gradient") == 2
 
 
 @pytest.mark.parametrize(

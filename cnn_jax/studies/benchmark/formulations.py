@@ -1,0 +1,164 @@
+"""./launch.sh benchmark --formulations: each convolution of the networks in every formulation.
+
+Each pass of a convolution is a program of its own here, so the figures leave out what a formulation
+costs or saves its neighbours in a training step. `benchmark` has to confirm a change of the rule.
+"""
+
+import datetime
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+
+from cnn_jax import models
+from cnn_jax.common import cpu, malloc
+from cnn_jax.config.experiment import RESULTS
+from cnn_jax.ops import conv
+from cnn_jax.ops.formulations import FORMULATIONS, Geometry, applies
+from cnn_jax.ops.rule import formulations_for
+from cnn_jax.studies import markdown
+from cnn_jax.studies.benchmark.networks import NETWORKS
+from cnn_jax.studies.benchmark.run import check
+from cnn_jax.train import parallel
+
+PASSES = ("forward", "image_gradient", "kernel_gradient")
+# Those that serve some of the passes only; a program of one pass makes "xla_apart" of "xla".
+_PASSES_OF = {
+    "xla": ("forward", "image_gradient"),
+    "xla_apart": ("kernel_gradient",),
+    "dense_columns": ("image_gradient",),
+    "fourier_patches": ("image_gradient",),
+}
+# A choice of the rule is off if another formulation is faster by more than this factor.
+_OFF = 1.1
+
+
+def geometries(network: str) -> list[Geometry]:
+    """The convolutions of a network of the benchmark, in its order."""
+    found = []
+
+    def record(
+        call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        module = context.module
+        if isinstance(module, nn.Conv) and context.method_name == "__call__":
+            (image,) = args
+            size, strides = (
+                np.broadcast_to(n or 1, 2) for n in (module.kernel_size, module.strides)
+            )
+            kernel = jax.ShapeDtypeStruct((*size, image.shape[-1], module.features), image.dtype)
+            padding = nn.linear.canonicalize_padding(module.padding, 2)
+            found.append(conv.geometry(image, kernel, strides.tolist(), padding))
+        return call(*args, **kwargs)
+
+    spec = NETWORKS[network]
+    image = jax.ShapeDtypeStruct((1, *spec.image_shape), np.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(getattr(models, spec.model)().init, jax.random.key(0), image)
+    return found
+
+
+def candidates(g: Geometry, name: str) -> list[str]:
+    """The formulations that can compute a pass, without those that are slow to compile."""
+
+    def serves(each: str) -> bool:
+        large = each in ("offsets", "patches") and math.prod(g.kernel) > 49
+        return applies(each, g) and name in _PASSES_OF.get(each, PASSES) and not large
+
+    return [each for each in FORMULATIONS if serves(each)]
+
+
+def measure(
+    g: Geometry, name: str, batch_size: int, rounds: int, seconds: float
+) -> dict[str, float]:
+    """GFLOP/s of the direct algorithm in one pass, by formulation: medians of interleaved rounds."""
+    image = (batch_size, *g.image, g.in_channels)
+    kernel = (*g.kernel, g.in_channels, g.out_channels)
+    out = (batch_size, *g.out, g.out_channels)
+    given = {"forward": (image, kernel), "image_gradient": (out, kernel)}.get(name, (out, image))
+    random = np.random.default_rng(0)
+    arrays = [jnp.asarray(random.normal(size=shape), np.float32) for shape in given]
+    programs = {}
+    for each in candidates(g, name):
+        convolution = functools.partial(FORMULATIONS[each], g)
+        programs[each] = parallel.jit(functools.partial(conv.compute, name, convolution, g))
+        programs[each](*arrays).block_until_ready()  # compiles it
+    rates: dict[str, list[float]] = {each: [] for each in programs}
+    for _ in range(rounds):
+        for each, program in programs.items():
+            calls, began = 0, time.perf_counter()
+            while (took := time.perf_counter() - began) < seconds or not calls:
+                program(*arrays).block_until_ready()
+                calls += 1
+            rates[each].append(calls / took)
+    flops = 2 * math.prod(out) * math.prod(kernel[:3]) / 1e9
+    return {each: statistics.median(rate) * flops for each, rate in rates.items()}
+
+
+def compare(networks: list[str], batch_size: int, rounds: int, seconds: float, write: bool) -> None:
+    """Measures every pass, and prints a line of each that says whether the rule's choice is off.
+
+    Args:
+      networks: whose convolutions; of all networks if empty.
+      batch_size: images a pass.
+      rounds: how often each formulation is measured, in turn.
+      seconds: how long each time.
+      write: puts the table into RESULTS.md.
+
+    Raises:
+      ConfigError: an unknown network, or `seconds` is not greater than 0.
+    """
+    check(networks, seconds)
+    malloc.keep_freed()
+    malloc.compute_in_calling_thread()
+    console = rich.console.Console(highlight=False)
+    rows = []
+    for g in dict.fromkeys(g for network in networks or NETWORKS for g in geometries(network)):
+        # No network computes the gradient of its input.
+        for name in PASSES if g.in_channels > 4 else ("forward", "kernel_gradient"):
+            figures = measure(g, name, batch_size, rounds, seconds)
+            rows.append(_row(g, name, getattr(formulations_for(g), name), figures))
+            console.print("  ".join(rows[-1]), soft_wrap=True)
+    off = sum(bool(row[3]) for row in rows)
+    summary = f"The rule is more than {_OFF - 1:.0%} off in {off} of {len(rows)} passes."
+    console.print(summary)
+    if write:
+        mark = f"formulations {cpu.description()} batch {batch_size}"
+        text = [
+            f"## Formulations of convolutions on {cpu.description()}, batch {batch_size}",
+            "",
+            f"`./launch.sh benchmark --formulations --batch_size={batch_size} --rounds={rounds} "
+            f"--seconds={seconds:g} --write` on {datetime.date.today()}; jax {jax.__version__}, "
+            "float32. GFLOP/s of the direct algorithm. Each pass is a program of its own, so a "
+            f"formulation's cost to its neighbours is left out. {summary}",
+            "",
+            markdown.markdown_table(["layer", "pass", "the rule's", "faster", "others"], rows),
+        ]
+        markdown.put_section(RESULTS / "RESULTS.md", mark, "\n".join(text))
+        console.print(f"written to {RESULTS / 'RESULTS.md'}")
+
+
+def _row(g: Geometry, name: str, chosen: str, figures: dict[str, float]) -> list[str]:
+    """The cells: layer, pass, the rule's choice, one that is faster by far or nothing, all others."""
+    best = max(figures, key=figures.__getitem__)
+    faster = best if figures[best] > _OFF * figures[chosen] else None
+    others = sorted(figures.keys() - {chosen, faster}, key=figures.__getitem__, reverse=True)
+
+    def cell(*names: str | None) -> str:
+        return ", ".join(f"{each} {figures[each]:,.0f}" for each in names if each)
+
+    (height, width), (kh, kw) = g.image, g.kernel
+    layer = (
+        f"{height}x{width} {g.in_channels}->{g.out_channels} k{kh if kh == kw else f'{kh}x{kw}'}"
+    )
+    layer += f" s{g.strides[0]}" if g.strides != (1, 1) else ""
+    layer += " p" if any(map(any, g.pads)) else ""
+    return [layer, name, cell(chosen), cell(faster), cell(*others)]
