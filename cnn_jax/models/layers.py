@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Initializer, PaddingLike
 
-from cnn_jax.ops import bias, conv, dense, pool
+from cnn_jax.ops import channels, conv, dense, pool
 
 # The random stream of `Dropout` under pmap. Only its key is the same on all devices.
 WHOLE_BATCH_DROPOUT = "whole_batch_dropout"
@@ -29,7 +29,7 @@ class Conv(nn.Conv):
     padding: PaddingLike = "VALID"
     kernel_init: Initializer = glorot_uniform
     conv_general_dilated: Callable = conv.conv_general_dilated
-    promote_dtype: Callable = bias.promote_dtype
+    promote_dtype: Callable = channels.promote_dtype
 
 
 class Dense(nn.Dense):
@@ -37,6 +37,60 @@ class Dense(nn.Dense):
 
     kernel_init: Initializer = glorot_uniform
     dot_general: Callable | None = dense.dot_general
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the last axis, as `nn.BatchNorm`, with sums that are fast on CPU.
+
+    It has the variables of `nn.BatchNorm`: the parameters scale and bias, and mean and var in the
+    collection batch_stats. Source: arXiv 1502.03167.
+
+    Attributes:
+      use_running_average: normalises by the running statistics, as in evaluation.
+      momentum: the share of the running statistics that stays in each step.
+      epsilon: added to the variance.
+      use_scale: whether a factor for each channel is trained.
+      axis_name: the pmap axis over which the batch is split, None under jit.
+    """
+
+    use_running_average: bool | None = None
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    use_scale: bool = True
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
+        chosen = self.use_running_average, use_running_average
+        running = bool(nn.merge_param("use_running_average", *chosen))
+        features = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        var = self.variable("batch_stats", "var", jnp.ones, features)
+        scale = self.param("scale", nn.initializers.ones, features) if self.use_scale else 1.0
+        bias = self.param("bias", nn.initializers.zeros, features)
+        apart = (lambda x: x) if running else channels.apart
+        wide = apart(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+        if running:
+            center, spread = mean.value, var.value
+        else:
+            center, spread = self._statistics(wide)
+            if not self.is_initializing():
+                mean.value = self.momentum * mean.value + (1 - self.momentum) * center
+                var.value = self.momentum * var.value + (1 - self.momentum) * spread
+        scale *= jax.lax.rsqrt(spread + self.epsilon)
+        # Not (x - center) * scale, so that the gradient needs two sums instead of three.
+        y = wide * channels.spread(scale, x.shape)
+        y += channels.spread(bias - center * scale, x.shape)
+        return apart(y.astype(jnp.promote_types(x.dtype, bias.dtype)))
+
+    def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance of each channel over images, pixels and devices."""
+        sums = jnp.stack([channels.sums(x), channels.sums(x**2)])
+        moments = sums / (x.size // x.shape[-1])
+        if self.axis_name is not None and not self.is_initializing():
+            moments = jax.lax.pmean(moments, self.axis_name)
+        # Rounding may make a variance of about 0 negative.
+        return moments[0], jnp.maximum(0.0, moments[1] - moments[0] ** 2)
 
 
 class MaxPool(nn.Module):
@@ -131,20 +185,20 @@ def images_that_fit(model: nn.Module, params: Mapping) -> str:
     sizes = range(1, 1025)
     shapes = jax.tree.map(jnp.shape, params)
     kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
-    for channels in [min(shape[2] for shape in kernels)] if kernels else [1, 3]:
-        params_for = functools.cache(functools.partial(_abstract_params, model, channels))
+    for depth in [min(shape[2] for shape in kernels)] if kernels else [1, 3]:
+        params_for = functools.cache(functools.partial(_abstract_params, model, depth))
         # The number of parameters grows with the size.
         number = _number(params)
         smallest = bisect.bisect_left(sizes, number, key=lambda size: _number(params_for(size)))
         largest = bisect.bisect_right(sizes, number, key=lambda size: _number(params_for(size))) - 1
         if smallest <= largest and jax.tree.map(jnp.shape, params_for(sizes[smallest])) == shapes:
             ends = sorted({sizes[smallest], sizes[largest]})
-            return " to ".join(f"{size}x{size}x{channels}" for size in ends)
+            return " to ".join(f"{size}x{size}x{depth}" for size in ends)
     return "another size"
 
 
-def _abstract_params(model: nn.Module, channels: int, size: int) -> dict:
-    image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+def _abstract_params(model: nn.Module, depth: int, size: int) -> dict:
+    image = jax.ShapeDtypeStruct((1, size, size, depth), jnp.float32)
     try:
         return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     except Exception:  # too small an image: each layer raises its own error

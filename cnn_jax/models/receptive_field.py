@@ -20,11 +20,11 @@ from jax import lax
 from jax.extend import core
 
 from cnn_jax.common.pairs import pair
-from cnn_jax.models.layers import Dropout, Flatten, MaxPool
+from cnn_jax.models.layers import BatchNorm, Dropout, Flatten, MaxPool
 
 Pair = tuple[int, int]
 # Layers that treat each place of a map separately.
-ELEMENTWISE = (nn.BatchNorm, nn.Dense, nn.Dropout, Dropout)
+ELEMENTWISE = (BatchNorm, nn.BatchNorm, nn.Dense, nn.Dropout, Dropout)
 KNOWN = (*ELEMENTWISE, nn.Conv, MaxPool, Flatten)
 # Primitives of JAX that treat each element separately.
 POINTWISE = frozenset(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from cnn_jax.models.layers import Conv, Dense, Flatten, MaxPool, one_image_size
+from cnn_jax.models.layers import BatchNorm, Conv, Dense, Flatten, MaxPool, one_image_size
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
@@ -79,7 +79,7 @@ class ConvGroup(nn.Module):
         for i in range(2):
             x = Conv(self.width, (3, 3), padding="SAME", use_bias=False, kernel_init=dirac)(x)
             x = MaxPool((2, 2))(x) if i == 0 else x
-            x = nn.BatchNorm(
+            x = BatchNorm(
                 use_running_average=not train,
                 momentum=0.6,
                 epsilon=1e-12,

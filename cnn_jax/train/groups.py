@@ -13,6 +13,7 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cnn_jax.common.errors import ConfigError
+from cnn_jax.models.layers import BatchNorm
 
 Path = tuple[str, ...]
 MOST_NAMES = 30
@@ -78,7 +79,7 @@ def frozen_norms(patterns: Sequence[str]) -> contextlib.AbstractContextManager:
 
     def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        frozen = isinstance(module, nn.BatchNorm) and fits(patterns, module.path)
+        frozen = isinstance(module, nn.BatchNorm | BatchNorm) and fits(patterns, module.path)
         if not frozen or context.method_name != "__call__":
             return call(*args, **kwargs)
         # The module takes the value from its field or from the call, and refuses both.

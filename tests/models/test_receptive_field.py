@@ -12,7 +12,7 @@ from jax import lax
 
 from cnn_jax import models
 from cnn_jax.models.convolutional import convolutional
-from cnn_jax.models.layers import Conv, Flatten, MaxPool
+from cnn_jax.models.layers import BatchNorm, Conv, Flatten, MaxPool
 from cnn_jax.models.receptive_field import Field
 from cnn_jax.models.summary import summarise
 
@@ -93,7 +93,7 @@ def all_ones(outputs, dense_is_one_place):
             x = nn.avg_pool(x, layer.window, layer.window)
         elif isinstance(layer, nn.Dense) and (x.ndim == 2 or dense_is_one_place):
             x = x.sum(-1, keepdims=True)
-        elif not isinstance(layer, nn.BatchNorm):
+        elif not isinstance(layer, BatchNorm):
             x = call(*args, **kwargs)
         if hasattr(x, "shape"):
             outputs["/".join(layer.path)] = x

@@ -15,7 +15,7 @@ from flax.linen.linear import canonicalize_padding
 from cnn_jax.analysis.report import features
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common.errors import ConfigError
-from cnn_jax.models.layers import Dropout, Flatten, MaxPool
+from cnn_jax.models.layers import BatchNorm, Dropout, Flatten, MaxPool
 from cnn_jax.models.summary import Summary
 
 # Of float32 weights in base64: a page of 43 MB, which a browser opens in a second or two.
@@ -185,7 +185,7 @@ def _step(run: RestoredRun, call: features.Call, weights: Weights) -> dict:
         return _flatten(call.given)
     if isinstance(module, MaxPool):
         return {"kind": "pool", "window": list(module.window)}
-    if isinstance(module, nn.BatchNorm) and module.axis == -1:
+    if isinstance(module, BatchNorm) or (isinstance(module, nn.BatchNorm) and module.axis == -1):
         statistics = _own(own["batch_stats"], module)
         kept = {**statistics, **arrays}
         places = {name: weights.add(kept[name]) for name in kept}
