@@ -93,7 +93,7 @@ def all_ones(outputs, dense_is_one_place):
             x = nn.avg_pool(x, layer.window, layer.window)
         elif isinstance(layer, nn.Dense) and (x.ndim == 2 or dense_is_one_place):
             x = x.sum(-1, keepdims=True)
-        elif not isinstance(layer, BatchNorm):
+        elif not isinstance(layer, BatchNorm | nn.BatchNorm):
             x = call(*args, **kwargs)
         if hasattr(x, "shape"):
             outputs["/".join(layer.path)] = x
