@@ -13,8 +13,8 @@ from tests.tiny import REPOSITORY
 
 PROGRAM = """
 import logging
-import jax, jax.numpy as jnp
 from cnn_jax.common import cache
+import jax, jax.numpy as jnp
 logging.basicConfig(format="%(message)s")
 cache.enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
