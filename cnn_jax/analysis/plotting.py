@@ -74,7 +74,13 @@ class Chart:
     alt: str
 
 
-def draw(name: str, alt: str, height: float, paint: Callable[[Figure, Theme], Any]) -> Chart:
+def draw(
+    name: str,
+    alt: str,
+    height: float,
+    paint: Callable[[Figure, Theme], Any],
+    width: float = WIDTH,
+) -> Chart:
     """Paints a figure twice, for a light page and for a dark one.
 
     Args:
@@ -82,11 +88,12 @@ def draw(name: str, alt: str, height: float, paint: Callable[[Figure, Theme], An
       alt: what the chart shows, in words.
       height: in inches of 100 pixels.
       paint: adds axes to the figure, in the theme's colours.
+      width: in inches of 100 pixels.
     """
     files = []
     for theme in (LIGHT, DARK):
         with _style(theme):
-            figure = Figure(figsize=(WIDTH, height), layout="constrained")
+            figure = Figure(figsize=(width, height), layout="constrained")
             paint(figure, theme)
             files.append(png(pixels(figure), 256))
     return Chart(name, files[0], files[1], alt)

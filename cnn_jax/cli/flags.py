@@ -160,7 +160,9 @@ FLAGS = {
         flags.DEFINE_bool, False, "measures PyTorch and Keras too, installed into .venv-peers"
     ),
     "formulations": Flag(
-        flags.DEFINE_bool, False, "measures each convolution of the networks in every formulation"
+        flags.DEFINE_bool,
+        False,
+        "measures each convolution of the networks in every formulation; --output draws a PNG",
     ),
     "rounds": Flag(
         flags.DEFINE_integer, 5, "how often each contender is measured, in turn", least=1

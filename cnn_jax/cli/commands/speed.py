@@ -46,7 +46,8 @@ def benchmark(values: flags.FlagValues) -> int | None:
         return None
     budget = values.batch_size, values.rounds, values.seconds
     if values.formulations:
-        formulations.compare(values.networks, *budget, values.write)
+        picture = local_path(values.output) if values.output else None
+        formulations.compare(values.networks, *budget, values.write, picture)
     else:
         run.benchmark(values.networks, values.peers, *budget, values.write)
     return None

@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -20,11 +21,14 @@ import rich.console
 
 from cnn_jax import models
 from cnn_jax.common import cpu, malloc
+from cnn_jax.common.errors import WorkdirError
+from cnn_jax.common.files import written
 from cnn_jax.config.experiment import RESULTS
 from cnn_jax.ops import conv
 from cnn_jax.ops.formulations import FORMULATIONS, Geometry, applies
 from cnn_jax.ops.rule import formulations_for
 from cnn_jax.studies import markdown
+from cnn_jax.studies.benchmark.formulations_plot import Pass, chart
 from cnn_jax.studies.benchmark.networks import NETWORKS
 from cnn_jax.studies.benchmark.run import check
 from cnn_jax.train import parallel
@@ -103,7 +107,14 @@ def measure(
     return {each: statistics.median(rate) * flops for each, rate in rates.items()}
 
 
-def compare(networks: list[str], batch_size: int, rounds: int, seconds: float, write: bool) -> None:
+def compare(
+    networks: list[str],
+    batch_size: int,
+    rounds: int,
+    seconds: float,
+    write: bool,
+    output: Path | None = None,
+) -> None:
     """Measures every pass, and prints a line of each that says whether the rule's choice is off.
 
     Args:
@@ -112,24 +123,31 @@ def compare(networks: list[str], batch_size: int, rounds: int, seconds: float, w
       rounds: how often each formulation is measured, in turn.
       seconds: how long each time.
       write: puts the table into RESULTS.md.
+      output: a PNG file of the figures to write.
 
     Raises:
       ConfigError: an unknown network, or `seconds` is not greater than 0.
+      WorkdirError: a file cannot be written.
     """
     check(networks, seconds)
     malloc.keep_freed()
     malloc.compute_in_calling_thread()
     console = rich.console.Console(highlight=False)
-    rows = []
+    passes = []
     for g in dict.fromkeys(g for network in networks or NETWORKS for g in geometries(network)):
         # No network computes the gradient of its input.
         for name in PASSES if g.in_channels > 4 else ("forward", "kernel_gradient"):
             figures = measure(g, name, batch_size, rounds, seconds)
-            rows.append(_row(g, name, getattr(formulations_for(g), name), figures))
-            console.print("  ".join(rows[-1]), soft_wrap=True)
+            passes.append(Pass(_layer(g), name, getattr(formulations_for(g), name), figures))
+            console.print("  ".join(_row(passes[-1])), soft_wrap=True)
+    rows = [_row(each) for each in passes]
     off = sum(bool(row[3]) for row in rows)
     summary = f"The rule is more than {_OFF - 1:.0%} off in {off} of {len(rows)} passes."
     console.print(summary)
+    if output:
+        with written(output, WorkdirError):
+            output.write_bytes(chart(passes).light)
+        console.print(f"written to {output}")
     if write:
         mark = f"formulations {cpu.description()} batch {batch_size}"
         text = [
@@ -146,8 +164,16 @@ def compare(networks: list[str], batch_size: int, rounds: int, seconds: float, w
         console.print(f"written to {RESULTS / 'RESULTS.md'}")
 
 
-def _row(g: Geometry, name: str, chosen: str, figures: dict[str, float]) -> list[str]:
+def _layer(g: Geometry) -> str:
+    (height, width), (kh, kw) = g.image, g.kernel
+    kernel, stride = (str(kh) if kh == kw else f"{kh}x{kw}"), g.strides[0]
+    text = f"{height}x{width} {g.in_channels}->{g.out_channels} k{kernel}"
+    return text + (f" s{stride}" if stride > 1 else "") + (" p" if any(map(any, g.pads)) else "")
+
+
+def _row(measured: Pass) -> list[str]:
     """The cells: layer, pass, the rule's choice, one that is faster by far or nothing, all others."""
+    layer, name, chosen, figures = measured
     best = max(figures, key=figures.__getitem__)
     faster = best if figures[best] > _OFF * figures[chosen] else None
     others = sorted(figures.keys() - {chosen, faster}, key=figures.__getitem__, reverse=True)
@@ -155,10 +181,4 @@ def _row(g: Geometry, name: str, chosen: str, figures: dict[str, float]) -> list
     def cell(*names: str | None) -> str:
         return ", ".join(f"{each} {figures[each]:,.0f}" for each in names if each)
 
-    (height, width), (kh, kw) = g.image, g.kernel
-    layer = (
-        f"{height}x{width} {g.in_channels}->{g.out_channels} k{kh if kh == kw else f'{kh}x{kw}'}"
-    )
-    layer += f" s{g.strides[0]}" if g.strides != (1, 1) else ""
-    layer += " p" if any(map(any, g.pads)) else ""
     return [layer, name, cell(chosen), cell(faster), cell(*others)]

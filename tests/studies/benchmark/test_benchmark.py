@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from PIL import Image
 
 from cnn_jax import main, models
 from cnn_jax.common import cpu
@@ -121,9 +122,14 @@ def test_the_rule_chooses_among_the_measured_formulations(network):
 
 
 def test_formulations_for_real(tmp_path, monkeypatch, capsys):
+    def two(g, name):  # all would take ten seconds to compile
+        return [getattr(formulations_for(g), name), "offsets"]
+
     monkeypatch.setattr(formulations, "RESULTS", tmp_path)
+    monkeypatch.setattr(formulations, "candidates", two)
     flags = ["--networks=lenet", "--batch_size=2", "--rounds=1", "--seconds=1e-6", "--write"]
-    assert main.main(["benchmark", "--formulations", *flags]) == 0
+    assert main.main(["benchmark", "--formulations", *flags, f"--output={tmp_path}/x.png"]) == 0
+    assert Image.open(tmp_path / "x.png").width > 1000
     passes = ["28x28 1->6 k5 p"] * 2 + ["14x14 6->16 k5"] * 3  # the input needs no gradient
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[: len(passes)]] == passes
