@@ -1,7 +1,7 @@
 """A network of convolutions alone on Fashion-MNIST (lecture, 1x1 Convolution).
 
 ./launch.sh train --experiment=fashion_mnist/fully_conv
-Test accuracy 0.9184 (n = 1), about 190 s an epoch on one core of an Intel Xeon with AVX-512.
+Test accuracy 0.9182 ± 0.0051 (n = 3), about 140 s an epoch on one Zen 5 core.
 """
 
 from cnn_jax.config import Config, DataConfig
