@@ -64,23 +64,24 @@ class BatchNorm(nn.Module):
         chosen = self.use_running_average, use_running_average
         running = bool(nn.merge_param("use_running_average", *chosen))
         features = x.shape[-1:]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features)
-        var = self.variable("batch_stats", "var", jnp.ones, features)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features)
         scale = self.param("scale", nn.initializers.ones, features) if self.use_scale else 1.0
         bias = self.param("bias", nn.initializers.zeros, features)
         apart = (lambda x: x) if running else channels.apart
         wide = apart(x).astype(jnp.promote_types(x.dtype, jnp.float32))
         if running:
-            center, spread = mean.value, var.value
+            mean, var = running_mean.value, running_var.value
         else:
-            center, spread = self._statistics(wide)
+            mean, var = self._statistics(wide)
             if not self.is_initializing():
-                mean.value = self.momentum * mean.value + (1 - self.momentum) * center
-                var.value = self.momentum * var.value + (1 - self.momentum) * spread
-        scale *= jax.lax.rsqrt(spread + self.epsilon)
-        # Not (x - center) * scale, so that the gradient needs two sums instead of three.
+                kept = self.momentum
+                running_mean.value = kept * running_mean.value + (1 - kept) * mean
+                running_var.value = kept * running_var.value + (1 - kept) * var
+        scale *= jax.lax.rsqrt(var + self.epsilon)
+        # Not (x - mean) * scale, so that the gradient needs two sums instead of three.
         y = wide * channels.spread(scale, x.shape)
-        y += channels.spread(bias - center * scale, x.shape)
+        y += channels.spread(bias - mean * scale, x.shape)
         return apart(y.astype(jnp.promote_types(x.dtype, bias.dtype)))
 
     def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

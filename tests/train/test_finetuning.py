@@ -7,6 +7,7 @@ import logging
 import shutil
 import zipfile
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from cnn_jax.analysis.restore import load_run
 from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.config.validate import validate
+from cnn_jax.models.layers import BatchNorm, Dense, Flatten
 from cnn_jax.train import groups, loop, optim, parallel, pretrained, start
 from cnn_jax.train import workdir as workdirs
 from cnn_jax.train.checkpoint import Checkpoints
@@ -200,9 +202,20 @@ def test_frozen_modules_stay_bit_for_bit(optimizer):
     assert changed == {"params/Dense_0/kernel", "params/Dense_0/bias"}
 
 
-def test_a_frozen_batch_norm_normalises_with_its_running_statistics():
+class Normed(nn.Module):
+    """Softmax regression behind a layer of batch normalisation."""
+
+    norm: type
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        return Dense(10)(Flatten()(self.norm(use_running_average=not train)(image)))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm, BatchNorm])
+def test_a_frozen_batch_norm_normalises_with_its_running_statistics(norm):
     """As softmax regression on the features of evaluation: its first loss is that of evaluation."""
-    config = make_config(model=Small(rate=0.0), freeze=("BatchNorm_0",))
+    config = make_config(model=Normed(norm), freeze=("BatchNorm_0",))
     optimizer = optim.make_optimizer(config, 5)
     state = init_state(config.model, optimizer, SHAPE, 0, freeze=config.freeze)
     examples = make_examples(32)

@@ -32,6 +32,7 @@ from cnn_jax.studies.benchmark.formulations_plot import Pass, chart
 from cnn_jax.studies.benchmark.networks import NETWORKS
 from cnn_jax.studies.benchmark.run import check
 from cnn_jax.train import parallel
+from cnn_jax.train.workdir import prepare
 
 PASSES = ("forward", "image_gradient", "kernel_gradient")
 # Those that serve some of the passes only; a program of one pass makes "xla_apart" of "xla".
@@ -127,9 +128,11 @@ def compare(
 
     Raises:
       ConfigError: an unknown network, or `seconds` is not greater than 0.
-      WorkdirError: a file cannot be written.
+      WorkdirError: a file or its folder cannot be written.
     """
     check(networks, seconds)
+    if output:
+        prepare(output.parent)  # fail now rather than after minutes
     malloc.keep_freed()
     malloc.compute_in_calling_thread()
     console = rich.console.Console(highlight=False)
