@@ -129,7 +129,8 @@ def test_formulations_for_real(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(formulations, "candidates", two)
     flags = ["--networks=lenet", "--batch_size=2", "--rounds=1", "--seconds=1e-6", "--write"]
     assert main.main(["benchmark", "--formulations", *flags, f"--output={tmp_path}/x.png"]) == 0
-    assert Image.open(tmp_path / "x.png").width > 1000
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width > 1000
     passes = ["28x28 1->6 k5 p"] * 2 + ["14x14 6->16 k5"] * 3  # the input needs no gradient
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[: len(passes)]] == passes
