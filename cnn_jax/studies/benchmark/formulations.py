@@ -20,7 +20,7 @@ import numpy as np
 import rich.console
 
 from cnn_jax import models
-from cnn_jax.common import cpu, malloc
+from cnn_jax.common import cpu
 from cnn_jax.common.errors import WorkdirError
 from cnn_jax.common.files import written
 from cnn_jax.config.experiment import RESULTS
@@ -133,8 +133,6 @@ def compare(
     check(networks, seconds)
     if output:
         prepare(output.parent)  # fail now rather than after minutes
-    malloc.keep_freed()
-    malloc.compute_in_calling_thread()
     console = rich.console.Console(highlight=False)
     passes = []
     for g in dict.fromkeys(g for network in networks or NETWORKS for g in geometries(network)):
@@ -152,19 +150,26 @@ def compare(
             output.write_bytes(chart(passes).light)
         console.print(f"written to {output}")
     if write:
-        mark = f"formulations {cpu.description()} batch {batch_size}"
-        text = [
-            f"## Formulations of convolutions on {cpu.description()}, batch {batch_size}",
-            "",
-            f"`./launch.sh benchmark --formulations --batch_size={batch_size} --rounds={rounds} "
-            f"--seconds={seconds:g} --write` on {datetime.date.today()}; jax {jax.__version__}, "
-            "float32. GFLOP/s of the direct algorithm. Each pass is a program of its own, so a "
-            f"formulation's cost to its neighbours is left out. {summary}",
-            "",
-            markdown.markdown_table(["layer", "pass", "the rule's", "faster", "others"], rows),
-        ]
-        markdown.put_section(RESULTS / "RESULTS.md", mark, "\n".join(text))
+        _put_into(RESULTS / "RESULTS.md", rows, summary, batch_size, rounds, seconds)
         console.print(f"written to {RESULTS / 'RESULTS.md'}")
+
+
+def _put_into(
+    path: Path, rows: list[list[str]], summary: str, batch_size: int, rounds: int, seconds: float
+) -> None:
+    """Replaces the section of this processor and batch size, or adds it at the end."""
+    text = [
+        f"## Formulations of convolutions on {cpu.description()}, batch {batch_size}",
+        "",
+        f"`./launch.sh benchmark --formulations --batch_size={batch_size} --rounds={rounds} "
+        f"--seconds={seconds:g} --write` on {datetime.date.today()}; jax {jax.__version__}, "
+        "float32. GFLOP/s of the direct algorithm. Each pass is a program of its own, so a "
+        f"formulation's cost to its neighbours is left out. {summary}",
+        "",
+        markdown.markdown_table(["layer", "pass", "the rule's", "faster", "others"], rows),
+    ]
+    mark = f"formulations {cpu.description()} batch {batch_size}"
+    markdown.put_section(path, mark, "\n".join(text))
 
 
 def _layer(g: Geometry) -> str:
