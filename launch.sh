@@ -12,11 +12,12 @@ usage() {
 ./launch.sh test -mbuckets         runs only the tests on emulators of buckets; they need gcsfs, s3fs, gcp-storage-emulator and moto[server]
 ./launch.sh test -mplayground      runs only the tests of every network in a browser; minutes
 ./launch.sh test -mslurm           runs only the tests that start a SLURM; experiments/clusters tells what they need
-./launch.sh setup [--pinned] [--with=prepare|gcs|s3|slurm|wandb|mlflow|test|compile-tpu|compile-cuda ...]
+./launch.sh setup [--pinned] [--with=prepare|gcs|s3|slurm|wandb|mlflow|onnx|notebook|test|compile-tpu|compile-cuda ...]
     only sets up, and looks again for a GPU or TPU. --pinned: with the versions that passed the tests.
     --with=prepare: with TensorFlow, which prepares most public datasets. --with=test: with the tests' tools.
     --with=gcs, --with=s3: with what reads a --data_dir or --workdir such as gs://bucket/run or s3://bucket/run.
     --with=slurm: with what hands runs to SLURM. --with=wandb, --with=mlflow: with these trackers.
+    --with=onnx: with what export --format=onnx needs. --with=notebook: with JupyterLab.
     --with=compile-tpu, --with=compile-cuda: with what compiles for a TPU or an NVIDIA GPU that is not there.
 Environment:
 CNN_JAX_PLATFORM=cpu|cuda|cuda12|cuda13|tpu   what JAX is installed for (default: what is found)
@@ -98,7 +99,7 @@ sources=${sources//$'\n'/ }
 
 command=${1:-}
 [ "$command" != setup ] || shift
-while [[ ${1:-} =~ ^--(pinned|with=(prepare|gcs|s3|slurm|wandb|mlflow|test|compile-tpu|compile-cuda))$ ]]; do
+while [[ ${1:-} =~ ^--(pinned|with=(prepare|gcs|s3|slurm|wandb|mlflow|onnx|notebook|test|compile-tpu|compile-cuda))$ ]]; do
   asked_options="$asked_options ${BASH_REMATCH[2]:-pinned}"
   shift
 done
@@ -109,7 +110,7 @@ case $command in
     exit
     ;;
   setup)
-    [ $# -eq 0 ] || die "setup takes --pinned and --with=prepare, gcs, s3, slurm, wandb, mlflow, test, compile-tpu or compile-cuda, got '$1'"
+    [ $# -eq 0 ] || die "setup takes --pinned and --with=prepare, gcs, s3, slurm, wandb, mlflow, onnx, notebook, test, compile-tpu or compile-cuda, got '$1'"
     set_up
     ;;
   test)

@@ -196,6 +196,12 @@ MISTAKES = [  # command line, exit code, what is said
         2,
         "batch_size=30: must be divisible by the 4",
     ),
+    (
+        "sweep --experiment=own.py --tracker=neptune",
+        2,
+        "--tracker=neptune: must be tensorboard, csv",
+    ),
+    ("sweep --experiment=own.py --tracker=", 2, "--tracker=: is empty; "),
     ("train --experiment=own.py --set model.num_classes=0", 2, "model.num_classes=0: must be at "),
     (
         "train --experiment=cifar10/speedrun --set model.axis_name=data",

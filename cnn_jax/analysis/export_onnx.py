@@ -21,8 +21,9 @@ import numpy as np
 from flax.linen import dtypes
 from jax import lax
 
+from cnn_jax import CHECKOUT
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.common import files
+from cnn_jax.common import extras, files
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.data.examples import Examples
 from cnn_jax.models import layers
@@ -125,9 +126,9 @@ def _check_installed() -> None:
         import jax2onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
+        by_pip = "" if CHECKOUT else "; then pip install --no-deps jax2onnx"
         raise ConfigError(
-            f"--format=onnx: {error.name} is not installed; pip install '.[onnx]', then pip install "
-            "--no-deps jax2onnx (it asks for an older Orbax, which it does not use here)"
+            f"--format=onnx: {extras.missing(str(error.name), 'onnx')}{by_pip}"
         ) from None
 
 

@@ -27,6 +27,7 @@ from cnn_jax.config.validate import validate
 from cnn_jax.data.sources import has_validation
 from cnn_jax.studies import launcher, markdown, sweep_plot
 from cnn_jax.studies.task import Failure, Task
+from cnn_jax.train.trackers import DEFAULT
 from cnn_jax.train.workdir import metrics, prepare, read_config, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def sweep(
     data_dir: str | None = None,
     download: bool = False,
     launch: launcher.Launcher | None = None,
+    trackers: Sequence[str] = DEFAULT,
 ) -> int:
     """Trains the runs that are missing, prints the table, writes it and a plot into `workdir`.
 
@@ -166,6 +168,7 @@ def sweep(
       data_dir: the folder of the dataset.
       download: downloads the dataset if it is not prepared.
       launch: runs them, as `launcher.choose` gives it; by default one after another.
+      trackers: of each run, as for `train`.
 
     Returns:
       The exit code of the first run that failed, or 0. A run with a loss that is not finite has not
@@ -184,6 +187,9 @@ def sweep(
             "warning: data.validation_examples=0: no best setting is chosen, as test accuracy must "
             "not choose it; add --set data.validation_examples=5000"
         )
+    options = [f"--tracker={','.join(trackers)}"]
+    options += [f"--data_dir={data_dir}"] if data_dir else []
+    options += ["--download"] if download else []
     found: dict[tuple[str, int], Run] = {}
     codes: dict[tuple[str, int], int] = {}
     tasks = {}
@@ -195,13 +201,10 @@ def sweep(
             log.info("%s, seed %d (%d of %d): ended already", *key, place, len(planned) * seeds)
             found[key], codes[key] = run, 0
             continue
-        command = ["train", f"--experiment={experiment}", f"--workdir={folder}"]
-        command += [f"--data_dir={data_dir}"] if data_dir else []
-        command += ["--download"] if download else []
-        changes = [*setting.assignments, f"seed={seed}"]
-        command += [part for change in changes for part in ("--set", change)]
+        sets = [f"--set={change}" for change in (*setting.assignments, f"seed={seed}")]
+        command = ("train", f"--experiment={experiment}", *options, *sets, f"--workdir={folder}")
         name = f"{setting.name}, seed {seed}"
-        task = Task(name, place, len(planned) * seeds, _train, tuple(command))
+        task = Task(name, place, len(planned) * seeds, _train, command)
         tasks[task] = key, folder, config
     for task, failure in (launch or launcher.choose())([*tasks], workdir / "slurm"):
         key, folder, config = tasks[task]

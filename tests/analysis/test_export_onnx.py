@@ -101,9 +101,9 @@ def test_a_network_that_cannot_go_is_refused(tmp_path):
 
 def test_without_jax2onnx_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
-    with pytest.raises(
-        ConfigError, match=r"^--format=onnx: jax2onnx is not installed; pip install"
-    ):
+    adds = r"\./launch\.sh setup --with=onnx adds it"
+    said = f"^--format=onnx: needs jax2onnx, which is missing; {adds}$"
+    with pytest.raises(ConfigError, match=said):
         export_onnx.export(make_run(tmp_path, models.MLP()), tmp_path, make_examples(3))
 
 

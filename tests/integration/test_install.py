@@ -105,7 +105,7 @@ def test_every_imported_package_is_required(settings):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
-    # jax2onnx asks for another Orbax, so no extra can hold it; setup.cfg says how to add it.
+    # jax2onnx asks for another Orbax, so no extra can hold it; launch.sh adds it with the extra onnx.
     imported -= {"cnn_jax", "jax2onnx", *PEERS, *sys.stdlib_module_names}
     required = {canonicalize_name(requirement.name) for requirement in requirements(settings)}
     for extra in ("gcs", "mlflow", "onnx", "slurm", "wandb"):

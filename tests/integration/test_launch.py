@@ -67,7 +67,8 @@ elif arguments[:3] == ["-m", "pip", "--version"]:
     sys.exit(not os.path.exists(venv + "/pip"))
 elif arguments[:3] == ["-m", "pip", "install"]:
     pinned = "pinned " if "--constraint" in arguments else ""
-    step("PIP", "pip " + pinned + arguments[-1])
+    alone = "--no-deps " if "--no-deps" in arguments else ""
+    step("PIP", "pip " + pinned + alone + arguments[-1])
     os.makedirs(venv + "/lib/python3.11/site-packages/cnn_jax-0.1.0.dist-info", exist_ok=True)
 else:
     report = {"arguments": arguments, "pid": os.getpid(), "cwd": os.getcwd()}
@@ -257,7 +258,7 @@ def test_setup_refuses_other_arguments(house, argument):
     result = house.call("setup", "--pinned", argument)
     assert result.returncode == 2
     allowed = (
-        "--pinned and --with=prepare, gcs, s3, slurm, wandb, mlflow, test, "
+        "--pinned and --with=prepare, gcs, s3, slurm, wandb, mlflow, onnx, notebook, test, "
         "compile-tpu or compile-cuda"
     )
     assert error_line(result) == f"launch.sh: setup takes {allowed}, got '{argument}'"
@@ -277,6 +278,11 @@ def test_additions_stay_and_are_made_once(ready_house):
     assert steps("setup") == steps("list") == []
     ready_house.change_setup_cfg()
     assert steps("list") == ["pip pinned .[prepare,test,compile-tpu]"]
+
+
+def test_jax2onnx_is_added_without_what_it_requires(ready_house):
+    assert ready_house.call("setup", "--with=onnx").returncode == 0
+    assert ready_house.steps() == ["pip .[onnx]", "pip --no-deps jax2onnx"]
 
 
 def test_the_program_can_have_tensorflow_added_once(ready_house):

@@ -10,6 +10,7 @@ from PIL import Image
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.studies import sweep, sweep_plot
 from cnn_jax.studies.subprocesses import Processes
+from cnn_jax.train import trackers
 from cnn_jax.train import workdir as workdirs
 from tests.tiny import run_command
 
@@ -116,7 +117,8 @@ def swept(experiment, tfds_dir, tmp_path_factory):
     """Two learning rates, of which one is hopeless, over two seeds: exit code and workdir."""
     workdir = tmp_path_factory.mktemp("swept")
     assignments = ["learning_rate=1e-3,1e30"]
-    return sweep.sweep(experiment, assignments, 2, workdir, str(tfds_dir)), workdir
+    given = workdir, str(tfds_dir)
+    return sweep.sweep(experiment, assignments, 2, *given, trackers=["csv"]), workdir
 
 
 def rows(text):
@@ -158,6 +160,12 @@ def test_the_picture_is_one(swept):
         assert picture.format == "PNG"
         assert picture.size[0] > 900
         assert picture.size[1] > 200
+
+
+def test_every_run_has_the_trackers_that_were_asked_for(swept):
+    runs = [swept[1] / "learning_rate=0.001" / f"seed_{seed}" for seed in (0, 1)]
+    made = [{name for name in trackers.KNOWN if (run / name).exists()} for run in runs]
+    assert made == [{"csv"}, {"csv"}]
 
 
 def test_what_ended_is_not_trained_again(swept, experiment, tfds_dir, monkeypatch):

@@ -53,12 +53,10 @@ def train(values: flags.FlagValues) -> None:
 
     with StopSignals():  # nothing to save yet: a signal ends the process at once
         from cnn_jax.config import experiment
-        from cnn_jax.train import cluster, loop, lost, parallel, processes, trackers
+        from cnn_jax.train import cluster, loop, lost, parallel, processes
 
         config = experiment.load(values.experiment, values.set)
-        if not values.tracker:
-            raise ConfigError("--tracker=: is empty; leave it out, or give it a value")
-        trackers.find(values.tracker)
+        _check_trackers(values)
         if place := cluster.find(
             values.distributed, values.coordinator, values.processes, values.process
         ):
@@ -91,6 +89,14 @@ def train(values: flags.FlagValues) -> None:
         )
     if parallel.is_main_process():
         _say_what_is_next(name, workdir, lines)
+
+
+def _check_trackers(values: flags.FlagValues) -> None:
+    from cnn_jax.train import trackers
+
+    if not values.tracker:
+        raise ConfigError("--tracker=: is empty; leave it out, or give it a value")
+    trackers.find(values.tracker)
 
 
 def _say_what_is_next(name: str, workdir: Path | str, lines: list[dict]) -> None:
@@ -159,6 +165,7 @@ def lr_finder(values: flags.FlagValues) -> None:
     "workdir",
     "data_dir",
     "download",
+    "tracker",
     "launcher",
     "parallel",
     "slurm",
@@ -172,9 +179,10 @@ def sweep(values: flags.FlagValues) -> int:
     from cnn_jax.studies import launcher
     from cnn_jax.studies import sweep as sweeps
 
+    _check_trackers(values)
     launch = launcher.choose(values.launcher, values.parallel, values.slurm or "")
     workdir = local_path(values.workdir or f"runs/sweep/{experiment.short_name(values.experiment)}")
-    given = values.data_dir, values.download, launch
+    given = values.data_dir, values.download, launch, values.tracker
     return sweeps.sweep(values.experiment, values.set, values.seeds, workdir, *given)
 
 
