@@ -98,6 +98,9 @@ FLAGS = {
         None,
         "how many classes to name for each image; default 3, or all if there are fewer",
     ),
+    "attribution": Flag(
+        flags.DEFINE_bool, False, "draws what the class of each image depends on, of the first 16"
+    ),
     "output": Flag(flags.DEFINE_string, None, "where to write"),
     "profile": Flag(
         flags.DEFINE_string,

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from cnn_jax.analysis import plotting
+from cnn_jax.analysis.attribution import methods, picture
 from cnn_jax.analysis.plotting import Chart
-from cnn_jax.analysis.report import attribution, charts, features, formatting, run_data
+from cnn_jax.analysis.report import charts, features, formatting, run_data
 from cnn_jax.analysis.report.run_data import Facts
 from cnn_jax.common import images
 from cnn_jax.config import Config
@@ -133,9 +134,9 @@ def _causes(run: Facts) -> tuple[Chart | None, list[str]]:
     if not len(places):
         return None, []
     image = run.test[places]["image"]
-    maps = attribution.explain(run.run, run.summary, image, run.predictions.winner[places])
+    maps = methods.explain(run.run, run.summary, image, run.predictions.winner[places])
     alt = f"The {len(places)} most confident mistakes, one a row: image, {', '.join(maps)}."
-    return plotting.picture("causes", attribution.draw(image, maps), alt), [*maps]
+    return plotting.picture("causes", picture.tiles(image, maps), alt), [*maps]
 
 
 def _journeys(run: Facts) -> tuple[list[tuple[Example, list[Chart | None]]], list[features.Stage]]:

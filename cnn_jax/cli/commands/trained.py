@@ -123,6 +123,7 @@ def evaluate(values: flags.FlagValues) -> None:
     "images",
     "checkpoint",
     "top_k",
+    "attribution",
     "output",
     "experiment",
     "verify",
@@ -140,6 +141,11 @@ def predict(values: flags.FlagValues) -> int:
     predictions, broken = prediction.predict(run, values.images, output, values.top_k)
     tables.print_predictions(predictions)
     print(f"written to {output / 'predictions.csv'}")
+    if values.attribution:
+        from cnn_jax.analysis.attribution import picture
+
+        files = [file for file in prediction.find_images(values.images) if file not in broken]
+        print(f"written to {picture.of_files(run, files, output)}")
     return prediction.BROKEN_IMAGES_EXIT_CODE if broken else 0
 
 

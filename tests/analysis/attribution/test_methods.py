@@ -4,12 +4,11 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from cnn_jax.analysis.report import attribution
+from cnn_jax.analysis.attribution import methods
 from cnn_jax.models.layers import Conv, Dense
 from cnn_jax.models.summary import summarise
 from tests.networks import Linear
 from tests.quick import make_run, unoptimised
-from tests.tiny import make_examples
 
 SHAPE = (12, 10, 3)
 TARGET = np.array([2, 7])
@@ -35,7 +34,7 @@ def image():
 
 
 def explained(run, image):
-    return attribution.explain(run, summarise(run.model, SHAPE), image, TARGET)
+    return methods.explain(run, summarise(run.model, SHAPE), image, TARGET)
 
 
 def test_a_linear_network(tmp_path, image):
@@ -82,10 +81,3 @@ class Hidden(nn.Module):
 
 def test_a_convolution_that_cannot_be_intercepted(tmp_path, image):
     assert [*explained(make_run(tmp_path, Hidden(), SHAPE), image)] == ["saliency", "occlusion"]
-
-
-def test_the_picture_has_a_row_for_each_image():
-    grey = make_examples(3).image
-    picture = attribution.draw(grey, {"a": np.zeros((3, 28, 28)), "b": np.ones((3, 28, 28))})
-    assert picture.shape[2] == 4
-    assert picture.shape[0] == picture.shape[1]  # three rows of three

@@ -1,6 +1,5 @@
 """Which pixels a prediction depends on: saliency, occlusion and Grad-CAM."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.analysis.restore import RestoredRun
-from cnn_jax.common import images
 from cnn_jax.models.summary import Summary
 from cnn_jax.train import apply, parallel, step
 from cnn_jax.train.preprocess import normalise
 
 WINDOWS = 6  # the side of an image, in windows that are covered
-TILE = 88  # pixels
 
 
 def explain(
@@ -58,19 +55,21 @@ def occlusion(run: RestoredRun, image: np.ndarray, target: np.ndarray) -> np.nda
     pixel has the mean over the windows that cover it; where covering it helps, 0.
     """
 
-    def probabilities(variables: Any, image: jax.Array) -> jax.Array:
+    score = probabilities(run)
+    return np.stack([_occluded(score, one, int(c)) for one, c in zip(image, target, strict=True)])
+
+
+def probabilities(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from images, uint8 [N, H, W, C], to the probabilities of all classes, [N, classes]."""
+
+    def softmax(variables: Any, image: jax.Array) -> jax.Array:
         return jax.nn.softmax(step.predict_step(variables, image, **run.step_options))
 
-    compiled = parallel.jit(probabilities, run.compute_dtype)
-    return np.stack(
-        [
-            _occluded(functools.partial(compiled, run.variables), one, int(c))
-            for one, c in zip(image, target, strict=True)
-        ]
-    )
+    compiled = parallel.jit(softmax, run.compute_dtype)
+    return lambda image: np.asarray(compiled(run.variables, image))
 
 
-def _occluded(probabilities: Callable, image: np.ndarray, target: int) -> np.ndarray:
+def _occluded(score: Callable, image: np.ndarray, target: int) -> np.ndarray:
     """The map of one image, uint8 [H, W, C]."""
     sides = [max(1, round(length / WINDOWS)) for length in image.shape[:2]]
     rows, columns = (
@@ -85,7 +84,7 @@ def _occluded(probabilities: Callable, image: np.ndarray, target: int) -> np.nda
     covered = np.repeat(image[None], len(places) + 1, 0)
     for i, place in enumerate(places):
         covered[i, *place] = image.mean((0, 1)).round()
-    *found, whole = np.asarray(probabilities(covered))[:, target]
+    *found, whole = score(covered)[:, target]
     falls, times = np.zeros((2, *image.shape[:2]))
     for place, value in zip(places, found, strict=True):
         falls[place] += whole - value
@@ -140,14 +139,3 @@ def _scores(run: RestoredRun, variables: Any, image: jax.Array, target: np.ndarr
     """The score of the target for normalised images: [N]."""
     logits = apply.one_score_each(apply.forward(run.model, variables, image))
     return jnp.take_along_axis(logits, jnp.asarray(target)[:, None], 1)[:, 0]
-
-
-def draw(image: np.ndarray, maps: dict[str, np.ndarray]) -> np.ndarray:
-    """A row for each image, itself and its maps, each scaled to its highest value: uint8 [h, w, 4]."""
-    rows = []
-    for i, one in enumerate(image):
-        rows.append(np.broadcast_to(one, (*one.shape[:2], 3)))
-        for values in maps.values():
-            scaled = values[i] / (values[i].max() or 1)
-            rows.append(images.colour(np.round(scaled * 31) / 31, images.SEQUENTIAL))
-    return images.tiles(np.stack(rows), 1 + len(maps), TILE)
