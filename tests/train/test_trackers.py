@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import inspect
 import json
+import multiprocessing
 import sqlite3
 
 import pytest
@@ -156,6 +157,34 @@ def test_mlflow_has_one_run_with_everything(resumed):
     assert json.loads((artifacts / "config.json").read_text())["config"]["epochs"] == 3
     pictures = sorted(path.name for path in (artifacts / "confusion").iterdir())
     assert pictures == ["00000005.png", "00000010.png", "00000015.png"]
+
+
+def begin(workdir, barrier):
+    """Begins and ends a run in MLflow when all processes have come this far."""
+    import mlflow  # noqa: F401
+
+    barrier.wait()
+    trackers.KNOWN["mlflow"](workdir, {"experiment": "mine", "config": {}}).close("finished")
+
+
+@pytest.mark.skipif("mlflow" not in OPTIONAL, reason="mlflow is not installed")
+def test_runs_that_begin_at_once_share_a_database(tmp_path, monkeypatch):
+    """One that is new, as in a sweep with --parallel: each run would make its tables."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
+    monkeypatch.chdir(tmp_path)  # where MLflow puts a folder for the pictures
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(3)
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    processes = [spawn.Process(target=begin, args=(folder, barrier)) for folder in folders]
+    for folder, process in zip(folders, processes, strict=True):
+        folder.mkdir()
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    with contextlib.closing(sqlite3.connect(tmp_path / "shared.db")) as database:
+        found = database.execute("select experiment_id, status from runs").fetchall()
+    assert found == [(1, "FINISHED")] * 3
 
 
 @pytest.mark.skipif("wandb" not in OPTIONAL, reason="wandb is not installed")

@@ -1,5 +1,7 @@
 """A run in MLflow: at MLFLOW_TRACKING_URI, or else in a database in the workdir."""
 
+import contextlib
+import fcntl
 import logging
 import os
 import time
@@ -30,18 +32,20 @@ class MlflowRun(Tracker):
         folder = library_path(workdir) / "mlflow"
         folder.mkdir(exist_ok=True)
         asked = os.environ.get("MLFLOW_TRACKING_URI")
-        self._client = MlflowClient(asked or f"sqlite:///{folder}/mlflow.db")
         self._metric = Metric
         identity = folder / "run_id.txt"
-        if identity.exists():
-            self._id = identity.read_text()
-            self._client.update_run(self._id, "RUNNING")
-        else:
-            place = None if asked else (folder / "artifacts").as_uri()
-            experiment = self._experiment(saved["experiment"] or workdir.name, place)
-            name = "/".join(workdir.parts[-2:])
-            self._id = self._client.create_run(experiment, run_name=name).info.run_id
-            write_text(identity, self._id)
+        address = asked or f"sqlite:///{folder}/mlflow.db"
+        with _alone_at(address):
+            self._client = MlflowClient(address)
+            if identity.exists():
+                self._id = identity.read_text()
+                self._client.update_run(self._id, "RUNNING")
+            else:
+                place = None if asked else (folder / "artifacts").as_uri()
+                experiment = self._experiment(saved["experiment"] or workdir.name, place)
+                name = "/".join(workdir.parts[-2:])
+                self._id = self._client.create_run(experiment, run_name=name).info.run_id
+                write_text(identity, self._id)
         known = self._client.get_run(self._id).data.params  # which MLflow lets nobody change
         params = [
             Param(name, str(value)[:LONGEST_VALUE])
@@ -54,8 +58,15 @@ class MlflowRun(Tracker):
 
     def _experiment(self, name: str, artifacts: str | None) -> str:
         """The identifier of MLflow's experiment `name`, which is made if it is missing."""
-        found = self._client.get_experiment_by_name(name)
-        return found.experiment_id if found else self._client.create_experiment(name, artifacts)
+        from mlflow.exceptions import MlflowException
+
+        if not (found := self._client.get_experiment_by_name(name)):
+            try:
+                return self._client.create_experiment(name, artifacts)
+            except MlflowException:  # another run may have made it since
+                if not (found := self._client.get_experiment_by_name(name)):
+                    raise
+        return found.experiment_id
 
     def recorded(self) -> dict[str, int]:
         return {
@@ -77,6 +88,18 @@ class MlflowRun(Tracker):
 
     def close(self, ending: Ending) -> None:
         self._client.set_terminated(self._id, STATUS[ending])
+
+
+@contextlib.contextmanager
+def _alone_at(address: str) -> Iterator[None]:
+    """One process at a time: MLflow makes the tables of a database without a lock."""
+    path = address.partition("sqlite:///")[2].partition("?")[0]
+    with contextlib.ExitStack() as stack:
+        if path:
+            file = stack.enter_context(open(f"{path}.lock", "a"))
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
