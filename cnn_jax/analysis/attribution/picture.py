@@ -59,9 +59,12 @@ def of_files(run: RestoredRun, files: Sequence[str], output: Path) -> Path:
         for i, c in enumerate(target)
     ]
 
+    height, width, _ = image.shape[1:]
+    titles = f"at {height}x{width}", *maps
+
     def paint(figure: Figure, theme: plotting.Theme) -> None:
-        panels = figure.subplots(len(image), 1 + len(maps), squeeze=False)
-        for axes, name in zip(panels[0], ("image", *maps), strict=True):
+        panels = figure.subplots(len(image), len(titles), squeeze=False)
+        for axes, name in zip(panels[0], titles, strict=True):
             axes.set_title(name, color=theme.muted, fontsize=8)
         for i, row in enumerate(panels):
             row[0].set_ylabel(labels[i], rotation=0, ha="right", va="center", color=theme.ink)
@@ -72,10 +75,9 @@ def of_files(run: RestoredRun, files: Sequence[str], output: Path) -> Path:
                 axes.set_yticks([])
                 axes.spines[:].set_visible(False)
 
-    height, width, _ = image.shape[1:]
     panel = PANEL * np.array([width, height]) / max(width, height)
     longest = max(len(line) for label in labels for line in label.split("\n"))
-    across = LETTER * longest + (1 + len(maps)) * panel[0]
+    across = LETTER * longest + len(titles) * panel[0]
     chart = plotting.draw("attribution", "", 0.3 + len(files) * panel[1], paint, across)
     path = output / "attribution.png"
     with writing(output):
