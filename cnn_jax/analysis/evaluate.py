@@ -106,6 +106,19 @@ def make_scorer(
     return score
 
 
+def check_loss(run: RestoredRun, place: str, loss: float) -> None:
+    """Checks the loss of a checkpoint on `place`.
+
+    Raises:
+      NotFiniteError: it is infinite or NaN.
+    """
+    if not np.isfinite(loss):
+        raise NotFiniteError(
+            f"checkpoint {run.step} of {run.workdir} on {place}: loss={loss} is not finite, so its "
+            "accuracy means nothing; choose another checkpoint with --checkpoint"
+        )
+
+
 def report_of(
     run: RestoredRun, dataset: str, split: str, result: evaluation.Metrics, scores: Scores
 ) -> dict:
@@ -114,11 +127,7 @@ def report_of(
     Raises:
       NotFiniteError: the loss is infinite or NaN.
     """
-    if not np.isfinite(result.loss):
-        raise NotFiniteError(
-            f"checkpoint {run.step} of {run.workdir} on {dataset}/{split}: loss={result.loss} is not "
-            "finite, so its accuracy means nothing; choose another checkpoint with --checkpoint"
-        )
+    check_loss(run, f"{dataset}/{split}", result.loss)
     report = {
         "checkpoint": run.step,
         "dataset": dataset,

@@ -38,7 +38,8 @@ IMAGES = 1000
 TOLERANCE = 1e-5  # of the largest logit
 SCRIPT = '''"""Classifies images with model.onnx: python classify_onnx.py images.npy, or image files.
 
-images.npy: uint8 [N, {shape}]. Files are resized. Needs onnxruntime and NumPy; Pillow for files.
+images.npy: uint8 [N, {shape}]. Files are made upright, laid on white where they are transparent, and
+resized bilinearly, as for the training. Needs onnxruntime and NumPy; Pillow for files.
 """
 
 import json
@@ -54,10 +55,22 @@ names, (height, width, channels) = (json.loads(about[k]) for k in ("class_names"
 if sys.argv[1].endswith(".npy"):
     images = np.load(sys.argv[1])
 else:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    opened = [Image.open(f).convert("L" if channels == 1 else "RGB") for f in sys.argv[1:]]
-    images = np.stack([np.asarray(image.resize((width, height))) for image in opened])
+    def decoded(file):
+        image = ImageOps.exif_transpose(Image.open(file))
+        if image.mode.startswith("I;16"):
+            grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
+            image = Image.fromarray(grey.astype(np.uint8))
+        if channels < 4 and image.has_transparency_data:
+            page = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(page, image.convert("RGBA"))
+        if channels == 1 and image.mode not in ("1", "L"):
+            image = image.convert("RGB")
+        image = image.convert({{1: "L", 3: "RGB", 4: "RGBA"}}[channels])
+        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+    images = np.stack([decoded(file) for file in sys.argv[1:]])
     images = images.reshape(-1, height, width, channels)
 (logits,) = session.run(None, {{session.get_inputs()[0].name: images}})  # float32 [N, {classes}]
 probabilities = np.exp(logits - logits.max(-1, keepdims=True))

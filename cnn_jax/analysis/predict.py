@@ -16,7 +16,7 @@ from PIL import Image
 from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.common import decode
 from cnn_jax.common import files as outputs
-from cnn_jax.common.errors import ConfigError, DataError
+from cnn_jax.common.errors import ConfigError, DataError, NotFiniteError
 from cnn_jax.models import summary
 from cnn_jax.models.convolutional import gives_class_map
 from cnn_jax.train import parallel, step
@@ -64,6 +64,7 @@ def predict(
     Raises:
       ConfigError: `top_k` is out of range, or `output` cannot be written.
       DataError: no image is found, or none can be read.
+      NotFiniteError: a probability is NaN.
     """
     if top_k is None:
         top_k = min(3, len(run.class_names))
@@ -83,6 +84,11 @@ def predict(
             broken.append(file)
             continue
         probabilities, class_map = jax.device_get(scores(run.variables, image[None]))
+        if not np.isfinite(probabilities).all():
+            raise NotFiniteError(
+                f"{outputs.printable(file)}: checkpoint {run.step} of {run.workdir} gives logits "
+                "that are not finite; choose another one with --checkpoint"
+            )
         best = np.argsort(-probabilities, kind="stable")[:top_k]
         prediction = Prediction(
             outputs.printable(file),

@@ -24,8 +24,11 @@ class _Console(rich.console.Console):
 
 
 def _console() -> rich.console.Console:
-    """A console wider than any line: the terminal can wrap a row, but no digit is cut off."""
-    return _Console(highlight=False, width=1000)
+    """A console wider than any line: the terminal can wrap a row, but no digit is cut off.
+
+    Names are shown as they are, also [red] and :dog:.
+    """
+    return _Console(highlight=False, markup=False, emoji=False, width=1000)
 
 
 def _table(*columns: str, left: int = 1) -> rich.table.Table:
@@ -83,7 +86,7 @@ def print_rows(rows: Sequence[dict], tests: Sequence[dict]) -> None:
         cells += [f"{n:.4f}" for n in (row["macro"]["f1"], row["loss"], row["brier"], row["ece"])]
         if found := row.get("with_temperature"):
             cells += [f"{found[name]:.4f}" for name in ("temperature", "loss", "ece")]
-        table.add_row(rich.markup.escape(_evaluated(row)), *cells)
+        table.add_row(_evaluated(row), *cells)
     _console().print(table)
     _print_lines(
         [
@@ -102,9 +105,7 @@ def print_dataset(found: Dataset) -> None:
     """Prints the classes and splits of a dataset, what is wrong with it, and the fields to set."""
     table = _table("class", *found.counts)
     for i, name in enumerate(found.class_names):
-        table.add_row(
-            rich.markup.escape(f"{i} {name}"), *(f"{n[i]:,}" for n in found.counts.values())
-        )
+        table.add_row(f"{i} {name}", *(f"{n[i]:,}" for n in found.counts.values()))
     table.add_row("all", *(f"{n.sum():,}" for n in found.counts.values()))
     _console().print(table)
     height, width, channels = found.image_shape
@@ -135,7 +136,7 @@ def print_predictions(predictions: list[Prediction]) -> None:
     for prediction in predictions:
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         cells = [f"{name} {probability:.3f}" for name, probability in pairs]
-        table.add_row(rich.markup.escape(prediction.file), *cells)
+        table.add_row(prediction.file, *cells)
     _console().print(table)
 
 

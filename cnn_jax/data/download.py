@@ -86,7 +86,7 @@ def bar(*columns: str | rich.progress.ProgressColumn) -> rich.progress.Progress:
         rich.progress.BarColumn(bar_width=24),
         *columns,
         rich.progress.TimeRemainingColumn(compact=True),
-        console=rich.console.Console(file=sys.stdout, highlight=False),
+        console=rich.console.Console(file=sys.stdout, highlight=False, emoji=False),
         transient=True,
         redirect_stdout=False,  # True would show TFDS's output, which we suppress
         redirect_stderr=False,

@@ -32,7 +32,8 @@ class Profile:
             raise ConfigError(
                 f"--profile={steps}: must be START:STOP, two steps counted from 0, as in 100:120"
             )
-        self._folder, self._first = folder / "profile", -1
+        self._folder, self._first, self._done = folder / "profile", -1, 0
+        self._given, self._began = steps, False
 
     def before(self, step: int, state: Any, last: bool = False) -> list[str]:
         """Starts or ends the trace.
@@ -55,17 +56,26 @@ class Profile:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # not shown here, and it slows what is measured
             jax.profiler.start_trace(self._folder, profiler_options=options)
-            self._first = step
+            self._first, self._began = step, True
+        self._done = step
         # A call may do several steps, and so pass over STOP.
-        return self._end(step, state) if last or step >= self._stop else []
-
-    def _end(self, step: int, state: Any) -> list[str]:
-        """Ends the trace, if there is one, and returns a table of the longest operations."""
-        if self._first < 0:
+        if self._first < 0 or not (last or step >= self._stop):
             return []
         jax.block_until_ready(state)
+        return self._end()
+
+    def close(self) -> list[str]:
+        """Ends a trace that is open, as when the run stops early; what to print, also without one."""
+        if self._first >= 0:
+            return self._end()
+        if self._began:
+            return []
+        return [f"--profile={self._given}: no trace, as the run did none of these steps"]
+
+    def _end(self) -> list[str]:
+        """Ends the trace and returns a table of the longest operations."""
         jax.profiler.stop_trace()
-        steps, self._first = step - self._first, -1
+        steps, self._first = max(1, self._done - self._first), -1
         self._start = self._stop  # not again
         path = max(self._folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
         spent = operations(path)

@@ -25,7 +25,7 @@ class Progress:
             rich.progress.BarColumn(bar_width=24),
             rich.progress.TextColumn("{task.fields[text]}"),
             rich.progress.TimeRemainingColumn(compact=True),
-            console=rich.console.Console(highlight=False),
+            console=rich.console.Console(highlight=False, emoji=False),
             transient=True,
             disable=not self._live,
         )

@@ -10,6 +10,7 @@ its line is missing, the run first evaluates and writes the line. So no line is 
 
 import dataclasses
 import functools
+import logging
 import time
 from typing import Any
 
@@ -28,6 +29,8 @@ from cnn_jax.train.signals import StopSignals
 from cnn_jax.train.step import TrainState, empty_sums
 from cnn_jax.train.trackers import Trackers
 from cnn_jax.train.trackers.base import ending_of
+
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -66,6 +69,15 @@ class Run:
         finally:
             self._report_checkpoints()
             self.reporter.trackers.close(ending_of(error))
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        """Ends the trace of --profile if it is open. A failure must not hide how the run ended."""
+        try:
+            for line in self.profile.close() if self.profile else []:
+                self.reporter.progress.message(line)
+        except Exception as error:  # the profiler and its reader raise several types
+            log.warning("warning: --profile: %s", " ".join(str(error).split()))
 
     # ------------------------------------------------------------------------------ before
 

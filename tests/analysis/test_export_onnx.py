@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cnn_jax import main, models
 from cnn_jax.analysis import export_onnx
+from cnn_jax.common import decode
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import DataConfig
 from cnn_jax.models.layers import Dense
@@ -80,6 +81,35 @@ def test_the_logits_are_those_of_jax(runtime, tmp_path, model, said, sizes):
     Image.fromarray(make_examples(7, seed=5).image[0, ..., 0]).save(tmp_path / "one.png")
     np.save(tmp_path / "one.npy", make_examples(7, seed=5).image[:1])
     assert use(script, tmp_path / "one.png") == use(script, tmp_path / "one.npy")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_are_decoded_as_for_the_training(runtime, tmp_path, channels):
+    random = np.random.default_rng(0)
+    grey, colour = (random.integers(0, 256, (40, 36, n), np.uint8) for n in (1, 4))
+    grey = Image.fromarray(grey[..., 0])
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    pictures = {
+        "grey.png": grey,
+        "deep.png": Image.fromarray(np.asarray(grey).astype(np.uint16) * 250),
+        "clear.png": Image.fromarray(colour),
+        "grey_clear.png": Image.fromarray(colour).convert("LA"),
+        "palette.png": Image.fromarray(colour[..., :3]).quantize(7),
+        "small.png": Image.fromarray(colour[:5, :9, :3]),
+        "bits.png": grey.convert("1"),
+        "turned.jpg": Image.fromarray(colour[..., :3]),
+    }
+    run = make_run(tmp_path, models.MLP(), (28, 28, channels))
+    example = make_examples(3, (28, 28, channels))
+    _, script, _ = export_onnx.export(run, tmp_path / "out", example)
+    paths = []
+    for name, picture in pictures.items():
+        paths.append(tmp_path / name)
+        picture.save(paths[-1], exif=turned if name == "turned.jpg" else None)
+    decoded = [decode.pixels(decode.decode_file(path, channels), 28, 28) for path in paths]
+    np.save(tmp_path / "decoded.npy", np.stack(decoded))
+    assert use(script, *paths) == use(script, tmp_path / "decoded.npy")
 
 
 class Inverse(nn.Module):

@@ -13,7 +13,7 @@ from cnn_jax.analysis import predict
 from cnn_jax.analysis.predict import find_images, read_image
 from cnn_jax.cli import tables
 from cnn_jax.common import decode
-from cnn_jax.common.errors import ConfigError, DataError
+from cnn_jax.common.errors import ConfigError, DataError, NotFiniteError
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.train import loop
 from tests.quick import make_run, unoptimised
@@ -528,7 +528,17 @@ def test_a_name_that_is_no_text(workdir, tmp_path, capsys):
     assert f"{tmp_path}/\\xff.png" in capsys.readouterr().out
 
 
-def test_a_files_name_is_no_markup(capsys):
-    prediction = predict.Prediction("[red]a[/red].png", ("x",), (0.5,))
+def test_names_are_no_markup(capsys):
+    prediction = predict.Prediction("[red]a[/red].png", ("[/b] :dog:",), (0.5,))
     tables.print_predictions([prediction])
-    assert "[red]a[/red].png" in capsys.readouterr().out
+    assert "[red]a[/red].png" in (shown := capsys.readouterr().out)
+    assert "[/b] :dog: 0.500" in shown
+
+
+def test_logits_that_are_not_finite(tmp_path):
+    run = make_run(tmp_path, models.MLP())
+    run.variables["params"]["Dense_0"]["kernel"][:] = np.nan
+    path = save(tmp_path, Image.fromarray(noise(channels=0)))
+    said = r"image.png: checkpoint 7 of .* gives logits that are not finite; choose another one"
+    with pytest.raises(NotFiniteError, match=said):
+        predict.predict(run, [path], tmp_path / "out")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cnn_jax import main, models
 from cnn_jax.analysis import restore
-from cnn_jax.analysis.study import changes, measures, rows, temperature
+from cnn_jax.analysis.study import changes, charts, measures, rows, temperature
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.train import loop
 from tests.quick import unoptimised
@@ -239,6 +239,64 @@ def test_watching_ends_with_the_training(trained, tmp_path, monkeypatch):
         assert evaluate(run, data_dir, "--watch") == 0
     found = written(run / "evaluations")["rows"]
     assert [row["checkpoint"] for row in found] == [4, 8, 12]
+
+
+def with_test_split(run, folder, split):
+    """A copy of a run that says that it was tested on another split."""
+    shutil.copytree(run, folder)
+    saved = json.loads((folder / "config.json").read_text())
+    saved["config"]["data"]["test_split"] = split
+    (folder / "config.json").write_text(json.dumps(saved))
+    return folder
+
+
+def test_only_runs_on_the_same_examples_are_compared(trained, tmp_path):
+    """Two examples of one class are not the same example."""
+    folder, _, data_dir = trained
+    label = make_examples(48, seed=1).label
+    other = 1 + int(np.argmax(label[1:] == label[0]))
+    splits = ["test[:1]", "test[:1]", f"test[{other}:{other + 1}]"]
+    runs = [with_test_split(folder / "a", tmp_path / f"r{i}", s) for i, s in enumerate(splits)]
+    assert evaluate(*runs, data_dir, f"--output={tmp_path}/out") == 0
+    found = written(tmp_path / "out")
+    assert [row["examples"] for row in found["rows"]] == [1, 1, 1]
+    pairs = [(test["first"][-2:], test["second"][-2:]) for test in found["mcnemar"]]
+    assert pairs == [("r0", "r1")]
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        (["runs/a", "/x/runs/b"], ["here/runs/a", "x/runs/b"]),
+        (["runs/a", "runs/more/b"], ["a", "more/b"]),
+        (["gs://x/a", "/x/b", "/x/c"], ["gs://x/a", "b", "c"]),
+        (["runs/a"], ["a"]),
+        (["gs://x/a"], ["gs://x/a"]),
+    ],
+)
+def test_the_shortest_names_that_tell_runs_apart(monkeypatch, runs, names):
+    monkeypatch.setattr(charts.os, "getcwd", lambda: "/here")
+    found = [{"workdir": run, "dataset": "d", "split": "test"} for run in runs]
+    assert [*charts.lines_of(found)] == names
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"12": {"temperature": 2}}', '{"12": 3}', "{", ""])
+def test_a_temperature_file_of_another_form_is_none(trained, tmp_path, text):
+    run = shutil.copytree(trained[0] / "a", tmp_path / "run")
+    (run / "temperature.json").write_text(text)
+    assert temperature.kept(restore.load_run(run)) is None
+
+
+def test_a_refused_command_keeps_the_predictions_of_another(trained, tmp_path):
+    folder, _, data_dir = trained
+    file = tmp_path / "examples.csv"
+    file.write_text("kept")
+    flag = f"--predictions={file}"
+    assert evaluate(folder / "nope", data_dir, flag) == 4
+    assert evaluate(folder / "a", data_dir, flag, "--watch", "--checkpoint=4") == 2
+    assert file.read_text() == "kept"
+    assert evaluate(folder / "nope", data_dir, f"--predictions={tmp_path}/new.csv") == 4
+    assert not (tmp_path / "new.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from cnn_jax.common.errors import ConfigError
 from cnn_jax.config import Config, DataConfig
-from cnn_jax.train import loop, profile
+from cnn_jax.train import loop, profile, run
 from tests.networks import Linear
 from tests.quick import unoptimised
 
@@ -25,6 +25,7 @@ def test_the_steps_are_traced(tmp_path, splits, capsys, steps, traced):
     printed = "".join(capsys.readouterr())
     if traced is None:
         assert "profile of" not in printed
+        assert f"--profile={steps}: no trace, as the run did none of these steps" in printed
         return
     assert f"profile of {traced} step" in printed
     (file,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
@@ -37,6 +38,15 @@ def test_the_steps_are_traced(tmp_path, splits, capsys, steps, traced):
     assert values == sorted(values, reverse=True)
     (alone,) = loop.train(config, tmp_path / "alone", splits=splits)
     assert alone["train_loss"] == line["train_loss"]
+
+
+def test_a_run_that_stops_early_keeps_its_trace(tmp_path, splits, capsys, monkeypatch):
+    config = Config(Linear(), DataConfig("tiny"), epochs=9, eval_batch_size=48, devices=1)
+    monkeypatch.setattr(run.early_stopping, "is_over", lambda config, folder, progress, n: n == 1)
+    loop.train(config, tmp_path / "run", splits=splits, profile="2:100")
+    assert "profile of 3 steps in " in (printed := capsys.readouterr().out)
+    assert "no trace" not in printed
+    assert len([*(tmp_path / "run" / "profile").rglob("*.xplane.pb")]) == 1
 
 
 @pytest.mark.parametrize("steps", ["3", "3:", "3:3", "5:2", "-1:4", "a:b", ""])

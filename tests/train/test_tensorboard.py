@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import io
 import struct
@@ -52,6 +53,7 @@ def test_curves_and_pictures_are_there_once_flushed(tmp_path):
     assert not (tmp_path / "tensorboard").exists()  # nothing to show yet
     picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     board.metrics({"train_loss": 0.5, "test_loss": 0.25}, 7)
+    assert len(events(only_file(tmp_path))) == 4  # a process that is killed now loses nothing
     board.images({"kernels": picture}, 8)
     board.flush()
     head, session, *rest = events(only_file(tmp_path))
@@ -64,6 +66,19 @@ def test_curves_and_pictures_are_there_once_flushed(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), picture)
     board.close()
     board.close()
+
+
+def test_one_that_comes_late_gets_the_epochs_before_it(splits, tmp_path):
+    config = Config(MLP(), DataConfig("tiny"), epochs=1, eval_batch_size=48, devices=1)
+    loop.train(config, tmp_path, splits=splits, trackers=["csv"])
+    lines = loop.train(dataclasses.replace(config, epochs=2), tmp_path, splits=splits)
+    found = [
+        (event.step, event.summary.value[0].simple_value)
+        for event in events(only_file(tmp_path))
+        if event.summary.value and event.summary.value[0].tag == "test_loss"
+    ]
+    assert found == [(line["step"], pytest.approx(line["test_loss"])) for line in lines]
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("fails", ["mkdir", "open", "write"])

@@ -16,6 +16,10 @@ from cnn_jax.train.preprocess import normalise
 WINDOWS = 6  # the side of an image, in windows that are covered
 
 
+class _CalledAgain(Exception):
+    """A layer is called more than once: which of its maps would Grad-CAM be of?"""
+
+
 def explain(
     run: RestoredRun, layers: Summary, image: np.ndarray, target: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -97,8 +101,8 @@ def grad_cam(
 ) -> np.ndarray | None:
     """The last convolution's maps, weighted by their mean gradients (Selvaraju et al. 2017).
 
-    Taken before the activation, which the gradient passes through. None without such a layer, or if
-    it cannot be intercepted, as under nn.remat.
+    Taken before the activation, which the gradient passes through. None without such a layer, if it
+    is called more than once, or if it cannot be intercepted, as under nn.remat.
     """
     names = [
         layer.name
@@ -110,12 +114,14 @@ def grad_cam(
     shape = {layer.name: layer.shape for layer in layers.layers}[names[-1]]
 
     def score(added: jax.Array, variables: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen = []
+        seen: list[jax.Array] = []
 
         def add(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
             output = call(*args, **kwargs)
             if context.method_name != "__call__" or "/".join(context.module.path) != names[-1]:
                 return output
+            if seen or output.shape != added.shape:
+                raise _CalledAgain
             seen.append(output)
             return output + added
 
@@ -126,7 +132,7 @@ def grad_cam(
     given = normalise(jnp.asarray(image), run.data)
     try:
         gradient, maps = parallel.jit(jax.grad(score, has_aux=True))(added, run.variables, given)
-    except (jax.errors.UnexpectedTracerError, IndexError):
+    except (jax.errors.UnexpectedTracerError, IndexError, _CalledAgain):
         return None
     cam = np.maximum((np.asarray(gradient).mean((1, 2), keepdims=True) * maps).sum(-1), 0)
     rows, columns = (

@@ -99,11 +99,11 @@ def accuracy_against(
 
 
 def classes(runs: list[Facts], names: list[str]) -> plotting.Chart | None:
-    """Accuracy of each class, one column for each run; None if they do not fit."""
+    """Accuracy of the classes that all runs tested, one column for each; None if they do not fit."""
     labels = runs[0].run.class_names
     scores = np.array([run.result.class_accuracy() for run in runs], float).T
     tested = np.flatnonzero(~np.isnan(scores).any(1))
-    if len(tested) > MOST_CLASSES or len(runs) > MOST_RUNS:
+    if not 0 < len(tested) <= MOST_CLASSES or len(runs) > MOST_RUNS:
         return None
     shown, scores = [labels[i] for i in tested], scores[tested]
 

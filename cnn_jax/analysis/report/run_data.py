@@ -88,6 +88,7 @@ def gather(
       CheckpointError: there is no run or no such checkpoint, or it is damaged.
       ConfigError: the model is not known without `own`.
       DataError: the dataset is missing, damaged, or does not fit the model.
+      NotFiniteError: the loss is infinite or NaN.
     """
     saved = read_config(workdir)
     model = _own_model(saved, own)
@@ -97,6 +98,7 @@ def gather(
     test = evaluate.fitting(run, test, run.data.name)
     log.info("evaluating %s on %s test examples", shown(workdir), f"{len(test):,}")
     result, predictions = evaluate.make_scorer(run)(run.variables, test)
+    evaluate.check_loss(run, f"{run.data.name}/test", result.loss)
     command, note = command_of(shown(workdir), saved, own)
     lines = metrics(workdir)
     return Facts(run, lines, layers, test, result, predictions, command, note)

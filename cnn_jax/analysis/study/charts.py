@@ -50,13 +50,22 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[tuple, list] = {}
     for row in rows:
         found.setdefault((row["workdir"], row["dataset"], row["split"]), []).append(row)
-    runs = [key[0] for key in found]
-    common = os.path.commonpath(runs) if len(set(runs)) > 1 else os.path.dirname(runs[0])
+    names = _short_names(list(dict.fromkeys(key[0] for key in found)))
     places = {key[1:] for key in found}
     return {
-        os.path.relpath(run, common or ".") + (f" {name}/{split}" if len(places) > 1 else ""): rows
+        names[run] + (f" {name}/{split}" if len(places) > 1 else ""): rows
         for (run, name, split), rows in found.items()
     }
+
+
+def _short_names(runs: Sequence[str]) -> dict[str, str]:
+    """The workdirs without the folders that all have in common; addresses in buckets as they are."""
+    paths = {run: os.path.abspath(run) for run in runs if "://" not in run}
+    if not paths:
+        return dict(zip(runs, runs, strict=True))
+    folders = [*paths.values()] if len(paths) > 1 else [os.path.dirname(*paths.values())]
+    common = os.path.commonpath(folders)
+    return {run: os.path.relpath(paths[run], common) if run in paths else run for run in runs}
 
 
 def by_checkpoint(rows: Sequence[dict[str, Any]]) -> plotting.Chart:

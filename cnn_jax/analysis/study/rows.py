@@ -16,6 +16,7 @@ from cnn_jax.analysis.restore import RestoredRun
 from cnn_jax.analysis.study import changes, measures, temperature
 from cnn_jax.common.errors import CheckpointError, ConfigError
 from cnn_jax.common.files import writing, written
+from cnn_jax.config import DataConfig
 from cnn_jax.data.examples import Examples
 from cnn_jax.train import checkpoint, lease
 from cnn_jax.train.bucket_run import copy_of, shown
@@ -69,7 +70,8 @@ class Study:
         self._changes, self._fit, self._predictions = changed, fit_temperature, predictions
         self._scorers: dict[Path, Callable] = {}
         self._loaded: dict[tuple, tuple[Examples, str]] = {}
-        self._right: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        # (dataset, split, workdir) -> which examples, their labels, what is right
+        self._right: dict[tuple, tuple[tuple, list[str], np.ndarray]] = {}
 
     def add(self, workdir: Path, which: str) -> Iterator[dict[str, Any]]:
         """Evaluates a checkpoint; adds and yields its rows."""
@@ -90,7 +92,9 @@ class Study:
                 row |= {"change": change and {"kind": change[0], "amount": change[1]}}
                 self.rows.append(row)
                 if not change:
-                    self._right[name, split, workdir] = scores.label, scores.correct
+                    labels = [run.class_names[label] for label in scores.label]
+                    place = _identity(run.data, split, examples)
+                    self._right[name, split, workdir] = place, labels, scores.correct
                 if self._predictions:
                     self._predictions.add(run, row, scores, examples.files)
                 yield row | {"report": report}
@@ -101,11 +105,11 @@ class Study:
         places = [*self._right]
         for i, (name, split, first) in enumerate(places):
             for other in places[i + 1 :]:
-                labels, right = zip(*(self._right[p] for p in (places[i], other)), strict=True)
-                if other[:2] == (name, split) and np.array_equal(*labels):
-                    about = {"dataset": name, "split": split, "examples": len(right[0])}
+                (*same, right), (*others, other_right) = self._right[places[i]], self._right[other]
+                if other[:2] == (name, split) and same == others:
+                    about = {"dataset": name, "split": split, "examples": len(right)}
                     runs = {"first": shown(first), "second": shown(other[2])}
-                    found.append(about | runs | measures.mcnemar(*right))
+                    found.append(about | runs | measures.mcnemar(right, other_right))
         return found
 
     def write(self, folder: Path) -> None:
@@ -124,11 +128,22 @@ class Study:
         return self._loaded[key]
 
 
+def _identity(data: DataConfig, split: str, examples: Examples) -> tuple:
+    """Says which examples of a dataset these are: by their files, or by where they come from."""
+    if examples.files:
+        return tuple(examples.files)
+    if split == "test":
+        return data.test_split, data.skip_corrupt
+    if split in ("train", "validation"):
+        return split, data.train_split, data.validation_examples, data.skip_corrupt
+    return split, data.skip_corrupt
+
+
 class PredictionsFile:
     """A CSV file with a line for each example: the run, its class, and all probabilities."""
 
     def __init__(self, path: Path):
-        """`path` is replaced.
+        """`path` is replaced when there is a first row.
 
         Raises:
           ConfigError: it cannot be written.
@@ -136,7 +151,10 @@ class PredictionsFile:
         self._path = path
         self._class_names: tuple[str, ...] | None = None
         with written(f"--predictions={path}", ConfigError):
-            path.write_text("")
+            is_new = not path.exists()
+            path.open("ab").close()
+            if is_new:
+                path.unlink()
 
     def add(
         self,
@@ -161,7 +179,13 @@ class PredictionsFile:
         same = [row[k] for k in ("workdir", "checkpoint", "dataset", "split")] + [*change.values()]
         with (
             written(f"--predictions={self._path}", ConfigError),
-            open(self._path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file,
+            open(
+                self._path,
+                "w" if first else "a",
+                newline="",
+                encoding="utf-8",
+                errors="surrogateescape",
+            ) as file,
         ):
             writer = csv.writer(file)
             if first:

@@ -20,6 +20,7 @@ from cnn_jax.train.workdir import write_json
 
 FILE = "temperature.json"
 LEAST, MOST = 0.05, 20.0
+KEYS = {"temperature", "fitted_on", "examples", "checkpoint_sha256"}
 
 
 def fit(scores: measures.Scores) -> float:
@@ -65,9 +66,10 @@ def after(scores: measures.Scores, class_names: tuple[str, ...], found: dict) ->
 
 
 def _all(run: RestoredRun) -> dict[str, dict]:
-    with contextlib.suppress(OSError, ValueError):
+    """What is kept, by step; nothing where the file is not one of `keep`."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         found = json.loads((run.workdir / FILE).read_bytes())
-        return {step: one for step, one in found.items() if {"temperature"} <= one.keys()}
+        return {step: one for step, one in found.items() if one.keys() >= KEYS}
     return {}
 
 

@@ -82,6 +82,10 @@ def evaluate(values: flags.FlagValues) -> None:
         files.check_folder(output)
     changed = changes.of_kind(values.corruptions, values.shifts)
     where = [(dataset, split) for dataset in values.dataset or [None] for split in values.split]
+    if values.watch and values["checkpoint"].present:
+        raise ConfigError(
+            "--checkpoint: must not be given with --watch, which takes all; leave it out"
+        )
     study = rows.Study(
         _loader(values),
         where,
@@ -90,15 +94,12 @@ def evaluate(values: flags.FlagValues) -> None:
         values.temperature,
         rows.PredictionsFile(local_path(values.predictions)) if values.predictions else None,
     )
-    if values.watch and values["checkpoint"].present:
-        raise ConfigError(
-            "--checkpoint: must not be given with --watch, which takes all; leave it out"
-        )
     many = values.watch or values.checkpoint == "all"
     if not many and len(workdirs) * len(where) + len(changed) == 1:
         (row,) = rows.each(study, workdirs, values.checkpoint)
+        path = evaluation.write(row["report"], workdirs[0], output)
         tables.print_evaluation(row["report"])
-        if path := evaluation.write(row["report"], workdirs[0], output):
+        if path:
             print(f"written to {path}")
         return
     output = output or rows.default_output(workdirs)

@@ -133,7 +133,7 @@ def compare(
     check(networks, seconds)
     if output:
         prepare(output.parent)  # fail now rather than after minutes
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, markup=False, emoji=False)
     passes = []
     for g in dict.fromkeys(g for network in networks or NETWORKS for g in geometries(network)):
         # No network computes the gradient of its input.

@@ -67,7 +67,7 @@ def benchmark(
     if peers:
         install_peers()
     commands = contenders(peers)
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, markup=False, emoji=False)
     results = {}
     for name in networks or NETWORKS:
         with console.status(f"{name}: {', '.join(commands)}"):

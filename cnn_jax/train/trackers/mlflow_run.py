@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ class MlflowRun(Tracker):
 
     def __init__(self, workdir: Path, saved: dict):
         """`workdir`/mlflow need not exist; `saved` is what config.json has."""
+        # The folder of the database has a name that SQLAlchemy takes, also where that of the workdir
+        # is none; MLflow keeps the address of the pictures, which must stay right.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would ask the network
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
@@ -34,18 +37,21 @@ class MlflowRun(Tracker):
         asked = os.environ.get("MLFLOW_TRACKING_URI")
         self._metric = Metric
         identity = folder / "run_id.txt"
-        address = asked or f"sqlite:///{folder}/mlflow.db"
+        database, artifacts = folder / "mlflow.db", workdir.resolve() / "mlflow" / "artifacts"
+        address = asked or f"sqlite:///{database}"
         with _alone_at(address):
             self._client = MlflowClient(address)
             if identity.exists():
                 self._id = identity.read_text()
                 self._client.update_run(self._id, "RUNNING")
             else:
-                place = None if asked else (folder / "artifacts").as_uri()
+                place = None if asked else artifacts.as_uri()
                 experiment = self._experiment(saved["experiment"] or workdir.name, place)
                 name = "/".join(workdir.parts[-2:])
                 self._id = self._client.create_run(experiment, run_name=name).info.run_id
                 write_text(identity, self._id)
+        if not asked:
+            _say_where(database, self._id, artifacts.as_uri())
         known = self._client.get_run(self._id).data.params  # which MLflow lets nobody change
         params = [
             Param(name, str(value)[:LONGEST_VALUE])
@@ -88,6 +94,20 @@ class MlflowRun(Tracker):
 
     def close(self, ending: Ending) -> None:
         self._client.set_terminated(self._id, STATUS[ending])
+
+
+def _say_where(database: Path, run: str, artifacts: str) -> None:
+    """Writes the address of the pictures, which is another one after the workdir was moved."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(
+            "update runs set artifact_uri = ? where run_uuid = ?",
+            (f"{artifacts}/{run}/artifacts", run),
+        )
+        connection.execute(
+            "update experiments set artifact_location = ? where experiment_id in "
+            "(select experiment_id from runs where run_uuid = ?)",
+            (artifacts, run),
+        )
 
 
 @contextlib.contextmanager

@@ -26,14 +26,20 @@ class TensorBoard(Tracker):
     def __init__(self, workdir: Path, saved: dict | None = None):
         """`workdir`/tensorboard need not exist; `saved` is not used."""
         self._folder = workdir / "tensorboard"
+        self._is_new = not self._folder.exists()
         self._records: Any = None
         self._failed = False
+
+    def recorded(self) -> dict[str, int] | None:
+        """Nothing in a new folder, which thus gets the epochs so far."""
+        return {} if self._is_new else None
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         from tensorboardX import summary
 
         for name, value in values.items():
             self._write(step, summary=summary.scalar(name, value))
+        self.flush()
 
     def images(self, images: dict[str, np.ndarray], step: int) -> None:
         from tensorboardX import summary

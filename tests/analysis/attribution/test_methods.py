@@ -79,5 +79,15 @@ class Hidden(nn.Module):
         return nn.remat(Pooled)()(image)
 
 
-def test_a_convolution_that_cannot_be_intercepted(tmp_path, image):
-    assert [*explained(make_run(tmp_path, Hidden(), SHAPE), image)] == ["saliency", "occlusion"]
+class Shared(nn.Module):
+    """One convolution at two sizes: which of its maps would Grad-CAM show?"""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = Conv(3, (3, 3), padding="SAME")
+        return Dense(10)(x(x(image)[:, ::2, ::2]).mean((1, 2)))
+
+
+@pytest.mark.parametrize("model", [Hidden(), Shared()])
+def test_a_network_without_one_last_map(tmp_path, image, model):
+    assert [*explained(make_run(tmp_path, model, SHAPE), image)] == ["saliency", "occlusion"]

@@ -1,6 +1,7 @@
 """The charts: in every case that a run can be in, of any size, and the same for everyone."""
 
 import dataclasses
+import types
 
 import matplotlib
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from cnn_jax.analysis import plotting
-from cnn_jax.analysis.report import charts
+from cnn_jax.analysis.report import charts, comparison
 from cnn_jax.config import Config, DataConfig
 from cnn_jax.models import LeNet
 from tests.analysis.report.pages import pixels
@@ -101,3 +102,15 @@ def test_a_learning_rate_is_drawn_if_it_changes():
     config = dataclasses.replace(config, schedule="step", milestones=(1.0, 3.0))
     alt = charts.learning_rate(config, 10).alt
     assert alt.endswith("0.5 at the first step, at most 0.5, 0.005 at the last step.")
+
+
+def test_runs_without_a_class_in_common_have_no_chart_of_the_classes():
+    def tested(*accuracies):
+        of = types.SimpleNamespace(class_names=("cat", "dog"))
+        return types.SimpleNamespace(
+            run=of, result=types.SimpleNamespace(class_accuracy=lambda: accuracies)
+        )
+
+    assert comparison.classes([tested(0.5, None), tested(None, 0.5)], ["a", "b"]) is None
+    chart = comparison.classes([tested(0.5, None), tested(0.25, 0.5)], ["a", "b"])
+    assert chart.alt == "Accuracy of each class by network: cat is the hardest on average."
