@@ -1,7 +1,7 @@
 """A stack of 7x7 convolutions on Fashion-MNIST (lecture, From MLP to CNN).
 
 ./launch.sh train --experiment=fashion_mnist/conv_stack
-Test accuracy 0.8955 (n = 1), the lecture's 0.8858; about 330 s an epoch on one Zen 4 core.
+Test accuracy 0.8933 ± 0.0042 (n = 3), the lecture's 0.8858; about 120 s an epoch on one Zen 5 core.
 """
 
 from cnn_jax.config import Config, DataConfig

@@ -1,7 +1,7 @@
 """The strided network with 'same' padding on Fashion-MNIST (lecture, Padding).
 
 ./launch.sh train --experiment=fashion_mnist/same_padding
-Test accuracy 0.9085 (n = 1), about 250 s an epoch on one core of an Intel Xeon with AVX-512.
+Test accuracy 0.9113 ± 0.0041 (n = 3), about 190 s an epoch on one Zen 5 core.
 """
 
 from cnn_jax.config import Config, DataConfig
