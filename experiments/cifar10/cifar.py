@@ -1,7 +1,7 @@
 """The lecture's network for CIFAR-10 (lecture, Image classification).
 
 ./launch.sh train --experiment=cifar10/cifar
-Test accuracy 0.7079 (n = 1), about 500 s an epoch on one core of an Intel Xeon with AVX-512.
+Test accuracy 0.7079 ± 0.0120 (n = 3), about 320 s an epoch on one Zen 5 core.
 """
 
 from cnn_jax.config import Config, DataConfig

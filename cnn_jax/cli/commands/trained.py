@@ -97,8 +97,10 @@ def evaluate(values: flags.FlagValues) -> None:
     many = values.watch or values.checkpoint == "all"
     if not many and len(workdirs) * len(where) + len(changed) == 1:
         (row,) = rows.each(study, workdirs, values.checkpoint)
-        path = evaluation.write(row["report"], workdirs[0], output)
-        tables.print_evaluation(row["report"])
+        try:
+            path = evaluation.write(row["report"], workdirs[0], output)
+        finally:  # the figures are shown where they cannot be written
+            tables.print_evaluation(row["report"])
         if path:
             print(f"written to {path}")
         return
