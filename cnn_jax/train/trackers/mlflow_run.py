@@ -25,8 +25,6 @@ class MlflowRun(Tracker):
 
     def __init__(self, workdir: Path, saved: dict):
         """`workdir`/mlflow need not exist; `saved` is what config.json has."""
-        # The folder of the database has a name that SQLAlchemy takes, also where that of the workdir
-        # is none; MLflow keeps the address of the pictures, which must stay right.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would ask the network
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
@@ -37,6 +35,8 @@ class MlflowRun(Tracker):
         asked = os.environ.get("MLFLOW_TRACKING_URI")
         self._metric = Metric
         identity = folder / "run_id.txt"
+        # SQLAlchemy misreads some paths, so it gets one of this process. The pictures have the real
+        # path, because MLflow keeps it.
         database, artifacts = folder / "mlflow.db", workdir.resolve() / "mlflow" / "artifacts"
         address = asked or f"sqlite:///{database}"
         with _alone_at(address):
