@@ -33,7 +33,6 @@ class Profile:
                 f"--profile={steps}: must be START:STOP, two steps counted from 0, as in 100:120"
             )
         self._folder, self._first, self._done = folder / "profile", -1, 0
-        self._given, self._began = steps, False
 
     def before(self, step: int, state: Any, last: bool = False) -> list[str]:
         """Starts or ends the trace.
@@ -56,7 +55,7 @@ class Profile:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # not shown here, and it slows what is measured
             jax.profiler.start_trace(self._folder, profiler_options=options)
-            self._first, self._began = step, True
+            self._first = step
         self._done = step
         # A call may do several steps, and so pass over STOP.
         if self._first < 0 or not (last or step >= self._stop):
@@ -68,9 +67,10 @@ class Profile:
         """Ends a trace that is open, as when the run stops early; what to print, also without one."""
         if self._first >= 0:
             return self._end()
-        if self._began:
+        if self._start == self._stop:  # ended already
             return []
-        return [f"--profile={self._given}: no trace, as the run did none of these steps"]
+        steps = f"{self._start}:{self._stop}"
+        return [f"--profile={steps}: no trace, as the run did none of these steps"]
 
     def _end(self) -> list[str]:
         """Ends the trace and returns a table of the longest operations."""

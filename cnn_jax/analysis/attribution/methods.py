@@ -58,7 +58,6 @@ def occlusion(run: RestoredRun, image: np.ndarray, target: np.ndarray) -> np.nda
     The window has the mean colour of the image, a sixth of its side, and moves by half of that. A
     pixel has the mean over the windows that cover it; where covering it helps, 0.
     """
-
     score = probabilities(run)
     return np.stack([_occluded(score, one, int(c)) for one, c in zip(image, target, strict=True)])
 
